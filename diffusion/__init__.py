@@ -1,0 +1,16 @@
+"""The diffusion process: betas, respacing, DDPM and DDIM steps and loops. Knows no model and no cache."""
+
+from .gaussian import GaussianDiffusion
+from .respace import linear_betas, space_timesteps
+
+
+def create_diffusion(steps="", diffusion_steps=1000):
+    """The published process (linear betas, noise prediction, learned-range variance), respaced to fewer steps.
+
+    steps: how many of the `diffusion_steps` are kept, as `space_timesteps` reads it; "" or None keeps all.
+    Raises ValueError where that many steps do not exist.
+    """
+    return GaussianDiffusion(linear_betas(diffusion_steps), space_timesteps(diffusion_steps, steps))
+
+
+__all__ = ["GaussianDiffusion", "create_diffusion", "linear_betas", "space_timesteps"]

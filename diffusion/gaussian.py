@@ -1,0 +1,150 @@
+"""Gaussian diffusion with noise prediction and learned-range variance: steps, loops, the pretraining loss.
+
+Index i counts the kept steps, from n-1 (noise) down to 0; the network sees `timestep_map[i]`.
+The loops call `denoise(x, i)` with a Python int, so whoever makes it knows the step without asking a device.
+Sources: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol and Dhariwal 2021 (variance, hybrid loss).
+"""
+
+import math
+
+import numpy as np
+import torch
+
+
+class GaussianDiffusion:
+    """A diffusion process of n kept steps.
+
+    betas: float64 (T,) of the original process; timestep_map: the kept timesteps, increasing, int (n,).
+    The betas of the kept steps follow from their cumulative products.
+    """
+
+    def __init__(self, betas, timestep_map):
+        self.timestep_map = np.asarray(timestep_map)
+        alphas_cumprod = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
+        previous = np.append(1.0, alphas_cumprod[:-1])
+        self.betas = betas = 1.0 - alphas_cumprod / previous
+        self.steps = len(betas)
+        posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+        # The variance of the last step is 0; its logarithm is taken from the step before, as published.
+        clipped = np.append(posterior_variance[1:2] if self.steps > 1 else betas, posterior_variance[1:])
+        self._tables = {
+            "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
+            "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
+            "alphas_cumprod": alphas_cumprod,
+            "alphas_cumprod_prev": previous,
+            "posterior_mean_coef_start": betas * np.sqrt(previous) / (1 - alphas_cumprod),
+            "posterior_mean_coef_x": (1 - previous) * np.sqrt(1 - betas) / (1 - alphas_cumprod),
+            "posterior_log_variance": np.log(clipped),
+            "log_betas": np.log(betas),
+        }
+        self._on_device = {}
+
+    def _at(self, name, i, like):
+        """Coefficient `name` at step i: a float for an int i, float32 (N, 1, 1, ...) for a tensor i (N,).
+
+        A float reaches a kernel as an argument, so a loop over ints moves nothing to the device.
+        """
+        if isinstance(i, int):
+            return float(self._tables[name][i])
+        key = name, like.device
+        if key not in self._on_device:
+            self._on_device[key] = torch.from_numpy(self._tables[name]).float().to(like.device)
+        return self._on_device[key][i].reshape(-1, *[1] * (like.dim() - 1))
+
+    def q_sample(self, x_start, i, noise):
+        """x_start (N, ...) noised to step i (an int, or int64 (N,)): the forward process, same shape."""
+        return (
+            self._at("sqrt_alphas_cumprod", i, x_start) * x_start
+            + self._at("sqrt_one_minus_alphas_cumprod", i, x_start) * noise
+        )
+
+    def _predict_start(self, x, i, noise):
+        return (
+            self._at("sqrt_recip_alphas_cumprod", i, x) * x - self._at("sqrt_recipm1_alphas_cumprod", i, x) * noise
+        )
+
+    def _posterior(self, x_start, x, i):
+        mean = (
+            self._at("posterior_mean_coef_start", i, x) * x_start + self._at("posterior_mean_coef_x", i, x) * x
+        )
+        return mean, self._at("posterior_log_variance", i, x)
+
+    def _model_log_variance(self, output, i):
+        """The model's variance channels interpolate between the posterior's and beta, in the logarithm."""
+        fraction = (output + 1) / 2
+        return fraction * self._at("log_betas", i, output) + (1 - fraction) * self._at(
+            "posterior_log_variance", i, output
+        )
+
+    def ddim_step(self, output, x, i, eta=0.0, noise=None):
+        """One DDIM step from i to i-1: model output (N, 2C, H, W) and x (N, C, H, W) -> x (N, C, H, W).
+
+        noise: like x; needed where eta > 0. Source: Song et al. 2021, eq. 12.
+        """
+        predicted = output[:, : x.shape[1]]
+        start = self._predict_start(x, i, predicted)
+        alpha, previous = self._tables["alphas_cumprod"][i], self._tables["alphas_cumprod_prev"][i]
+        sigma = eta * math.sqrt((1 - previous) / (1 - alpha) * (1 - alpha / previous))
+        x = math.sqrt(previous) * start + math.sqrt(1 - previous - sigma**2) * predicted
+        return x + sigma * noise if sigma > 0 else x
+
+    def ancestral_step(self, output, x, i, noise):
+        """One DDPM step from i to i-1 with the learned variance; shapes as in `ddim_step`.
+
+        noise: like x, not used at i = 0. Source: Ho et al. 2020, alg. 2; Nichol and Dhariwal 2021, eq. 15.
+        """
+        predicted, variance = output.chunk(2, dim=1)
+        mean, _ = self._posterior(self._predict_start(x, i, predicted), x, i)
+        return mean + torch.exp(0.5 * self._model_log_variance(variance, i)) * noise if i > 0 else mean
+
+    def ddim_loop(self, denoise, x, eta=0.0, generator=None, progress=None):
+        """Sample from noise x (N, C, H, W) with DDIM.
+
+        denoise: function (x, i) -> model output (N, 2C, H, W). generator: of the noise, where eta > 0.
+        progress: wraps the iterable of steps (tqdm, say); None shows nothing.
+        """
+        for i in self._countdown(progress):
+            noise = torch.randn(x.shape, generator=generator, device=x.device) if eta > 0 else None
+            x = self.ddim_step(denoise(x, i), x, i, eta, noise)
+        return x
+
+    def ancestral_loop(self, denoise, x, generator=None, progress=None):
+        """Sample from noise x (N, C, H, W) with DDPM; arguments as in `ddim_loop`.
+
+        One draw like x per step, the last included: the random stream of the published samples.
+        """
+        for i in self._countdown(progress):
+            noise = torch.randn(x.shape, generator=generator, device=x.device)
+            x = self.ancestral_step(denoise(x, i), x, i, noise)
+        return x
+
+    def _countdown(self, progress):
+        steps = range(self.steps - 1, -1, -1)
+        return progress(steps) if progress else steps
+
+    def pretraining_loss(self, output, x_start, x, i, noise):
+        """The hybrid loss per sample, two tensors (N,): mean squared error of the noise, and the variational term.
+
+        output: the model's (N, 2C, H, W) at x = q_sample(x_start, i, noise), i int64 (N,). The second term, in
+        bits per dimension, teaches the variance alone. Source: Nichol and Dhariwal 2021, sec. 3.1, eq. 16.
+        """
+        predicted, variance = output.chunk(2, dim=1)
+        mean, log_variance = self._posterior(x_start, x, i)
+        model_mean, _ = self._posterior(self._predict_start(x, i, predicted.detach()), x, i)
+        model_log_variance = self._model_log_variance(variance, i)
+        kl = 0.5 * (
+            model_log_variance
+            - log_variance
+            - 1
+            + torch.exp(log_variance - model_log_variance)
+            + (mean - model_mean) ** 2 * torch.exp(-model_log_variance)
+        )
+        # At i = 0 the exact likelihood of a latent: a Gaussian density in place of the divergence.
+        likelihood = 0.5 * (
+            math.log(2 * math.pi) + model_log_variance + (x_start - model_mean) ** 2 * torch.exp(-model_log_variance)
+        )
+        first = (i == 0).reshape(-1, *[1] * (x.dim() - 1))
+        bits = torch.where(first, likelihood, kl).flatten(1).mean(1) / math.log(2)
+        return ((predicted - noise) ** 2).flatten(1).mean(1), bits

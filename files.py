@@ -1,0 +1,84 @@
+"""The user's files: written whole or not at all, read without running what is in them.
+
+What is wrong with a file is raised as `UserError`, which the programs print as one line (`cli.py`).
+"""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """The input is at fault, not the program: the message names the value, the rule and the way out."""
+
+
+def _part_beside(path):
+    """An empty temporary file in the folder of `path`, which is made if needed. Raises UserError where it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, "Is a directory", str(path))
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; name another place") from error
+    os.close(handle)
+    return Path(name)
+
+
+def check_writable(path):
+    """Raises UserError where `path` could not be written, before work is spent on what goes there."""
+    _part_beside(Path(path)).unlink()
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """Yields a temporary path beside `path`, which becomes `path` when the block ends without an error.
+
+    Whatever interrupts the block, `path` is either what it was or complete. Missing folders are made.
+    Raises UserError where the place cannot be written.
+    """
+    path = Path(path)
+    part = _part_beside(path)
+    try:
+        yield part
+        # mkstemp makes files that only their owner reads; what we leave follows the user's umask.
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)
+        with part.open("rb+") as written:
+            os.fsync(written.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_tensors(path, allow=()):
+    """What `torch.save` or safetensors wrote to `path`, on the CPU: tensors, plain types and `allow`ed classes.
+
+    Raises UserError where there is no such file, it is cut off, or it holds anything else (it is not run).
+    """
+    import pickle
+
+    import safetensors
+    import torch
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(list(allow)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is not a checkpoint of tensors, or holds objects that could run code; it was not loaded: "
+            "take the file from its source again, or save its tensors alone"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read ({reason}): it is cut off or no checkpoint; fetch it again") from error

@@ -1,0 +1,269 @@
+"""DiT: diffusion transformers whose layers can run, be reused, or be blended.
+
+A *layer* is one attention or one MLP of one block. Caching is one rule with one word, `compute`:
+
+    True          run the layer (and remember its output where a cache is given),
+    False         use the remembered output,
+    0-d tensor    in [0, 1]: blend both, cached + compute * (fresh - cached). This is router training.
+
+Nothing here knows diffusion or the router. What is remembered is a layer's output before its gate.
+
+Sources: Peebles and Xie 2023, arXiv:2212.09748 (the model); Ma et al. 2024, arXiv:2406.01733 (the rule).
+"""
+
+import math
+from functools import partial
+
+import numpy as np
+import torch
+from timm.layers import Mlp
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Attention
+from torch import nn
+
+
+def compute_or_reuse(layer, compute, cached):
+    """The output (N, T, D) of one layer under the rule at the top of this file.
+
+    layer: a function without arguments that runs it; called unless `compute` is False.
+    cached: what an earlier step remembered, (N, T, D), or None.
+    Raises ValueError where the output is to be reused or blended and nothing was remembered.
+    """
+    if compute is True:
+        return layer()
+    if cached is None:
+        raise ValueError("a layer is to be reused before it ran: the first step of a schedule must run every layer")
+    if compute is False:
+        return cached
+    # lerp is exact at both ends: 0 gives `cached` and 1 gives the fresh output bit for bit.
+    return torch.lerp(cached, layer(), compute)
+
+
+def modulate(x, shift, scale):
+    """x (N, T, D) scaled and shifted by per-sample vectors (N, D)."""
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (N,) -> vectors (N, D): sinusoidal features, then a two-layer MLP."""
+
+    def __init__(self, hidden_size, frequency_embedding_size=256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.frequency_embedding_size = frequency_embedding_size
+
+    @staticmethod
+    def features(t, size, max_period=10000):
+        """Cosines, then sines, of t (N,) at size/2 geometric frequencies -> (N, size), float32; size even."""
+        half = size // 2
+        frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t.float()[:, None] * frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def forward(self, t):
+        return self.mlp(self.features(t, self.frequency_embedding_size).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (N,) -> vectors (N, D). The last row, `num_classes`, is the null class of guidance."""
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__()
+        # Without label dropout there is no guidance, hence no null row (as the released checkpoints).
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def drop(self, labels, generator=None):
+        """Labels (N,) with each replaced by the null class with probability `dropout_prob`."""
+        dropped = torch.rand(labels.shape, device=labels.device, generator=generator) < self.dropout_prob
+        return torch.where(dropped, self.num_classes, labels)
+
+    def forward(self, labels):
+        return self.embedding_table(labels)
+
+
+class DiTBlock(nn.Module):
+    """One transformer block with adaLN-Zero conditioning: an attention layer, then an MLP layer."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, c, compute=(True, True), cached=(None, None)):
+        """x (N, T, D), condition c (N, D) -> x (N, T, D) and the outputs of its layers before their gates.
+
+        compute, cached: for attention and MLP, as in `compute_or_reuse`.
+        """
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        attn = compute_or_reuse(lambda: self.attn(modulate(self.norm1(x), shift_a, scale_a)), compute[0], cached[0])
+        x = torch.addcmul(x, gate_a.unsqueeze(1), attn)
+        mlp = compute_or_reuse(lambda: self.mlp(modulate(self.norm2(x), shift_m, scale_m)), compute[1], cached[1])
+        x = torch.addcmul(x, gate_m.unsqueeze(1), mlp)
+        return x, (attn, mlp)
+
+
+class FinalLayer(nn.Module):
+    """Tokens (N, T, D), condition (N, D) -> patches (N, T, p*p*out_channels)."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """A diffusion transformer over latents (Peebles and Xie 2023, sec. 3).
+
+    input_size: height and width of the latent in cells, a multiple of patch_size.
+    hidden_size: a multiple of num_heads, and of 4 for the fixed positions.
+    Raises ValueError where these do not hold.
+    """
+
+    def __init__(
+        self,
+        input_size=32,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=1152,
+        depth=28,
+        num_heads=16,
+        mlp_ratio=4.0,
+        class_dropout_prob=0.1,
+        num_classes=1000,
+        learn_sigma=True,
+    ):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads {num_heads}")
+        self.in_channels = in_channels
+        self.input_size = input_size
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.patch_size = patch_size
+        self.num_classes = num_classes
+        self.depth = depth
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        # Fixed, but part of the released state dicts, hence a parameter without gradient.
+        self.pos_embed = nn.Parameter(position_table(hidden_size, input_size // patch_size), requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """The published initialisation. Every gate and the output start at 0, so a fresh model outputs exactly 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patches = self.x_embedder.proj.weight
+        nn.init.xavier_uniform_(patches.view(patches.shape[0], -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[k].weight for k in (0, 2))):
+            nn.init.normal_(weight, std=0.02)
+        zero = [block.adaLN_modulation[1] for block in self.blocks]
+        for linear in (*zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def empty_cache(self):
+        """A new cache: for each block the slots [attention, MLP], each None until that layer ran."""
+        return [[None, None] for _ in self.blocks]
+
+    def unpatchify(self, x):
+        """Patches (N, T, p*p*C) -> images (N, C, H, W)."""
+        n, side, p = x.shape[0], self.input_size // self.patch_size, self.patch_size
+        x = x.reshape(n, side, side, p, p, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(n, self.out_channels, side * p, side * p)
+
+    def forward(self, x, t, y, compute=None, cache=None):
+        """Predict noise and variance: x (N, C, H, W), t (N,), y (N,) -> (N, 2C, H, W).
+
+        compute: per block (attention, MLP): True runs the layer, False reuses its cached output,
+                 a 0-d tensor in [0, 1] blends both. None runs everything.
+        cache:   from `empty_cache`; the outputs (N, T, D) that reuse reads and running layers replace.
+                 A blended layer leaves its slot as it was.
+        Raises ValueError where a layer is reused before it ran.
+        Source: Peebles and Xie 2023, sec. 3; Ma et al. 2024, sec. 3.2.
+        """
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D), T = H*W / p**2
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        for l, block in enumerate(self.blocks):
+            run = (True, True) if compute is None else compute[l]
+            x, outputs = block(x, c, run, (None, None) if cache is None else cache[l])
+            if cache is not None:
+                for k in (0, 1):
+                    if run[k] is True:
+                        cache[l][k] = outputs[k]
+        return self.unpatchify(self.final_layer(x, c))  # (N, T, p*p*2C) -> (N, 2C, H, W)
+
+    def forward_with_cfg(self, x, t, y, cfg_scale, compute=None, cache=None):
+        """`forward` with classifier-free guidance on a batch [x, x] with labels [y, null].
+
+        Both halves of the result carry the guided noise; the rest of the channels passes through.
+        Source: Ho and Salimans 2021, eq. 6.
+        """
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y, compute, cache)
+        # Three of four channels: the released samples guide only these.
+        noise, rest = out[:, :3], out[:, 3:]
+        cond, uncond = noise.chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+    def multiply_adds(self):
+        """Multiply-adds of one sample and one step without guidance, as a dict of ints.
+
+        "layer": (attention, MLP) of one block, what reuse saves; "fixed": everything else (embedders,
+        modulation, output). Linear layers, the patch convolution and the two attention products are
+        counted; norms, activations and additions are not.
+        """
+        tokens, d = self.pos_embed.shape[1:]
+        linear = lambda module: module.weight.numel()  # noqa: E731 - multiply-adds a row of its input
+        block = self.blocks[0]
+        attention = tokens * (linear(block.attn.qkv) + linear(block.attn.proj)) + 2 * tokens * tokens * d
+        mlp = tokens * (linear(block.mlp.fc1) + linear(block.mlp.fc2))
+        fixed = (
+            tokens * (linear(self.x_embedder.proj) + linear(self.final_layer.linear))
+            + linear(self.t_embedder.mlp[0])
+            + linear(self.t_embedder.mlp[2])
+            + self.depth * linear(block.adaLN_modulation[1])
+            + linear(self.final_layer.adaLN_modulation[1])
+        )
+        return {"layer": (attention, mlp), "fixed": fixed}
+
+
+def position_table(dim, side):
+    """Fixed 2-D sine-cosine positions of a side x side grid -> float32 (1, side*side, dim); dim a multiple of 4.
+
+    The first half of the features encodes the column, the second the row; each sines, then cosines.
+    """
+    omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
+    row, column = np.divmod(np.arange(side * side), side)
+    halves = [np.outer(axis, omega) for axis in (column, row)]
+    table = np.concatenate([wave(angles) for angles in halves for wave in (np.sin, np.cos)], axis=1)
+    return torch.from_numpy(table).float().unsqueeze(0)
+
+
+# depth, width, heads; each with patches of 2, 4 and 8 latent cells: "DiT-XL/2" and eleven more.
+SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
+DiT_models = {
+    f"DiT-{size}/{patch}": partial(DiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
+    for size, (depth, width, heads) in SIZES.items()
+    for patch in (2, 4, 8)
+}

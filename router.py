@@ -1,0 +1,139 @@
+"""`Router`: the learnable scores over a DiT's layers, and the files they are kept in.
+
+One logit per step and layer, independent of the input; its sigmoid is the layer's score. The scores of a step
+are one `Parameter`, so that the optimizer's state of a step moves only when that step was drawn.
+Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.
+"""
+
+import argparse
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from files import UserError, load_tensors, written_whole
+from schedule import Schedule
+
+
+class Row(nn.Module):
+    """The logits of one step, float32 (2*depth,): attention 0, MLP 0, attention 1, ..."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.prob = nn.Parameter(torch.randn(layers))  # the released files' name; it holds logits
+
+
+class Router(nn.Module):
+    """Scores in (0, 1) for every layer of a DiT of `depth` blocks at each of `steps` sampling steps.
+
+    Logits start from a unit normal, as in the released files.
+    """
+
+    def __init__(self, steps, depth):
+        super().__init__()
+        self.steps, self.depth = steps, depth
+        self.routers = nn.ModuleList(Row(2 * depth) for _ in range(steps))
+
+    def forward(self, i):
+        """The scores of step i, float32 [depth, 2], with their gradient."""
+        return torch.sigmoid(self.routers[i].prob).reshape(self.depth, 2)
+
+    @torch.no_grad()
+    def clamp_(self, limit=5.0):
+        """Logits back into [-limit, limit], where the sigmoid still has a gradient."""
+        for row in self.routers:
+            row.prob.clamp_(-limit, limit)
+
+    @staticmethod
+    def trained_steps(steps):
+        """The steps i that a router of `steps` decides: the even ones that follow an odd one.
+
+        Steps go in pairs from i = steps-1 down; with an odd count the first one executed stays alone, in full.
+        """
+        return range(0, steps - 1, 2)
+
+    @torch.no_grad()
+    def schedule(self, threshold):
+        """The `Schedule` in which a layer of a trained step runs where its score > threshold; other steps are full.
+
+        Raises ValueError where the threshold is outside [0, 1].
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold {threshold} is outside [0, 1]")
+        compute = torch.ones(self.steps, self.depth, 2, dtype=torch.bool)
+        for i in self.trained_steps(self.steps):
+            compute[i] = self(i).cpu() > threshold
+        return Schedule(compute)
+
+    def state(self):
+        """The layout of router files: {"0.prob": float32 (2*depth,), "1.prob": ...}."""
+        return OrderedDict(
+            (f"{i}.prob", row.prob.detach().cpu().clone()) for i, row in enumerate(self.routers)
+        )
+
+    def save(self, path, **extra):
+        """Writes a router file whole or not at all; `extra` ("opt", "args") must be tensors and plain types."""
+        with written_whole(path) as part:
+            torch.save({"routers": self.state(), **extra}, part)
+
+    @classmethod
+    def load(cls, path):
+        """Reads a router file, ours or a released one, without running what is in it, onto the CPU.
+
+        Raises UserError where the file is missing, cut off, or holds something else.
+        """
+        # The released files carry the Namespace of their flags.
+        saved = load_tensors(path, allow=[argparse.Namespace])
+        rows = saved.get("routers") if isinstance(saved, dict) else None
+        if not isinstance(rows, dict) or not rows:
+            raise UserError(f'{path} is not a router file: it has no "routers"; train_router.py writes them')
+        steps = len(rows)
+        names = {f"{i}.prob" for i in range(steps)}
+        sizes = {tuple(row.shape) if isinstance(row, torch.Tensor) else None for row in rows.values()}
+        size = sizes.pop()
+        if set(rows) != names or sizes or size is None or len(size) != 1 or size[0] % 2 or not size[0]:
+            raise UserError(f'{path} is not a router file: "routers" must be 0.prob to {steps - 1}.prob of one even length')
+        if not all(row.isfinite().all() for row in rows.values()):
+            raise UserError(f"{path} holds logits that are not finite: it is damaged, train or fetch it again")
+        router = cls(steps, size[0] // 2)
+        router.routers.load_state_dict({name: row.float() for name, row in rows.items()})
+        return router
+
+    def check_fits(self, path, steps, depth):
+        """Raises UserError where this router, read from `path`, is not one for `steps` steps and `depth` blocks."""
+        if self.steps != steps:
+            raise UserError(
+                f"router {path} has {self.steps} steps, the sampler runs {steps}: "
+                f"pass --num-sampling-steps {self.steps} or a {steps}-step router"
+            )
+        if self.depth != depth:
+            raise UserError(
+                f"router {path} is for {self.depth} blocks, the model has {depth}: pass a router trained on this model"
+            )
+
+
+def router_loss(dit, diffusion, scores, i, x_start, y, noise, threshold=None):
+    """How far the blended model is from the plain one at step i-1, per image: float32 (N,).
+
+    scores: [depth, 2] of step i-1, the only thing that gets a gradient; i: odd step, an int.
+    x_start (N, C, H, W) clean latents, y (N,) labels with the null class where they were dropped, noise like x_start.
+    threshold: None blends by the scores; a number hardens them in the forward pass (straight-through).
+    The model at step i fills the cache and takes one DDIM step; there the plain model teaches the one in which each
+    layer's output is score * fresh + (1 - score) * cached.
+    Raises ValueError where i is no odd step of the diffusion.
+    Source: Ma et al. 2024, sec. 3.3; the mean runs over all 2C output channels.
+    """
+    if not (i % 2 and 0 < i < diffusion.steps):
+        raise ValueError(f"router training starts from odd steps below {diffusion.steps}, not from {i}")
+    timesteps = torch.as_tensor(diffusion.timestep_map[[i - 1, i]], device=y.device)
+    before, at = (t.expand(len(y)) for t in timesteps)
+    cache = dit.empty_cache()
+    with torch.no_grad():
+        x = diffusion.q_sample(x_start, i, noise)
+        x = diffusion.ddim_step(dit(x, at, y, cache=cache), x, i)
+        teacher = dit(x, before, y)
+    if threshold is not None:
+        # The parenthesis is exactly 0: hard values forward, the gradient of the scores backward.
+        scores = (scores > threshold).float() + (scores - scores.detach())
+    student = dit(x, before, y, [row.unbind() for row in scores.unbind()], cache)
+    return (teacher - student).square().flatten(1).mean(1)

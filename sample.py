@@ -1,0 +1,147 @@
+"""Sample a picture from a DiT, with or without a router that lets layers reuse their last output, and time it.
+
+    python sample.py --model DiT-XL/2 --num-sampling-steps 20 --ddim-sample \\
+        --accelerate-method dynamiclayer --path ckpt/DDIM20_router.pt --thres 0.1
+    python sample.py --ckpt ckpt/fashion_mnist --num-sampling-steps 20 --ddim-sample \\
+        --accelerate-method dynamiclayer --path ckpt/fashion_mnist/DDIM20_router.pt --compare
+
+The time is that of the diffusion loop: without loading, without decoding.
+"""
+
+import cli
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(description="Sample a picture from a DiT, with or without a router, and time it.")
+    parser.add_argument("--model", default="DiT-XL/2", help="size and patch, as DiT-XL/2; not used with a model folder")
+    parser.add_argument("--vae", choices=["ema", "mse"], default="mse", help="released VAE; not used with a model folder")
+    parser.add_argument("--image-size", type=int, choices=[256, 512], default=256, help="pixels a side; not used with a model folder")
+    parser.add_argument("--num-classes", type=cli.positive, default=1000, help="classes of the model; not used with a model folder")
+    parser.add_argument("--cfg-scale", type=float, help="guidance, 1 is none; without it 4.0, or what a model folder recommends")
+    parser.add_argument("--num-sampling-steps", type=cli.positive, default=250, help="denoising steps, at most 1000")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--ckpt", help=".pt or .safetensors of weights, or a model folder; without it the released weights are fetched")
+    parser.add_argument("--accelerate-method", choices=["dynamiclayer"], help="dynamiclayer: skip what the router of --path says")
+    parser.add_argument("--path", help="router file; a released one that is not there is fetched")
+    parser.add_argument("--thres", type=cli.fraction, default=0.1, help="layers whose score is at most this are skipped, 0 to 1")
+    sampler = parser.add_mutually_exclusive_group()
+    sampler.add_argument("--ddim-sample", action="store_true", help="DDIM, eta 0; this is also meant without a sampler flag")
+    sampler.add_argument("--p-sample", action="store_true", help="ancestral sampling (DDPM)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
+    parser.add_argument("--out", help="picture to write; without it Sample_NFE{n}_Method_{method}.png")
+    parser.add_argument("--class-labels", type=int, nargs="+", metavar="LABEL", help="classes to sample, one image each; without it eight of ImageNet's, or a small model's all")
+    parser.add_argument("--repeats", type=cli.positive, default=5, help="timed runs after a warm-up")
+    parser.add_argument("--compare", action="store_true", help="also sample without the router, in turn, from the same noise; the picture shows those above")
+    parser.add_argument("--random-weights", action="store_true", help="weights drawn from the seed: for timing only, no picture")
+    args = parser.parse_args(argv)
+    if args.accelerate_method and not args.path:
+        parser.error("--accelerate-method dynamiclayer needs the router file: add --path")
+    if args.path and not args.accelerate_method:
+        parser.error("--path is a router file: add --accelerate-method dynamiclayer to use it")
+    if args.compare and not args.path:
+        parser.error("--compare needs a router to compare with: add --accelerate-method dynamiclayer --path ROUTER")
+    if args.num_sampling_steps > 1000:
+        parser.error(f"--num-sampling-steps {args.num_sampling_steps}: the models were trained with 1000 steps, ask for at most these")
+    if args.random_weights and args.ckpt and args.ckpt.endswith((".pt", ".safetensors")):
+        parser.error("--random-weights draws the weights: leave out --ckpt, or name a model folder")
+    return args
+
+
+def main(args):
+    import statistics
+    import time
+    from functools import partial
+
+    import torch
+    from tqdm import tqdm
+
+    import download
+    import sampling
+    from diffusion import create_diffusion
+    from files import check_writable
+    from router import Router
+    from schedule import Schedule
+
+    # What can be refused is refused before the weights are read.
+    device = sampling.pick_device(args.device)
+    spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+    labels = args.class_labels or spec.default_labels
+    sampling.check_labels(labels, spec.num_classes)
+    out = args.out or f"Sample_NFE{args.num_sampling_steps}_Method_{args.accelerate_method or 'full'}.png"
+    sampling.picture_format(out)
+    check_writable(out)
+    router = Router.load(download.find(args.path)) if args.path else None
+    if not (args.ddim_sample or args.p_sample):
+        print("Neither --ddim-sample nor --p-sample: DDIM is meant")
+    # As published; has no effect on a CPU.
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+    if args.random_weights:
+        print(f"Random weights from seed {args.seed}: the times are meant, there will be no picture")
+    dit = sampling.load_dit(spec, device, args.seed if args.random_weights else None)
+    schedule = None
+    if router:
+        router.check_fits(args.path, args.num_sampling_steps, dit.depth)
+        schedule = router.schedule(args.thres)
+        print(sampling.describe_schedule(schedule, dit.multiply_adds()))
+    vae = None if args.random_weights else sampling.load_vae(spec, device)
+
+    diffusion = create_diffusion(args.num_sampling_steps)
+    cfg_scale = spec.cfg_scale if args.cfg_scale is None else args.cfg_scale
+    generator = torch.Generator().manual_seed(args.seed)  # on the CPU: the same noise on every device
+    z = torch.randn(len(labels), dit.in_channels, dit.input_size, dit.input_size, generator=generator).to(device)
+    y = torch.tensor(labels, device=device)
+
+    progress = partial(tqdm, leave=False, disable=None)
+
+    def sample(schedule):
+        """Latents and the seconds of their loop."""
+        # The ancestral noise continues the stream of the seed, and is the same in every repeat.
+        noise = torch.Generator(device).manual_seed(args.seed + 1)
+        sampling.synchronize(device)
+        start = time.perf_counter()
+        latents = sampling.sample_latents(dit, diffusion, z, y, cfg_scale, schedule, args.p_sample, noise, progress)
+        sampling.synchronize(device)
+        return latents, time.perf_counter() - start
+
+    runs = {"full": None, "router": schedule} if args.compare else {"router" if router else "full": schedule}
+    latents, times = {}, {name: [] for name in runs}
+    for repeat in range(args.repeats + 1):
+        for name, plan in runs.items():  # in turn, so that a machine that slows down slows both
+            latents[name], seconds = sample(plan)
+            if repeat:  # the first run warms up
+                times[name].append(seconds)
+    for name in runs:
+        spread = statistics.stdev(times[name]) if args.repeats > 1 else 0.0
+        label = f" ({name})" if args.compare else ""
+        print(f"Sampling time: {statistics.mean(times[name]):.3f}±{spread:.3f}{label}")
+
+    images = {} if args.random_weights else {name: sampling.decode(vae, latents[name]) for name in runs}
+    if args.compare:
+        costs = dit.multiply_adds()
+        bound = schedule.speedup_bound(costs)
+        # Neighbouring runs share the state of the machine: the median of their ratios.
+        ratio = statistics.median(full / router for full, router in zip(times["full"], times["router"]))
+        print(f"Speed-up: {ratio:.3f}, {ratio / bound:.1%} of the bound {bound:.3f}")
+        batch = len(labels) * (1 if cfg_scale == 1.0 else 2)
+        plans = {"full": Schedule.full(schedule.steps, schedule.depth), "router": schedule}
+        rates = [batch * plans[name].multiply_adds(costs).sum().item() / statistics.mean(times[name]) for name in runs]
+        plain = sampling.matmul_rate(dit, batch)
+        print(
+            f"G multiply-adds/s: {rates[0] / 1e9:.1f} full, {rates[1] / 1e9:.1f} router; "
+            f"plain matrix products of these shapes {plain / 1e9:.1f}"
+        )
+        if images:
+            print(f"PSNR of the images with and without the router: {sampling.psnr(images['router'], images['full'], 255):.2f} dB")
+        else:
+            full, cached = latents["full"], latents["router"]
+            difference = sampling.psnr(cached, full, (full.max() - full.min()).item())
+            print(f"PSNR of the latents with and without the router: {difference:.2f} dB")
+    if images:
+        columns = len(labels) if args.compare else 4 if len(labels) <= 8 else 10
+        sampling.save_picture(torch.cat(list(images.values())), out, columns)
+        print(f"Picture: {out}" + (" (above without the router, below with it)" if args.compare else ""))
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

@@ -1,0 +1,294 @@
+"""What the programs share: a model and its VAE, the guidance batch, sampling latents, pixels."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import download
+from files import UserError, load_tensors, written_whole
+from models import DiT, DiT_models
+from schedule import Schedule
+
+# Golden retriever, balloon, panda and other classes that the published pictures show.
+IMAGENET_LABELS = (207, 992, 387, 974, 142, 979, 417, 279)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything about a model but its weights.
+
+    config: arguments of `DiT`, or () for a name of `DiT_models`; folder: a model folder, or None.
+    cfg_scale: recommended guidance; horizontal_flip: whether mirrored images are images too.
+    """
+
+    name: str
+    config: dict
+    image_size: int
+    vae: str
+    class_names: tuple | None = None
+    cfg_scale: float = 4.0
+    horizontal_flip: bool = True
+    weights: str | None = None
+
+    @property
+    def num_classes(self):
+        return self.config["num_classes"]
+
+    @property
+    def default_labels(self):
+        """What a picture shows where no labels are asked for: eight of ImageNet's classes, all of a small set's."""
+        fit = max(IMAGENET_LABELS) < self.num_classes
+        return list(IMAGENET_LABELS) if fit else list(range(min(self.num_classes, 10)))
+
+
+def model_spec(model="DiT-XL/2", image_size=256, num_classes=1000, vae="mse", ckpt=None):
+    """The `ModelSpec` of a model folder, where ckpt is one, else of the registered name.
+
+    ckpt: a folder, a .pt or .safetensors file, or None for the released weights.
+    Raises UserError where the folder is incomplete, or there are no released weights for this model.
+    """
+    if ckpt is not None and Path(ckpt).is_dir():
+        return _folder_spec(Path(ckpt))
+    if model not in DiT_models:
+        raise UserError(f"unknown model {model!r}: choose one of {', '.join(DiT_models)}, or a model folder with --ckpt")
+    if ckpt is None:
+        if (model, image_size, num_classes) not in [("DiT-XL/2", 256, 1000), ("DiT-XL/2", 512, 1000)]:
+            raise UserError(
+                f"there are no released weights for {model} at {image_size} with {num_classes} classes, only for "
+                "DiT-XL/2 at 256 and 512 with 1000: pass --ckpt with weights of your own"
+            )
+        ckpt = f"DiT-XL-2-{image_size}x{image_size}.pt"
+    # The VAEs of the released models have eight pixels to a latent cell.
+    config = {"input_size": image_size // 8, "num_classes": num_classes}
+    return ModelSpec(model, config, image_size, vae, weights=str(ckpt))
+
+
+def _folder_spec(folder):
+    missing = [name for name in ("config.json", "dit.safetensors") if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is not a model folder: it has no {' and no '.join(missing)}")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return ModelSpec(
+            name=folder.resolve().name,
+            config={"num_classes": 1000, **config["model"]},
+            image_size=int(config["image_size"]),
+            vae=str(folder / config["vae"]),
+            class_names=tuple(config["class_names"]) if config.get("class_names") else None,
+            cfg_scale=float(config.get("cfg_scale", 4.0)),
+            horizontal_flip=bool(config.get("horizontal_flip", True)),
+            weights=str(folder / "dit.safetensors"),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'{folder / "config.json"} cannot be used ({type(error).__name__}: {error}): it needs "model" (arguments '
+            'of DiT), "image_size" and "vae"; ckpt/fashion_mnist/config.json is an example'
+        ) from error
+
+
+def load_dit(spec, device, random_seed=None):
+    """The frozen DiT of a spec in eval mode, float32, on `device`.
+
+    random_seed: an int draws all weights from it instead of reading any (a fresh DiT would output exactly 0).
+    Raises UserError where the weights are missing, damaged, or of another model.
+    """
+    build = DiT if spec.name not in DiT_models else DiT_models[spec.name]
+    try:
+        with torch.device("meta"):
+            dit = build(**spec.config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model {spec.name}: {error}") from error
+    if random_seed is not None:
+        dit = dit.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(random_seed)
+        with torch.no_grad():
+            for parameter in dit.parameters():
+                parameter.normal_(std=0.02, generator=generator)
+    else:
+        state = {name: value.float() for name, value in download.find_model(spec.weights).items()}
+        expected = {name: value.shape for name, value in dit.state_dict().items()}
+        wrong = sorted(
+            name for name in expected.keys() | state.keys()
+            if name not in state or name not in expected or state[name].shape != expected[name]
+        )
+        if wrong:
+            raise UserError(
+                f"{spec.weights} does not fit model {spec.name} with {spec.config}: {len(wrong)} of {len(expected)} "
+                f"tensors are missing, unknown or of another shape, {wrong[0]} first; check --model, --image-size "
+                "and --num-classes"
+            )
+        dit.load_state_dict(state, assign=True)
+    return dit.requires_grad_(False).eval().to(device)
+
+
+def load_vae(spec, device):
+    """The frozen AutoencoderKL of a spec, float32, on `device`; "ema" and "mse" are the released ones.
+
+    Raises UserError where its folder is missing or damaged.
+    """
+    from diffusers import AutoencoderKL
+
+    folder = download.fetch_vae(spec.vae) if spec.vae in ("ema", "mse") else Path(spec.vae)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: a VAE folder is what diffusers' save_pretrained writes")
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"the VAE in {folder} cannot be read: {error}") from error
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def pick_device(name):
+    """torch.device of "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1". Raises UserError where it is absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; pass --device cpu") from error
+    return device
+
+
+def check_labels(labels, num_classes):
+    """Raises UserError where a label is outside 0 ... num_classes-1."""
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise UserError(f"class label {label} is out of range: the model has classes 0 to {num_classes - 1}")
+
+
+def make_denoiser(dit, diffusion, y, cfg_scale, schedule=None):
+    """A function (x, i) -> model output for the loops of `diffusion`, with a cache of its own.
+
+    y: labels (N,); x is then (2N, C, H, W), both halves alike, or (N, C, H, W) where cfg_scale is 1.
+    schedule: which layers run; None runs everything and remembers nothing. Each trajectory needs a new denoiser.
+    Raises ValueError where the schedule's steps or depth are not those of the sampler and the model.
+    """
+    if schedule is not None and (schedule.steps, schedule.depth) != (diffusion.steps, dit.depth):
+        raise ValueError(
+            f"the schedule is for {schedule.steps} steps and {schedule.depth} blocks, "
+            f"the sampler runs {diffusion.steps} steps of {dit.depth} blocks"
+        )
+    rows = [None] * diffusion.steps if schedule is None else schedule.rows()
+    cache = None if schedule is None else dit.empty_cache()
+    if cfg_scale != 1.0:
+        y = torch.cat([y, torch.full_like(y, dit.num_classes)])
+    # All that the loop needs is on the device before it starts.
+    timesteps = torch.as_tensor(diffusion.timestep_map, device=y.device)[:, None].expand(-1, len(y))
+
+    def denoise(x, i):
+        if cfg_scale == 1.0:
+            return dit(x, timesteps[i], y, rows[i], cache)
+        return dit.forward_with_cfg(x, timesteps[i], y, cfg_scale, rows[i], cache)
+
+    return denoise
+
+
+@torch.inference_mode()
+def sample_latents(dit, diffusion, z, y, cfg_scale, schedule=None, ancestral=False, generator=None, progress=None):
+    """Latents (N, C, H, W) sampled from noise z (N, C, H, W) for labels y (N,), on their device.
+
+    cfg_scale: guidance; 1 means none, and then the batch is not doubled.
+    ancestral: DDPM instead of DDIM, its noise from `generator`.
+    schedule, progress: as in `make_denoiser` and `GaussianDiffusion.ddim_loop`.
+    """
+    denoise = make_denoiser(dit, diffusion, y, cfg_scale, schedule)
+    x = z if cfg_scale == 1.0 else torch.cat([z, z])
+    loop = diffusion.ancestral_loop if ancestral else diffusion.ddim_loop
+    return loop(denoise, x, generator=generator, progress=progress)[: len(z)]
+
+
+@torch.inference_mode()
+def decode(vae, latents, batch_size=32):
+    """Latents (N, C, H, W) -> uint8 images (N, H, W, 3) on the CPU, `batch_size` at a time."""
+    parts = [vae.decode(part / vae.config.scaling_factor).sample for part in latents.split(batch_size)]
+    pixels = torch.cat([((part + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu() for part in parts])
+    return pixels.permute(0, 2, 3, 1).contiguous()
+
+
+def psnr(a, b, peak):
+    """Peak signal-to-noise ratio of two tensors of one shape in dB; inf where they are equal."""
+    return (10 * torch.log10(peak**2 / (a.double() - b.double()).square().mean())).item()
+
+
+def save_picture(images, path, columns):
+    """Writes uint8 images (N, H, W, 3) as a grid, whole or not at all; small ones enlarged so that one can see them.
+
+    Raises UserError where the place cannot be written or the file's ending names no picture format.
+    """
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    zoom = max(1, 96 // images.shape[1])
+    images = images.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).permute(0, 3, 1, 2)
+    grid = make_grid(images, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+    with written_whole(path) as part:
+        Image.fromarray(grid).save(part, format=picture_format(path))
+
+
+def picture_format(path):
+    """Pillow's name of the format of `path`, by its ending. Raises UserError where there is none."""
+    from PIL import Image
+
+    name = Image.registered_extensions().get(Path(path).suffix.lower())
+    if name not in Image.SAVE:
+        raise UserError(f"{path} does not end in a picture format that can be written: use .png")
+    return name
+
+
+def describe_schedule(schedule, costs):
+    """A table of what runs: a line per kind of step with its layers and multiply-adds, then the share and the bound."""
+    compute, work = schedule.compute, schedule.multiply_adds(costs)
+    kinds = {}
+    for i in range(schedule.steps - 1, -1, -1):
+        kinds.setdefault(tuple(compute[i].flatten().tolist()), []).append(i)
+    lines = [f"{'attention':>9} {'MLP':>7} {'G multiply-adds':>16} {'of full':>8}  steps (the sampler counts down)"]
+    full = work.max().item()
+    for steps in kinds.values():
+        attention, mlp = compute[steps[0]].sum(0).tolist()
+        lines.append(
+            f"{attention:>6}/{schedule.depth} {mlp:>4}/{schedule.depth} {work[steps[0]] / 1e9:>16.4g} "
+            f"{work[steps[0]] / full:>8.1%}  {' '.join(map(str, steps))}"
+        )
+    lines.append(
+        f"cached {schedule.cached_share():.1%} of all layers; {work.sum() / 1e9:.4g} of "
+        f"{full * schedule.steps / 1e9:.4g} G multiply-adds an image, so the speed-up is at most "
+        f"{schedule.speedup_bound(costs):.3f}"
+    )
+    return "\n".join(lines)
+
+
+def synchronize(device):
+    """Waits for the work of a CUDA device; nothing to wait for elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def matmul_rate(dit, samples, seconds=1.0):
+    """Multiply-adds per second of plain float32 matrix products of the block's own shapes, for `samples` in a batch.
+
+    The four linear layers of a block in turn, preallocated, on the device of `dit`: what a perfect loop could reach.
+    """
+    block = dit.blocks[0]
+    device = dit.pos_embed.device
+    rows = samples * dit.pos_embed.shape[1]
+    weights = [linear.weight for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
+    inputs = [torch.randn(rows, weight.shape[1], device=device) for weight in weights]
+    outputs = [torch.empty(rows, weight.shape[0], device=device) for weight in weights]
+
+    def once():
+        for x, weight, out in zip(inputs, weights, outputs):
+            torch.mm(x, weight.t(), out=out)
+
+    once()
+    synchronize(device)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        once()
+        synchronize(device)
+        count += 1
+    return count * rows * sum(weight.numel() for weight in weights) / (time.perf_counter() - start)

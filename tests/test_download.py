@@ -1,0 +1,545 @@
+import argparse
+import hashlib
+import http.server
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import download
+from files import UserError
+
+CONTENT = b"weights " * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+# Written down here a second time, from downloads.md.
+SIZES = {
+    "DiT-XL-2-256x256.pt": [2700611775],
+    "DiT-XL-2-512x512.pt": [None],
+    "DDIM20_router.pt": [24064],
+    "DDIM50_router.pt": [58744],
+    "sd-vae-ft-ema": [547, 334643276],
+    "sd-vae-ft-mse": [547, 334643276],
+    "classify_image_graph_def.pb": [95673916],
+    "VIRTUAL_imagenet256_labeled.npz": [2037122530],
+    "VIRTUAL_imagenet512.npz": [None],
+}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """/right, /wrong (same size, other bytes), /cut (half of it), /long and /unsized; else 404."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        bodies = {"/right": CONTENT, "/wrong": CONTENT[::-1], "/cut": CONTENT[:4000], "/long": CONTENT * 2}
+        body = bodies.get(self.path, CONTENT if self.path == "/unsized" else None)
+        if body is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        if self.path != "/unsized":
+            self.send_header("Content-Length", str(max(len(body), len(CONTENT))))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """Puts one file into the table, its destination below tmp_path; returns a function (url, **fields) -> File."""
+    monkeypatch.setattr(download, "ROOT", tmp_path)
+
+    def put(url, name="model.pt", size=len(CONTENT), sha256=SHA256):
+        file = download.File(name, url, size, sha256, "MIT", "ckpt")
+        monkeypatch.setattr(download, "FILES", (file,))
+        return file
+
+    return put
+
+
+def everything_in(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def refused(call, *args, **kwargs):
+    """The message of the UserError that the call raises."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+# The table.
+
+
+def test_the_table_has_the_known_sizes():
+    assert {name: [f.size for f in download.FILES if f.name == name] for name in download.names()} == SIZES
+
+
+def test_every_known_hash_is_64_hex_digits_and_every_size_comes_with_one():
+    for file in download.FILES:
+        assert (file.size is None) == (file.sha256 is None)
+        assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)
+
+
+def test_every_file_has_its_own_place_a_licence_and_a_url_that_ends_in_its_name():
+    assert len({file.path for file in download.FILES}) == len(download.FILES)
+    for file in download.FILES:
+        assert file.licence
+        assert file.url.startswith("https://") and file.url.endswith("/" + file.path.name)
+
+
+def test_destinations_are_in_the_repository_and_vaes_in_the_cache_of_the_hub():
+    here = {str(file.path.relative_to(download.ROOT)) for file in download.FILES if not file.hub}
+    assert {"pretrained_models/DiT-XL-2-256x256.pt", "ckpt/DDIM20_router.pt"} <= here
+    for file in download.FILES:
+        if file.hub:
+            assert re.fullmatch("[0-9a-f]{40}", file.hub[1])
+            assert file.hub[1] in file.url
+
+
+# Fetching.
+
+
+def test_an_absent_file_is_fetched_and_then_used_without_asking_again(server, table, tmp_path):
+    table(server.address + "/right")
+    path = download.fetch("model.pt")
+    assert path == tmp_path / "ckpt" / "model.pt"
+    assert path.read_bytes() == CONTENT
+    assert download.fetch("model.pt") == path
+    assert server.asked == ["/right"]
+    assert everything_in(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        ("/wrong", "SHA-256 " + hashlib.sha256(CONTENT[::-1]).hexdigest()),
+        ("/cut", "4000 bytes came where 8000 belong|IncompleteRead"),
+        ("/long", "offers 16000 bytes"),
+        ("/nowhere", "404"),
+    ],
+)
+def test_what_is_not_the_file_leaves_nothing_and_names_url_reason_and_place(server, table, tmp_path, page, reason):
+    table(server.address + page)
+    message = refused(download.fetch, "model.pt")
+    assert server.address + page in message and str(tmp_path / "ckpt" / "model.pt") in message
+    assert re.search(reason, message)
+    assert everything_in(tmp_path) == []
+
+
+def test_a_body_without_stated_length_is_still_checked_by_the_table(server, table):
+    table(server.address + "/unsized")
+    assert download.fetch("model.pt").read_bytes() == CONTENT
+
+
+def test_a_refused_connection_is_a_fault_of_the_network_and_not_of_the_disk(table, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.socket() as closed:  # bound but not listening, so nobody else gets the port
+        closed.bind(("127.0.0.1", 0))
+        table(f"http://127.0.0.1:{closed.getsockname()[1]}/right")
+        message = refused(download.fetch, "model.pt")
+    assert message.startswith("cannot fetch http://127.0.0.1") and "refused" in message
+    assert everything_in(tmp_path) == []
+
+
+def test_a_silent_server_is_given_up(table, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        table(f"http://127.0.0.1:{silent.getsockname()[1]}/right")
+        assert "timed out" in refused(download.fetch, "model.pt")
+    assert everything_in(tmp_path) == []
+
+
+def test_a_fault_of_the_disk_is_not_called_one_of_the_network(server, table, tmp_path):
+    table(server.address + "/right")
+    (tmp_path / "ckpt").write_text("a file where the folder should be")
+    assert refused(download.fetch, "model.pt").startswith("cannot write")
+    assert server.asked == []
+
+
+def test_a_name_that_is_not_in_the_table_is_refused_with_the_names(table):
+    table("http://unused/")
+    assert "model.pt" in refused(download.fetch, "other.pt")
+
+
+# Files that are there.
+
+
+@pytest.mark.parametrize("present", [b"short", CONTENT[::-1]], ids=["size", "hash"])
+def test_a_wrong_file_that_is_there_is_refused_and_kept(server, table, tmp_path, present):
+    file = table(server.address + "/right")
+    file.path.parent.mkdir()
+    file.path.write_bytes(present)
+    message = refused(download.fetch, "model.pt")
+    assert str(file.path) in message and "move" in message
+    assert file.path.read_bytes() == present
+    assert everything_in(tmp_path) == ["model.pt"] and server.asked == []
+
+
+def test_a_folder_or_a_link_to_nowhere_in_its_place_is_refused_and_kept(server, table, tmp_path):
+    file = table(server.address + "/right")
+    file.path.mkdir(parents=True)
+    assert "not a file" in refused(download.fetch, "model.pt")
+    file.path.rmdir()
+    file.path.symlink_to(tmp_path / "elsewhere")
+    assert "not a file" in refused(download.fetch, "model.pt")
+    assert file.path.is_symlink() and server.asked == []
+
+
+def test_a_wrong_file_that_appears_while_we_fetch_is_kept(server, table, monkeypatch):
+    file = table(server.address + "/right")
+    stream = download._stream
+
+    def meanwhile(file, part):
+        file.path.write_bytes(b"the user's")
+        return stream(file, part)
+
+    monkeypatch.setattr(download, "_stream", meanwhile)
+    assert "move" in refused(download.fetch, "model.pt")
+    assert file.path.read_bytes() == b"the user's"
+    assert everything_in(file.path.parent) == ["model.pt"]
+
+
+def test_large_files_are_hashed_only_when_asked(table, monkeypatch):
+    file = table("http://unused/")
+    file.path.parent.mkdir()
+    file.path.write_bytes(CONTENT[::-1])
+    monkeypatch.setattr(download, "HASHED_AT_EACH_USE", len(CONTENT) - 1)
+    assert download.check(file) is None
+    assert SHA256 in refused(download.check, file, hashed=True)
+
+
+# Files whose hash nobody published.
+
+
+def test_without_a_published_hash_the_first_one_is_kept_and_said(server, table, tmp_path, capsys):
+    file = table(server.address + "/right", size=None, sha256=None)
+    download.fetch("model.pt")
+    assert everything_in(tmp_path) == ["model.pt", "model.pt.sha256"]
+    assert file.remembered.read_text() == f"{SHA256}  model.pt\n"
+    assert SHA256 in capsys.readouterr().out
+    assert download.check(file) == SHA256
+
+
+def test_a_kept_hash_is_compared_with_the_file_and_with_the_next_fetch(server, table):
+    file = table(server.address + "/right", size=None, sha256=None)
+    path = download.fetch("model.pt")
+    path.write_bytes(CONTENT[::-1])
+    assert str(file.remembered) in refused(download.fetch, "model.pt")
+    path.unlink()
+    table(server.address + "/wrong", size=None, sha256=None)
+    assert f"move {file.remembered} away" in refused(download.fetch, "model.pt")
+    assert everything_in(path.parent) == ["model.pt.sha256"]
+
+
+def test_a_kept_hash_that_is_none_is_refused(server, table):
+    file = table(server.address + "/right", size=None, sha256=None)
+    file.path.parent.mkdir()
+    file.remembered.write_text("nonsense")
+    assert "64 hex digits" in refused(download.fetch, "model.pt")
+
+
+@pytest.mark.parametrize(("page", "reason"), [("/unsized", "how large"), ("/cut", "4000 bytes came|IncompleteRead")])
+def test_without_a_known_size_a_cut_is_still_seen(server, table, tmp_path, page, reason):
+    table(server.address + page, size=None, sha256=None)
+    assert re.search(reason, refused(download.fetch, "model.pt"))
+    assert everything_in(tmp_path) == []
+
+
+# The VAEs.
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A small VAE in the table, and a client that "fetches" hub.sends[file name] (bytes, or an error to raise)."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    config, repo, revision = b"{}", "stabilityai/sd-vae-ft-ema", "a" * 40
+    contents = {"config.json": config, "weights.safetensors": CONTENT}
+    monkeypatch.setattr(
+        download,
+        "FILES",
+        tuple(
+            download.File(
+                "sd-vae-ft-ema",
+                f"https://hub/{name}",
+                len(content),
+                hashlib.sha256(content).hexdigest(),
+                "MIT",
+                hub=(repo, revision, name),
+            )
+            for name, content in contents.items()
+        ),
+    )
+
+    def hf_hub_download(repo_id, filename, *, revision):
+        hub.asked.append((repo_id, filename, revision))
+        if isinstance(hub.sends[filename], Exception):
+            raise hub.sends[filename]
+        path = tmp_path / "models--stabilityai--sd-vae-ft-ema" / "snapshots" / revision / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(hub.sends[filename])
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    hub = argparse.Namespace(sends=dict(contents), asked=[])
+    return hub
+
+
+def test_a_vae_is_a_folder_with_both_files_of_the_pinned_revision(hub):
+    folder = download.fetch_vae("ema")
+    assert everything_in(folder) == ["config.json", "weights.safetensors"]
+    repo, revision = "stabilityai/sd-vae-ft-ema", "a" * 40
+    assert hub.asked == [(repo, "config.json", revision), (repo, "weights.safetensors", revision)]
+    assert download.fetch_vae("ema") == folder and len(hub.asked) == 2
+
+
+def test_a_wrong_vae_is_refused_this_time_and_the_next(hub, tmp_path):
+    hub.sends["weights.safetensors"] = CONTENT[::-1]
+    for _ in range(2):
+        message = refused(download.fetch_vae, "ema")
+        assert SHA256 in message
+        # Moving the snapshot's link alone would bring back the same content from the cache.
+        assert f"move {tmp_path / 'models--stabilityai--sd-vae-ft-ema'} away" in message
+
+
+def test_the_hub_out_of_reach_is_one_line_with_url_and_place(hub, tmp_path):
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    for cause in (OfflineModeIsEnabled("offline mode is enabled"), RuntimeError("transport\nand more")):
+        error = LocalEntryNotFoundError("not in the cache")
+        error.__cause__ = cause
+        hub.sends["config.json"] = error
+        message = refused(download.fetch_vae, "ema")
+        place = tmp_path / "models--stabilityai--sd-vae-ft-ema" / "snapshots" / ("a" * 40) / "config.json"
+        assert message.startswith(f"cannot fetch https://hub/config.json ({str(cause).splitlines()[0]})")
+        assert message.endswith(f"put it at {place}")
+    assert logging.get_verbosity() == before
+
+
+def test_files_put_into_the_cache_by_hand_are_taken_by_the_real_client(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for file in download.FILES:
+        if file.hub:
+            file.path.parent.mkdir(parents=True, exist_ok=True)
+            file.path.write_bytes(b"by hand")
+            repo, revision, filename = file.hub
+            assert huggingface_hub.hf_hub_download(repo, filename, revision=revision) == str(file.path)
+
+
+def test_an_unknown_kind_of_vae_is_refused():
+    assert "sd-vae-ft-mse" in refused(download.fetch_vae, "xl")
+
+
+# A user's path.
+
+
+def test_a_path_that_exists_is_returned_as_it_is(server, table, tmp_path):
+    file = table(server.address + "/right")
+    file.path.parent.mkdir()
+    file.path.write_bytes(b"a router of one's own")
+    assert download.find(str(file.path)) == file.path
+    assert server.asked == []
+
+
+def test_a_missing_file_of_the_table_is_fetched_by_its_place_or_its_bare_name(server, table, tmp_path, monkeypatch):
+    file = table(server.address + "/right")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for here, path in [
+        (tmp_path, "ckpt/model.pt"),
+        (elsewhere, "ckpt/model.pt"),
+        (elsewhere, "../ckpt/model.pt"),
+        (elsewhere, "model.pt"),
+        (elsewhere, file.path),
+    ]:
+        monkeypatch.chdir(here)
+        assert download.find(path) == file.path
+        file.path.unlink()
+    assert len(server.asked) == 5
+
+
+@pytest.mark.parametrize("path", ["other.pt", "ckpt/other.pt", "elsewhere/model.pt", "/model.pt"])
+def test_other_missing_paths_are_refused_and_nothing_is_fetched(server, table, tmp_path, monkeypatch, path):
+    table(server.address + "/right")
+    monkeypatch.chdir(tmp_path)
+    assert refused(download.find, path).startswith(f"no such file: {path}")
+    assert server.asked == [] and everything_in(tmp_path) == []
+
+
+# Models.
+
+STATE = {"x_embedder.weight": torch.arange(6.0).reshape(2, 3), "y": torch.ones(2, dtype=torch.float16)}
+OTHER = {"y": torch.zeros(1)}
+
+
+def same(one, two):
+    return list(one) == list(two) and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        STATE,
+        {"model": OTHER, "ema": STATE, "opt": {"lr": 1e-4}, "args": argparse.Namespace(model="DiT-XL/2")},
+        {"model": STATE},
+        {"model": STATE, "ema": None},
+        {f"module.{key}": value for key, value in STATE.items()},
+        {"ema": {f"module.{key}": value for key, value in STATE.items()}},
+    ],
+    ids=["state dict", "ema", "model", "no ema", "module", "ema with module"],
+)
+def test_find_model_reads(tmp_path, checkpoint):
+    torch.save(checkpoint, tmp_path / "x.pt")
+    assert same(download.find_model(str(tmp_path / "x.pt")), STATE)
+
+
+def test_find_model_reads_safetensors(tmp_path):
+    save_file(STATE, tmp_path / "x.safetensors")
+    assert same(download.find_model(tmp_path / "x.safetensors"), dict(sorted(STATE.items())))
+
+
+def test_find_model_fetches_a_released_name(server, table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(STATE, tmp_path / "content")
+    content = (tmp_path / "content").read_bytes()
+    monkeypatch.setitem(globals(), "CONTENT", content)
+    table(server.address + "/right", size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    assert same(download.find_model("model.pt"), STATE)
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [{}, [torch.ones(1)], torch.ones(1), {"epoch": 3}, {"ema": {}}, {1: torch.ones(1)}, {"model": {"y": "text"}}],
+    ids=str,
+)
+def test_find_model_refuses_what_is_no_state_dict(tmp_path, checkpoint):
+    torch.save(checkpoint, tmp_path / "x.pt")
+    message = refused(download.find_model, tmp_path / "x.pt")
+    assert str(tmp_path / "x.pt") in message and "state_dict()" in message
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_find_model_does_not_run_what_is_in_a_file(tmp_path):
+    torch.save({"ema": STATE, "args": Hostile(tmp_path / "ran")}, tmp_path / "x.pt")
+    assert str(tmp_path / "x.pt") in refused(download.find_model, tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_find_model_refuses_a_file_that_was_cut_off(tmp_path):
+    torch.save(STATE, tmp_path / "x.pt")
+    os.truncate(tmp_path / "x.pt", 700)
+    assert str(tmp_path / "x.pt") in refused(download.find_model, tmp_path / "x.pt")
+
+
+# The program.
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Runs a copy of the program, so that its destinations are below tmp_path, where no address can be reached."""
+    for name in ("download.py", "files.py", "cli.py"):
+        shutil.copy(Path(download.__file__).with_name(name), tmp_path)
+
+    def run(*args):
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
+            environ = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+            environ |= {"https_proxy": proxy, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+            command = [sys.executable, str(tmp_path / "download.py"), *args]
+            return subprocess.run(command, env=environ, cwd=tmp_path.parent, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "file"), [("DDIM20_router.pt",) * 2, ("sd-vae-ft-ema", "config.json")])
+def test_without_a_network_the_program_says_one_line_and_exits_1(program, tmp_path, name, file):
+    done = program(name)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("download.py: error: cannot fetch https://")
+    assert re.search(rf"put it at {re.escape(str(tmp_path))}/.*{re.escape(file)}$", line)
+    assert everything_in(tmp_path / "ckpt") == []
+
+
+def test_an_unknown_name_exits_2_and_lists_the_names(program):
+    done = program("nothing.pt", "DDIM20_router.pt")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert "nothing.pt" in line and all(name in line for name in SIZES)
+
+
+def test_list_shows_every_file_and_whether_it_is_there(program, tmp_path):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "DDIM20_router.pt").write_bytes(bytes(24064))
+    (tmp_path / "ckpt" / "DDIM50_router.pt").write_bytes(b"cut")
+    done = program("--list")
+    assert done.returncode == 0 and done.stderr == ""
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert set(SIZES) < set(rows)
+    assert " yes " in rows["DDIM20_router.pt"] and " wrong " in rows["DDIM50_router.pt"]
+    assert " no " in rows["DiT-XL-2-256x256.pt"] and "CC-BY-NC 4.0" in rows["DiT-XL-2-256x256.pt"]
+
+
+def test_check_hashes_what_is_there_and_exits_1_where_it_is_wrong(program, tmp_path):
+    assert program("--check").returncode == 0
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "DDIM20_router.pt").write_bytes(bytes(24064))
+    done = program("--check")
+    assert done.returncode == 1
+    assert "ckpt/DDIM20_router.pt: wrong" in done.stdout and "DDIM50_router.pt: not there" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert hashlib.sha256(bytes(24064)).hexdigest() in line
+
+
+def test_the_program_fetches_what_is_missing_and_says_how_much(server, table, capsys):
+    table(server.address + "/right")
+    download.main(download.parse_args([]))
+    download.main(download.parse_args(["model.pt", "model.pt"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "to fetch: 1 of 1 files, 8.00 kB"
+    assert lines[-2:] == ["to fetch: 0 of 1 files, 0 B", "model.pt: ckpt/model.pt"]
+    assert server.asked == ["/right"]
+
+
+def test_neither_torch_nor_the_client_of_the_hub_is_loaded_before_the_arguments_are_read():
+    code = "import sys, download; print({'torch', 'huggingface_hub', 'tqdm', 'numpy'} & set(sys.modules))"
+    root = Path(download.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
