@@ -1,11 +1,12 @@
 """Every file that comes from outside: where it is, how large, which SHA-256, under which licence.
 
-    python download.py                          fetches all that is not there yet (about 8 GB)
+    python download.py                          fetches all that is not there yet (8 GB, and one file of unknown size)
     python download.py DiT-XL-2-256x256.pt sd-vae-ft-ema
     python download.py --list                   what is there
     python download.py --check                  hashes all that is there
 
 A file gets its name once its size and SHA-256 are right; until then, and after any fault, nothing is there.
+(The VAEs lie in the cache of the Hugging Face Hub, whose client writes them: checked before use, and refused if wrong.)
 A file that is there and is wrong is refused and left alone: it is the user's.
 
 When a file is used its size is checked, and its SHA-256 too unless it has more than `HASHED_AT_EACH_USE` bytes
@@ -189,7 +190,7 @@ def fetch(name):
     """The Path of a file of the table (of a VAE, its folder), fetched where it is missing, checked as said above.
 
     Raises UserError where the name is unknown, the file cannot be fetched, what came is not the file of the table
-    (nothing is left of it), or a file that was there is not (it is left alone).
+    (nothing is left of it outside the Hub's cache), or a file that was there is not (it is left alone).
     """
     paths = [_fetch_from_hub(file) if file.hub else _fetch_from_url(file) for file in _files(name)]
     return paths[0] if len(paths) == 1 else paths[0].parent
@@ -213,11 +214,13 @@ def check(file, hashed=False):
             raise UserError(f"{path} has {size} bytes, the released file has {file.size}: {way_out}")
         if size > HASHED_AT_EACH_USE and not hashed:
             return None
+        digest = hashlib.sha256()
         with path.open("rb") as opened:
-            actual = hashlib.file_digest(opened, "sha256").hexdigest()
+            while block := opened.read(BLOCK):
+                digest.update(block)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; make it readable, or move it away") from error
-    expected = _expected_sha256(file)
+    actual, expected = digest.hexdigest(), _expected_sha256(file)
     if expected not in (None, actual):
         source = "the released file has" if file.sha256 else f"{file.remembered} says"
         raise UserError(f"{path} has SHA-256 {actual}, {source} {expected}: {way_out}")
@@ -341,7 +344,7 @@ def _stream(file, part):
 
 @contextlib.contextmanager
 def _network(file):
-    """Turns faults of the network, and only those, into a UserError: `written_whole` takes an OSError for the disk's."""
+    """Turns faults of the network into a UserError, before `written_whole` takes an OSError for one of the disk."""
     try:
         yield
     except (OSError, http.client.HTTPException) as error:

@@ -1,0 +1,80 @@
+"""Train the judge of the shipped model's samples: a small convolutional classifier of Fashion-MNIST images.
+
+    python demo/train_classifier.py            # writes demo/work/classifier.safetensors; minutes on a laptop
+
+It never sees a generated image. Stopped at any time, the same command continues.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli  # noqa: E402
+
+WEIGHTS = Path(__file__).resolve().parent / "work" / "classifier.safetensors"
+
+
+def parse_args(argv=None):
+    from training import add_arguments
+
+    parser = cli.ArgumentParser(description="Train the classifier that judges samples of the Fashion-MNIST model.")
+    add_arguments(parser, name="classifier", steps=3000)
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="weights to write")
+    return parser.parse_args(argv)
+
+
+def build_classifier():
+    """Images float32 (N, 3, 32, 32) in [-1, 1] -> logits (N, 10)."""
+    from torch import nn
+
+    def stage(inputs, outputs):
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+
+    return nn.Sequential(
+        *stage(3, 32), *stage(32, 64), *stage(64, 128), nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, 10)
+    )
+
+
+def accuracy(classifier, images, labels, device):
+    """Share of uint8 images (M, 3, 32, 32) put in their class."""
+    import torch
+
+    from training import normalise
+
+    with torch.no_grad():
+        guesses = torch.cat([classifier(normalise(part).to(device)).argmax(1).cpu() for part in images.split(500)])
+    return (guesses == labels).float().mean().item()
+
+
+def main(args):
+    import torch
+    from safetensors.torch import save_file
+
+    from files import written_whole
+    from training import load_split, normalise, train
+
+    images, labels = load_split(args.data, "train")
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    classifier = build_classifier().to(args.device)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.lr, weight_decay=1e-2)
+
+    def update():
+        index = torch.randint(len(images), (args.batch_size,), generator=generator)
+        x = normalise(images[index]).to(args.device)
+        # Shifts of up to two pixels: the only augmentation.
+        shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        return torch.nn.functional.cross_entropy(classifier(x.roll(shift, (2, 3))), labels[index].to(args.device))
+
+    loss = train(args, update, optimizer, generator, classifier=classifier)
+    classifier.eval()
+    with written_whole(args.out) as part:
+        save_file(classifier.state_dict(), part)
+    share = accuracy(classifier, *load_split(args.data, "test"), args.device)
+    print(f"final loss {loss}, accuracy on the test images {share:.2%}")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

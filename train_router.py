@@ -1,0 +1,232 @@
+"""Train a router: for every step of a sampler, which layers of a frozen DiT may reuse their last output.
+
+    torchrun --nnodes=1 --nproc_per_node=8 --master_port 12345 train_router.py --model DiT-XL/2 \\
+        --data-path PATH_TO_IMAGENET_TRAIN --global-batch-size 64 --image-size 256 --ckpt-every 1000 --l1 5e-6 --lr 0.01
+    python train_router.py --ckpt ckpt/fashion_mnist --data-path demo/data/train --l1 1e-4 --lr 0.05 --max-steps 1000
+
+Without torchrun it is one process. Each process draws a step of its own for its part of the batch.
+Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.3.
+"""
+
+import cli
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(description="Train a router over the layers of a frozen DiT.")
+    parser.add_argument("--data-path", required=True, help="folder of images, a folder a class")
+    parser.add_argument("--results-dir", default="results", help="each run makes NNN-MODEL/ in it")
+    parser.add_argument("--model", default="DiT-XL/2", help="size and patch, as DiT-XL/2; not used with a model folder")
+    parser.add_argument("--image-size", type=int, choices=[256, 512], default=256, help="pixels a side; not used with a model folder")
+    parser.add_argument("--num-classes", type=cli.positive, default=1000, help="classes of the model; not used with a model folder")
+    parser.add_argument("--epochs", type=cli.positive, help="stop after so many passes over the data; without it --max-steps alone decides")
+    parser.add_argument("--global-batch-size", type=cli.positive, default=64, help="images an update, all processes together")
+    parser.add_argument("--global-seed", type=int, default=0, help="of the initial scores, the draws, the data order")
+    parser.add_argument("--vae", choices=["ema", "mse"], default="ema", help="released VAE; not used with a model folder")
+    parser.add_argument("--num-workers", type=int, default=4, help="data loading processes of each process")
+    parser.add_argument("--log-every", type=cli.positive, default=100, help="updates between lines of the log")
+    parser.add_argument("--ckpt-every", type=cli.positive, default=1000, help="updates between checkpoints")
+    parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases; offline where there is no account")
+    parser.add_argument("--ckpt", help="weights or model folder, as in sample.py")
+    parser.add_argument("--num-sampling-steps", type=cli.positive, default=20, help="denoising steps of the sampler the router is for")
+    parser.add_argument("--l1", type=float, default=5e-6, help="weight of the sum of scores: more caches more")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
+    parser.add_argument("--max-steps", type=cli.positive, default=20000, help="updates; published 20000, for 50 sampling steps 40000")
+    parser.add_argument("--ste-threshold", type=cli.fraction, help="harden the scores at this threshold in the forward pass (straight-through)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes CUDA where there is one, a GPU a process")
+    args = parser.parse_args(argv)
+    if not 2 <= args.num_sampling_steps <= 1000:
+        parser.error(f"--num-sampling-steps {args.num_sampling_steps}: a router needs 2 to 1000 steps")
+    if args.num_workers < 0:
+        parser.error(f"--num-workers {args.num_workers} is negative: 0 loads in the process itself")
+    return args
+
+
+def center_crop(image, size):
+    """A PIL image of any size -> RGB of size x size pixels: the middle square, as the released models were trained.
+
+    Halved with a box filter while twice as large as needed, then scaled bicubically (Dhariwal and Nichol 2021).
+    """
+    from PIL import Image
+
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def open_data(path, spec):
+    """The ImageFolder at `path`, images float32 (3, S, S) in [-1, 1]. Raises UserError where it is not usable."""
+    from functools import partial
+    from pathlib import Path
+
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    from files import UserError
+
+    if not Path(path).is_dir():
+        raise UserError(f"no such folder: {path}; --data-path names a folder of images, a folder a class")
+    flip = [transforms.RandomHorizontalFlip()] if spec.horizontal_flip else []
+    transform = transforms.Compose(
+        [partial(center_crop, size=spec.image_size), *flip, transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+    )
+    try:
+        data = ImageFolder(path, transform=transform)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} has no images, a folder a class: {str(error).splitlines()[0]}") from error
+    if len(data.classes) > spec.num_classes:
+        raise UserError(f"{path} has {len(data.classes)} classes, the model {spec.num_classes}: name the model's own data")
+    return data
+
+
+def new_run_folder(results_dir, name):
+    """Makes results_dir/NNN-name/checkpoints with the first free number; returns results_dir/NNN-name."""
+    from pathlib import Path
+
+    from files import UserError
+
+    try:
+        Path(results_dir).mkdir(parents=True, exist_ok=True)
+        numbers = [int(p.name[:3]) for p in Path(results_dir).iterdir() if p.name[:3].isdecimal() and p.name[3:4] == "-"]
+        folder = Path(results_dir) / f"{max(numbers, default=-1) + 1:03d}-{name.replace('/', '-')}"
+        (folder / "checkpoints").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {results_dir}: {error.strerror}; name another --results-dir") from error
+    return folder
+
+
+def main(args):
+    import os
+    import time
+    from itertools import count
+
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.data import DataLoader
+    from torch.utils.data.distributed import DistributedSampler
+    from tqdm import tqdm
+
+    import sampling
+    from diffusion import create_diffusion
+    from files import UserError
+    from router import Router, router_loss
+
+    # A process of torchrun's, or a world of one.
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if args.global_batch_size % world:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size} does not divide among {world} processes: "
+            f"pass {args.global_batch_size // world * world or world}"
+        )
+    cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    device = sampling.pick_device(f"cuda:{local}" if cuda and world > 1 else args.device)
+    spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+    data = open_data(args.data_path, spec)
+    batch_size = args.global_batch_size // world
+    if len(data) < args.global_batch_size:
+        raise UserError(f"{args.data_path} has {len(data)} images, fewer than --global-batch-size {args.global_batch_size}")
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+    dit = sampling.load_dit(spec, device)
+    vae = sampling.load_vae(spec, device)
+    # The same initial scores everywhere; after that each process has random streams of its own.
+    torch.manual_seed(args.global_seed)
+    router = Router(args.num_sampling_steps, dit.depth).to(device)
+    diffusion = create_diffusion(args.num_sampling_steps)
+    torch.manual_seed(args.global_seed * world + rank)
+    draws = torch.Generator().manual_seed(args.global_seed * world + rank)
+
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Rows that no process drew keep a gradient of None, and AdamW passes over them.
+        scores_of = DistributedDataParallel(router, find_unused_parameters=True)
+    else:
+        scores_of = router
+    optimizer = torch.optim.AdamW(router.parameters(), lr=args.lr, weight_decay=0)
+    sampler = DistributedSampler(data, world, rank, seed=args.global_seed, drop_last=True)
+    loader = DataLoader(data, batch_size, sampler=sampler, num_workers=args.num_workers, drop_last=True,
+                        pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0)
+    trained = list(router.trained_steps(args.num_sampling_steps))
+
+    folder = log = None
+    if rank == 0:
+        folder = new_run_folder(args.results_dir, spec.name)
+        log = start_wandb(args, folder) if args.wandb else None
+        print(f"{folder}: {len(data)} images, {len(trained)} trained steps of {2 * dit.depth} layers, {world} processes", flush=True)
+
+    def save(step):
+        router.save(folder / "checkpoints" / f"{step:07d}.pt", opt=optimizer.state_dict(), args=vars(args))
+
+    def batches():
+        """(epoch, images, labels) until the epochs are over."""
+        for epoch in count() if args.epochs is None else range(args.epochs):
+            sampler.set_epoch(epoch)
+            for images, labels in loader:
+                yield epoch, images, labels
+
+    bar = tqdm(total=args.max_steps, disable=None if rank == 0 else True)
+    sums, since, step, saved = torch.zeros(2, device=device), time.perf_counter(), 0, 0
+    for epoch, images, labels in batches():
+        with torch.no_grad():
+            x_start = vae.encode(images.to(device)).latent_dist.sample().mul_(vae.config.scaling_factor)
+            y = dit.y_embedder.drop(labels.to(device))
+        i = trained[int(torch.randint(len(trained), (), generator=draws))] + 1
+        scores = scores_of(i - 1)
+        mse = router_loss(dit, diffusion, scores, i, x_start, y, torch.randn_like(x_start), args.ste_threshold).mean()
+        l1 = scores.sum()
+        optimizer.zero_grad(set_to_none=True)
+        (mse + args.l1 * l1).backward()
+        optimizer.step()
+        router.clamp_()
+        step += 1
+        bar.update()
+        sums += torch.stack([mse.detach(), l1.detach()])
+
+        if step % args.log_every == 0:
+            if world > 1:
+                dist.all_reduce(sums)
+            mse_mean, l1_mean = (sums / (args.log_every * world)).tolist()
+            rate = args.log_every * args.global_batch_size / (time.perf_counter() - since)
+            if rank == 0:
+                above = sum(int((router(i).detach() > 0.1).sum()) for i in trained)
+                values = {"loss": mse_mean + args.l1 * l1_mean, "mse": mse_mean, "l1": l1_mean, "non_zero": above, "images/s": rate}
+                bar.write(f"update {step} epoch {epoch}: loss {values['loss']:.3e} mse {mse_mean:.3e} l1 {l1_mean:.2f} "
+                          f"scores above 0.1: {above}/{2 * dit.depth * len(trained)} {rate:.1f} images/s")
+                if log:
+                    log.log(values, step=step)
+            sums.zero_()
+            since = time.perf_counter()
+        done = step == args.max_steps
+        if rank == 0 and (done or step % args.ckpt_every == 0):
+            save(step)
+            saved = step
+        if done:
+            break
+    bar.close()
+    if rank == 0:
+        if saved != step:
+            save(step)
+        if log:
+            log.finish()
+        print(f"router: {folder / 'checkpoints' / f'{step:07d}.pt'}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def start_wandb(args, folder):
+    """A run of Weights & Biases in `folder`; offline without an account, so that nothing asks for one."""
+    import os
+
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    return wandb.init(project="learning-to-cache", name=folder.name, dir=folder, config=vars(args), mode=mode)
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())
