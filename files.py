@@ -6,6 +6,7 @@ What is wrong with a file is raised as `UserError`, which the programs print as 
 import contextlib
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 
@@ -71,7 +72,8 @@ def load_tensors(path, allow=()):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(list(allow)):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(allow)):
+            warnings.simplefilter("ignore")  # about unusual pickles: our one line says it
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(

@@ -1,0 +1,192 @@
+"""sample.py as a user types it."""
+
+import pickle
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_refused, call, run
+from PIL import Image
+
+from router import Router
+
+METHOD = ["--accelerate-method", "dynamiclayer"]
+
+
+@pytest.fixture
+def sample(model_folder, tmp_path):
+    """Runs sample.py on the small model with four DDIM steps, in an empty folder."""
+
+    def start(*flags, ckpt=model_folder, steps=4):
+        common = ["--num-sampling-steps", steps, "--repeats", 1, "--device", "cpu"]
+        return run("sample.py", *common, *(["--ckpt", ckpt] if ckpt else []), *flags, cwd=tmp_path)
+
+    return start
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_the_baseline_writes_its_picture_and_time(sample, tmp_path):
+    result = sample("--ddim-sample")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^Sampling time: \d+\.\d{3}±0\.000$", result.stdout, re.M)
+    assert [p.name for p in tmp_path.iterdir()] == ["Sample_NFE4_Method_full.png"]
+    # five classes of 8 pixels, enlarged to 96, in rows of four, two pixels between
+    assert pixels(tmp_path / "Sample_NFE4_Method_full.png").shape == (2 * 98 + 2, 4 * 98 + 2, 3)
+
+
+def test_the_router_is_used_and_the_same_seed_gives_the_same_picture(sample, model_folder, tmp_path):
+    router = [*METHOD, "--path", model_folder / "router4.pt", "--ddim-sample"]
+    for name, flags in {"a": [], "b": [], "seed": ["--seed", 1], "all": ["--thres", 0], "none": ["--thres", 1]}.items():
+        result = sample(*router, "--thres", 0.5, "--out", f"{name}.png", *flags)
+        assert result.returncode == 0, result.stderr
+    assert "cached" in result.stdout and "so the speed-up is at most" in result.stdout
+    assert sample("--ddim-sample", "--out", "full.png").returncode == 0
+    a, b, seed, everything, nothing, full = (
+        pixels(tmp_path / f"{name}.png") for name in ("a", "b", "seed", "all", "none", "full")
+    )
+    assert np.array_equal(a, b)
+    assert np.array_equal(everything, full)
+    for other in (seed, nothing, full):
+        assert not np.array_equal(a, other)
+
+
+def test_compare_prints_both_times_the_ratio_the_bound_and_the_psnr(sample, model_folder, tmp_path):
+    path = model_folder / "router4.pt"
+    result = sample(*METHOD, "--path", path, "--thres", 0.5, "--compare", "--repeats", 2, "--ddim-sample")
+    assert result.returncode == 0, result.stderr
+    for line in (
+        r"^Sampling time: \d+\.\d{3}±\d+\.\d{3} \(full\)$",
+        r"^Sampling time: \d+\.\d{3}±\d+\.\d{3} \(router\)$",
+        r"^Speed-up: \d+\.\d{3}, \d+\.\d% of the bound \d\.\d{3}$",
+        r"^G multiply-adds/s: ",
+        r"^PSNR of the images with and without the router: \d+\.\d\d dB$",
+    ):
+        assert re.search(line, result.stdout, re.M), (line, result.stdout)
+    bound = float(re.search(r"of the bound (\S+)", result.stdout)[1])
+    from sampling import load_dit, model_spec
+
+    costs = load_dit(model_spec(ckpt=str(model_folder)), "cpu").multiply_adds()
+    assert bound == pytest.approx(Router.load(path).schedule(0.5).speedup_bound(costs), abs=6e-4)
+    # without the router above, with it below
+    assert pixels(tmp_path / "Sample_NFE4_Method_dynamiclayer.png").shape == (2 * 98 + 2, 5 * 98 + 2, 3)
+
+
+def test_neither_sampler_flag_means_ddim_and_says_so(sample, tmp_path):
+    result = sample("--class-labels", 1, 2, "--out", "neither.png")
+    assert "DDIM is meant" in result.stdout
+    result = sample("--class-labels", 1, 2, "--out", "ddim.png", "--ddim-sample")
+    assert "DDIM is meant" not in result.stdout
+    assert np.array_equal(pixels(tmp_path / "neither.png"), pixels(tmp_path / "ddim.png"))
+
+
+def test_ancestral_sampling_and_odd_steps(sample, model_folder, tmp_path):
+    flags = ["--p-sample", *METHOD, "--path", model_folder / "router5.pt", "--out", "p.png"]
+    assert sample(*flags, steps=5).returncode == 0
+    first = pixels(tmp_path / "p.png")
+    assert sample(*flags, steps=5).returncode == 0
+    assert np.array_equal(first, pixels(tmp_path / "p.png"))
+
+
+def test_random_weights_time_a_model_without_its_files(sample, tmp_path):
+    Router(4, 12).save(tmp_path / "r.pt")
+    flags = ["--model", "DiT-S/8", "--random-weights", "--class-labels", 1, "--compare", *METHOD, "--path", "r.pt"]
+    result = sample(*flags, "--thres", 0.5, ckpt=None)
+    assert result.returncode == 0, result.stderr
+    assert "Random weights from seed 0: the times are meant" in result.stdout
+    assert re.search(r"^PSNR of the latents with and without the router: \d", result.stdout, re.M)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.pt"]
+
+
+def test_help_answers_at_once():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run("sample.py", "--help", cwd=ROOT)
+        seconds.append(time.perf_counter() - start)
+    assert result.returncode == 0 and "--accelerate-method" in result.stdout
+    assert min(seconds) < 1
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--thres", "1.5"], "outside [0, 1]"),
+        (["--thres", "nan"], "outside [0, 1]"),
+        (METHOD, "--path"),
+        (["--path", "x.pt"], "--accelerate-method"),
+        (["--compare"], "--compare needs a router"),
+        (["--num-sampling-steps", "1001"], "1001"),
+        (["--num-sampling-steps", "0"], "0"),
+        (["--frobnicate"], "--frobnicate"),
+        (["--ddim-sample", "--p-sample"], "--p-sample"),
+        (["--vae", "vq"], "vq"),
+        (["--ckpt", "no/such/folder"], "no such file: no/such/folder"),
+        (["--model", "DiT-Z/2"], "DiT-Z/2"),
+        (["--device", "cuda:99"], "cuda:99"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(flags, words, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(call("sample.py", *flags, capfd=capfd), words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_files_are_refused_in_one_line(model_folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Router(4, 7).save(tmp_path / "deep.pt")
+    Router(6, 3).save(tmp_path / "long.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "deep.pt").read_bytes()[:500])
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(print))
+    (tmp_path / "other.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "keep.txt").write_text("mine")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for flags, words in (
+        ([*METHOD, "--path", "deep.pt"], ["7 blocks", "has 3"]),
+        ([*METHOD, "--path", "long.pt"], ["6 steps", "--num-sampling-steps 6"]),
+        ([*METHOD, "--path", "cut.pt"], ["cut.pt"]),
+        ([*METHOD, "--path", "none.pt"], ["no such file: none.pt"]),
+        ([*METHOD, "--path", "pickle.pt"], ["pickle.pt", "was not loaded"]),
+        (["--class-labels", 0, 5], ["class label 5", "0 to 4"]),
+        (["--class-labels", -1], ["class label -1"]),
+        (["--out", "keep.txt"], ["keep.txt", ".png"]),
+        (["--out", "empty"], ["empty"]),
+        (["--out", "keep.txt/x.png"], ["keep.txt"]),
+        (["--out", "/proc/x.png"], ["/proc/x.png"]),
+        (["--ckpt", "empty"], ["empty", "config.json"]),
+        (["--ckpt", "cut.pt"], ["cut.pt"]),
+        (["--ckpt", "other.pt"], ["other.pt"]),
+        (["--ckpt", "pickle.pt"], ["pickle.pt", "was not loaded"]),
+        (["--ckpt", "deep.pt"], ["deep.pt", "state dict"]),
+        (["--ckpt", "gone.pt"], ["gone.pt"]),
+    ):
+        common = ["--num-sampling-steps", 4, "--device", "cpu", "--ckpt", model_folder]
+        assert_refused(call("sample.py", *common, *flags, capfd=capfd), *words)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert (tmp_path / "keep.txt").read_text() == "mine"
+
+
+def test_refusals_as_a_user_meets_them(sample, model_folder, tmp_path):
+    """One of each program exit, in processes of their own: argparse, a damaged folder, weights of another model."""
+    assert_refused(run("sample.py", "--frobnicate", cwd=tmp_path), "--frobnicate")
+    shutil.copytree(model_folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "dit.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_refused(sample(ckpt=tmp_path / "cut"), "dit.safetensors")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "wrong.pt")
+    assert_refused(sample("--model", "DiT-S/8", ckpt=tmp_path / "wrong.pt"), "does not fit")
+
+
+def test_released_files_that_cannot_be_fetched_name_their_url(tmp_path):
+    result = run("sample.py", *METHOD, "--path", "ckpt/DDIM20_router.pt", cwd=tmp_path, https_proxy="http://127.0.0.1:9")
+    if (ROOT / "ckpt" / "DDIM20_router.pt").exists():
+        pytest.skip("the released router was fetched into ckpt/")
+    assert result.returncode == 1
+    assert "https://raw.githubusercontent.com" in result.stderr and "put it at" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,245 @@
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_dit
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sampling
+from diffusion import create_diffusion
+from files import UserError
+from router import Router
+from schedule import Schedule
+
+
+def setup(steps=6, n=2):
+    dit = random_dit()
+    z = torch.randn(n, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    return dit, create_diffusion(steps), z, torch.arange(n)
+
+
+def random_schedule(steps, depth, seed=0):
+    torch.manual_seed(seed)
+    return Router(steps, depth).schedule(0.5)
+
+
+class NoDeviceRead(TorchDispatchMode):
+    """Raises where a value leaves a tensor for Python, or a tensor moves between devices or is made from one."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "lift_fresh", "masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        moved = func.overloadpacket.__name__ == "_to_copy" and (kwargs or {}).get("device") is not None
+        if moved or func.overloadpacket.__name__ in self.FORBIDDEN:
+            raise AssertionError(f"{func} inside the denoising loop")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ancestral", [False, True])
+def test_nothing_is_read_from_the_device_inside_the_denoising_loop(ancestral):
+    dit, diffusion, z, y = setup()
+    denoise = sampling.make_denoiser(dit, diffusion, y, 2.0, random_schedule(6, 3))
+    loop = diffusion.ancestral_loop if ancestral else diffusion.ddim_loop
+    with NoDeviceRead():
+        loop(denoise, torch.cat([z, z]), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("read", [lambda x, i: x[0, 0, 0, 0].item(), lambda x, i: torch.tensor([i]), lambda x, i: x.to("meta")])
+def test_that_check_sees_a_device_read(read):
+    _, diffusion, z, _ = setup()
+
+    def denoise(x, i):
+        read(x, i)
+        return torch.cat([x, x], dim=1)
+
+    with pytest.raises(AssertionError, match="inside the denoising loop"), NoDeviceRead():
+        diffusion.ddim_loop(denoise, z)
+
+
+def test_a_schedule_that_computes_all_equals_no_cache_bit_for_bit():
+    dit, diffusion, z, y = setup()
+    full = sampling.sample_latents(dit, diffusion, z, y, 2.0, Schedule.full(6, 3))
+    assert torch.equal(full, sampling.sample_latents(dit, diffusion, z, y, 2.0))
+
+
+def test_a_schedule_changes_the_result_and_the_count_of_layers_that_run(monkeypatch):
+    dit, diffusion, z, y = setup()
+    schedule, calls = random_schedule(6, 3), []
+    full = sampling.sample_latents(dit, diffusion, z, y, 2.0)
+    for block in dit.blocks:
+        for layer in (block.attn, block.mlp):
+            layer.register_forward_hook(lambda *_: calls.append(1))
+    assert not torch.allclose(full, sampling.sample_latents(dit, diffusion, z, y, 2.0, schedule), rtol=1e-3)
+    assert len(calls) == schedule.compute.sum() < schedule.compute.numel()
+
+
+def test_guidance_of_one_equals_the_plain_conditional_model():
+    dit, diffusion, z, y = setup()
+    t = torch.as_tensor(diffusion.timestep_map)
+    plain = diffusion.ddim_loop(lambda x, i: dit(x, t[i].expand(2), y), z)
+    assert torch.equal(sampling.sample_latents(dit, diffusion, z, y, 1.0), plain)
+    # The doubled batch at a scale next to 1 must come to the same.
+    torch.testing.assert_close(sampling.sample_latents(dit, diffusion, z, y, 1 + 1e-7), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_each_image_is_independent_of_its_batch():
+    dit, diffusion, z, y = setup(n=3)
+    schedule = random_schedule(6, 3)
+    together = sampling.sample_latents(dit, diffusion, z, y, 2.0, schedule)
+    alone = sampling.sample_latents(dit, diffusion, z[1:2], y[1:2], 2.0, schedule)
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_odd_step_counts_sample():
+    dit, diffusion, z, y = setup(steps=5)
+    assert sampling.sample_latents(dit, diffusion, z, y, 2.0, random_schedule(5, 3)).isfinite().all()
+
+
+def test_ancestral_sampling_follows_its_generator():
+    dit, diffusion, z, y = setup()
+    draw = lambda seed: sampling.sample_latents(  # noqa: E731
+        dit, diffusion, z, y, 2.0, ancestral=True, generator=torch.Generator().manual_seed(seed)
+    )
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.allclose(draw(1), draw(2))
+
+
+def test_a_schedule_for_another_sampler_is_refused():
+    dit, diffusion, z, y = setup()
+    for schedule in (Schedule.full(5, 3), Schedule.full(6, 2)):
+        with pytest.raises(ValueError, match="the sampler runs 6 steps of 3 blocks"):
+            sampling.sample_latents(dit, diffusion, z, y, 2.0, schedule)
+
+
+TRAJECTORIES = """
+import hashlib, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+torch.set_num_threads(1)
+from test_sampling import digest
+for seed in {seeds}:
+    print(digest(seed))
+"""
+
+
+def digest(seed):
+    dit, diffusion, _, y = setup()
+    z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+    latents = sampling.sample_latents(dit, diffusion, z, y, 2.0, random_schedule(6, 3, seed))
+    return hashlib.sha256(latents.numpy().tobytes()).hexdigest()
+
+
+def test_two_trajectories_in_a_row_equal_two_fresh_processes():
+    def process(*seeds):
+        script = TRAJECTORIES.format(root=str(ROOT), tests=str(ROOT / "tests"), seeds=seeds)
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+    assert process(1, 2) == process(1) + process(2)
+
+
+def test_pixels_are_rounded_clamped_and_channels_last():
+    class Identity:
+        class config:
+            scaling_factor = 0.5
+
+        @staticmethod
+        def decode(latents):
+            return type("Decoded", (), {"sample": latents})
+
+    latents = torch.tensor([-1.2, -1.0, 0.0, 1.0, 9.0]).reshape(1, 1, 1, 5).repeat(2, 3, 1, 1) * 0.5
+    latents[1, 2] = 0.5 * (10 / 127.5 - 1)
+    images = sampling.decode(Identity, latents, batch_size=1)
+    assert (images.dtype, images.shape) == (torch.uint8, (2, 1, 5, 3))
+    assert images[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    assert images[1, 0, :, 2].tolist() == [10] * 5
+
+
+def test_psnr_of_a_known_error():
+    a = torch.zeros(4, 4, dtype=torch.uint8)
+    assert sampling.psnr(a, a + 1, 255) == pytest.approx(48.1308, abs=1e-3)  # 20 log10(255)
+    assert sampling.psnr(a, a, 255) == float("inf")
+
+
+def test_the_table_of_a_schedule_adds_up():
+    compute = torch.ones(4, 2, 2, dtype=torch.bool)
+    compute[0] = False
+    compute[2, 0, 1] = False
+    text = sampling.describe_schedule(Schedule(compute), {"layer": (10**9, 10**10), "fixed": 10**9})
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[1] == ["2/2", "2/2", "23", "100.0%", "3", "1"]
+    assert rows[2] == ["2/2", "1/2", "13", "56.5%", "2"]
+    assert rows[3] == ["0/2", "0/2", "1", "4.3%", "0"]
+    assert "cached 31.2% of all layers; 60 of 92 G multiply-adds an image, so the speed-up is at most 1.533" in text
+
+
+def test_a_model_folder_needs_no_other_flag(model_folder):
+    spec = sampling.model_spec(ckpt=str(model_folder))
+    assert (spec.name, spec.image_size, spec.num_classes, spec.cfg_scale) == ("tiny", 8, 5, 2.0)
+    assert spec.default_labels == [0, 1, 2, 3, 4]
+    dit = sampling.load_dit(spec, torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(dit.state_dict().values(), random_dit().state_dict().values()))
+    images = sampling.decode(sampling.load_vae(spec, "cpu"), torch.randn(3, 4, 4, 4))
+    assert images.shape == (3, 8, 8, 3)
+
+
+def test_the_released_model_shows_the_eight_published_classes():
+    spec = sampling.model_spec()
+    assert spec.default_labels == [207, 992, 387, 974, 142, 979, 417, 279]
+    assert spec.weights == "DiT-XL-2-256x256.pt"
+    assert sampling.model_spec(image_size=512).config["input_size"] == 64
+
+
+def test_weights_load_from_every_kind_of_file(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    monkeypatch.setitem(sampling.DiT_models, "DiT-tiny/2", lambda **config: random_dit(**config))
+    state = random_dit(input_size=32, seed=4).state_dict()
+    torch.save(state, tmp_path / "released.pt")
+    torch.save({"ema": state, "model": {}, "opt": {}}, tmp_path / "training.pt")
+    save_file(state, tmp_path / "weights.safetensors")
+    for path in tmp_path.iterdir():
+        spec = sampling.model_spec("DiT-tiny/2", 256, 5, ckpt=str(path))
+        loaded = sampling.load_dit(spec, "cpu").state_dict()
+        assert all(torch.equal(loaded[name], state[name]) for name in state), path
+
+
+def test_random_weights_come_from_the_seed_and_do_not_output_zero(model_folder):
+    spec = sampling.model_spec(ckpt=str(model_folder))
+    a, b, c = (sampling.load_dit(spec, "cpu", random_seed=seed) for seed in (1, 1, 2))
+    x, t, y = torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.tensor([0])
+    assert a(x, t, y).any()
+    assert torch.equal(a(x, t, y), b(x, t, y))
+    assert not torch.allclose(a(x, t, y), c(x, t, y))
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "{}", '{"model": 3, "image_size": 8, "vae": "vae"}', '{"model": {}, "image_size": 8}'])
+def test_a_folder_with_a_damaged_configuration_is_refused(tmp_path, config):
+    (tmp_path / "dit.safetensors").touch()
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match="config.json"):
+        sampling.model_spec(ckpt=str(tmp_path))
+
+
+def test_a_folder_with_unknown_arguments_or_other_weights_is_refused(model_folder, tmp_path):
+    config = json.loads((model_folder / "config.json").read_text())
+    (tmp_path / "dit.safetensors").write_bytes((model_folder / "dit.safetensors").read_bytes())
+    for change, words in (({"depht": 3}, "depht"), ({"depth": 4}, "does not fit"), ({"patch_size": 3}, "multiple")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"model": config["model"] | change}))
+        with pytest.raises(UserError, match=words):
+            sampling.load_dit(sampling.model_spec(ckpt=str(tmp_path)), "cpu")
+
+
+def test_models_without_released_weights_ask_for_a_checkpoint():
+    with pytest.raises(UserError, match="--ckpt"):
+        sampling.model_spec("DiT-S/2")
+    with pytest.raises(UserError, match="unknown model"):
+        sampling.model_spec("DiT-XXL/2")
+
+
+def test_an_absent_device_is_refused():
+    for name in ("cuda:63", "tpu", "meta:"):
+        with pytest.raises(UserError, match="--device cpu"):
+            sampling.pick_device(name)
