@@ -1,15 +1,23 @@
 """The edge of every program: arguments refused in one line, faults reported in one line."""
 
 import argparse
+import math
 import os
 import sys
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a flag's help, where there is one to tell."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with defaults shown in --help and errors of one line, exit code 2."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
@@ -29,6 +37,35 @@ def fraction(text):
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is outside [0, 1]")
     return value
+
+
+def finite(text):
+    """A float that is no infinity and no NaN, as an argparse type."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def seed(text):
+    """An int in [0, 2**63), as an argparse type."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is outside 0 to 2**63-1")
+    return value
+
+
+def add_model_arguments(parser, vae):
+    """The flags that say which model; with a model folder --ckpt says it all. vae: the default of --vae."""
+    only = "; not used with a model folder"
+    parser.add_argument("--model", default="DiT-XL/2", help=f"size and patch, as DiT-XL/2{only}")
+    parser.add_argument("--vae", choices=["ema", "mse"], default=vae, help=f"released VAE{only}")
+    parser.add_argument("--image-size", type=int, choices=[256, 512], default=256, help=f"pixels a side{only}")
+    parser.add_argument("--num-classes", type=positive, default=1000, help=f"classes of the model{only}")
+    parser.add_argument(
+        "--ckpt", help=".pt or .safetensors of weights, or a model folder; without it the released weights are fetched"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
 
 
 def run(main, args):

@@ -234,7 +234,10 @@ class DiT(nn.Module):
         counted; norms, activations and additions are not.
         """
         tokens, d = self.pos_embed.shape[1:]
-        linear = lambda module: module.weight.numel()  # noqa: E731 - multiply-adds a row of its input
+
+        def linear(module):
+            return module.weight.numel()  # for each token, or each sample
+
         block = self.blocks[0]
         attention = tokens * (linear(block.attn.qkv) + linear(block.attn.proj)) + 2 * tokens * tokens * d
         mlp = tokens * (linear(block.mlp.fc1) + linear(block.mlp.fc2))

@@ -67,9 +67,7 @@ class Router(nn.Module):
 
     def state(self):
         """The layout of router files: {"0.prob": float32 (2*depth,), "1.prob": ...}."""
-        return OrderedDict(
-            (f"{i}.prob", row.prob.detach().cpu().clone()) for i, row in enumerate(self.routers)
-        )
+        return OrderedDict((f"{i}.prob", row.prob.detach().cpu().clone()) for i, row in enumerate(self.routers))
 
     def save(self, path, **extra):
         """Writes a router file whole or not at all; `extra` ("opt", "args") must be tensors and plain types."""
@@ -92,7 +90,9 @@ class Router(nn.Module):
         sizes = {tuple(row.shape) if isinstance(row, torch.Tensor) else None for row in rows.values()}
         size = sizes.pop()
         if set(rows) != names or sizes or size is None or len(size) != 1 or size[0] % 2 or not size[0]:
-            raise UserError(f'{path} is not a router file: "routers" must be 0.prob to {steps - 1}.prob of one even length')
+            raise UserError(
+                f'{path} is not a router file: "routers" must be 0.prob to {steps - 1}.prob of one even length'
+            )
         if not all(row.isfinite().all() for row in rows.values()):
             raise UserError(f"{path} holds logits that are not finite: it is damaged, train or fetch it again")
         router = cls(steps, size[0] // 2)

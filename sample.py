@@ -13,26 +13,44 @@ import cli
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Sample a picture from a DiT, with or without a router, and time it.")
-    parser.add_argument("--model", default="DiT-XL/2", help="size and patch, as DiT-XL/2; not used with a model folder")
-    parser.add_argument("--vae", choices=["ema", "mse"], default="mse", help="released VAE; not used with a model folder")
-    parser.add_argument("--image-size", type=int, choices=[256, 512], default=256, help="pixels a side; not used with a model folder")
-    parser.add_argument("--num-classes", type=cli.positive, default=1000, help="classes of the model; not used with a model folder")
-    parser.add_argument("--cfg-scale", type=float, help="guidance, 1 is none; without it 4.0, or what a model folder recommends")
+    cli.add_model_arguments(parser, vae="mse")
+    parser.add_argument(
+        "--cfg-scale", type=cli.finite, help="guidance, 1 is none; without it 4.0, or what a model folder recommends"
+    )
     parser.add_argument("--num-sampling-steps", type=cli.positive, default=250, help="denoising steps, at most 1000")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--ckpt", help=".pt or .safetensors of weights, or a model folder; without it the released weights are fetched")
-    parser.add_argument("--accelerate-method", choices=["dynamiclayer"], help="dynamiclayer: skip what the router of --path says")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise")
+    parser.add_argument(
+        "--accelerate-method", choices=["dynamiclayer"], help="dynamiclayer: skip what the router of --path says"
+    )
     parser.add_argument("--path", help="router file; a released one that is not there is fetched")
-    parser.add_argument("--thres", type=cli.fraction, default=0.1, help="layers whose score is at most this are skipped, 0 to 1")
+    parser.add_argument(
+        "--thres", type=cli.fraction, default=0.1, help="layers whose score is at most this are skipped, 0 to 1"
+    )
     sampler = parser.add_mutually_exclusive_group()
-    sampler.add_argument("--ddim-sample", action="store_true", help="DDIM, eta 0; this is also meant without a sampler flag")
+    sampler.add_argument(
+        "--ddim-sample", action="store_true", help="DDIM, eta 0; this is also meant without a sampler flag"
+    )
     sampler.add_argument("--p-sample", action="store_true", help="ancestral sampling (DDPM)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
     parser.add_argument("--out", help="picture to write; without it Sample_NFE{n}_Method_{method}.png")
-    parser.add_argument("--class-labels", type=int, nargs="+", metavar="LABEL", help="classes to sample, one image each; without it eight of ImageNet's, or a small model's all")
+    parser.add_argument(
+        "--class-labels",
+        type=int,
+        nargs="+",
+        metavar="LABEL",
+        help="classes to sample, one image each; without it eight of ImageNet's, or a small model's all",
+    )
     parser.add_argument("--repeats", type=cli.positive, default=5, help="timed runs after a warm-up")
-    parser.add_argument("--compare", action="store_true", help="also sample without the router, in turn, from the same noise; the picture shows those above")
-    parser.add_argument("--random-weights", action="store_true", help="weights drawn from the seed: for timing only, no picture")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also sample without the router, in turn, from the same noise; the picture shows those above",
+    )
+    parser.add_argument(
+        "--record", metavar="JSON", help="with --compare: file to write the figures and their circumstances to"
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true", help="weights drawn from the seed: for timing only, no picture"
+    )
     args = parser.parse_args(argv)
     if args.accelerate_method and not args.path:
         parser.error("--accelerate-method dynamiclayer needs the router file: add --path")
@@ -40,8 +58,10 @@ def parse_args(argv=None):
         parser.error("--path is a router file: add --accelerate-method dynamiclayer to use it")
     if args.compare and not args.path:
         parser.error("--compare needs a router to compare with: add --accelerate-method dynamiclayer --path ROUTER")
+    if args.record and not args.compare:
+        parser.error("--record keeps the figures of --compare: add it")
     if args.num_sampling_steps > 1000:
-        parser.error(f"--num-sampling-steps {args.num_sampling_steps}: the models were trained with 1000 steps, ask for at most these")
+        parser.error(f"--num-sampling-steps {args.num_sampling_steps}: the models were trained with 1000 steps")
     if args.random_weights and args.ckpt and args.ckpt.endswith((".pt", ".safetensors")):
         parser.error("--random-weights draws the weights: leave out --ckpt, or name a model folder")
     return args
@@ -60,7 +80,6 @@ def main(args):
     from diffusion import create_diffusion
     from files import check_writable
     from router import Router
-    from schedule import Schedule
 
     # What can be refused is refused before the weights are read.
     device = sampling.pick_device(args.device)
@@ -69,7 +88,8 @@ def main(args):
     sampling.check_labels(labels, spec.num_classes)
     out = args.out or f"Sample_NFE{args.num_sampling_steps}_Method_{args.accelerate_method or 'full'}.png"
     sampling.picture_format(out)
-    check_writable(out)
+    for place in filter(None, (out, args.record)):
+        check_writable(place)
     router = Router.load(download.find(args.path)) if args.path else None
     if not (args.ddim_sample or args.p_sample):
         print("Neither --ddim-sample nor --p-sample: DDIM is meant")
@@ -118,29 +138,83 @@ def main(args):
 
     images = {} if args.random_weights else {name: sampling.decode(vae, latents[name]) for name in runs}
     if args.compare:
-        costs = dit.multiply_adds()
-        bound = schedule.speedup_bound(costs)
-        # Neighbouring runs share the state of the machine: the median of their ratios.
-        ratio = statistics.median(full / router for full, router in zip(times["full"], times["router"]))
-        print(f"Speed-up: {ratio:.3f}, {ratio / bound:.1%} of the bound {bound:.3f}")
         batch = len(labels) * (1 if cfg_scale == 1.0 else 2)
-        plans = {"full": Schedule.full(schedule.steps, schedule.depth), "router": schedule}
-        rates = [batch * plans[name].multiply_adds(costs).sum().item() / statistics.mean(times[name]) for name in runs]
-        plain = sampling.matmul_rate(dit, batch)
+        shown, peak = (images, 255) if images else (latents, (latents["full"].max() - latents["full"].min()).item())
+        record = compare(dit, schedule, times, batch, sampling.psnr(shown["router"], shown["full"], peak))
+        print(record.pop("text"))
         print(
-            f"G multiply-adds/s: {rates[0] / 1e9:.1f} full, {rates[1] / 1e9:.1f} router; "
-            f"plain matrix products of these shapes {plain / 1e9:.1f}"
+            f"PSNR of the {'images' if images else 'latents'} with and without the router: {record['psnr_db']:.2f} dB"
         )
-        if images:
-            print(f"PSNR of the images with and without the router: {sampling.psnr(images['router'], images['full'], 255):.2f} dB")
-        else:
-            full, cached = latents["full"], latents["router"]
-            difference = sampling.psnr(cached, full, (full.max() - full.min()).item())
-            print(f"PSNR of the latents with and without the router: {difference:.2f} dB")
+        if args.record:
+            write_record(args, device, record)
     if images:
         columns = len(labels) if args.compare else 4 if len(labels) <= 8 else 10
         sampling.save_picture(torch.cat(list(images.values())), out, columns)
         print(f"Picture: {out}" + (" (above without the router, below with it)" if args.compare else ""))
+
+
+def compare(dit, schedule, times, batch, psnr):
+    """What `times` (seconds a repeat, of "full" and "router" in turn) say about a schedule, as a dict; "text" to print.
+
+    batch: samples in one call of the model, the unconditional half included.
+    """
+    import statistics
+
+    import sampling
+    from schedule import Schedule
+
+    costs = dit.multiply_adds()
+    bound = schedule.speedup_bound(costs)
+    # Neighbouring runs share the state of the machine: the median of their ratios.
+    ratio = statistics.median(full / router for full, router in zip(times["full"], times["router"]))
+    plans = {"full": Schedule.full(schedule.steps, schedule.depth), "router": schedule}
+    rates = {
+        name: batch * plan.multiply_adds(costs).sum().item() / statistics.median(times[name]) / 1e9
+        for name, plan in plans.items()
+    }
+    rates["matrix_product"] = sampling.matmul_rate(dit, batch) / 1e9
+    return {
+        "batch": batch,
+        "seconds": times,
+        "speedup": ratio,
+        "bound": bound,
+        "share_of_bound": ratio / bound,
+        "cached_share": schedule.cached_share(),
+        "g_multiply_adds_per_second": rates,
+        "psnr_db": psnr,
+        "text": (
+            f"Speed-up: {ratio:.3f}, {ratio / bound:.1%} of the bound {bound:.3f}\n"
+            f"G multiply-adds/s: {rates['full']:.1f} full, {rates['router']:.1f} router; "
+            f"plain matrix products of these shapes {rates['matrix_product']:.1f}"
+        ),
+    }
+
+
+def write_record(args, device, record):
+    """Writes the figures of a comparison, and all that they depend on, as JSON to args.record."""
+    import json
+    import platform
+    import subprocess
+    from pathlib import Path
+
+    import torch
+
+    import sampling
+    from files import written_whole
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    record = {
+        "device": sampling.device_name(device),
+        "dtype": "tf32" if device.type == "cuda" else "float32",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or None,
+        "flags": vars(args),
+        **record,
+    }
+    with written_whole(args.record) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"Record: {args.record}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the programs share: a model and its VAE, the guidance batch, sampling latents, pixels."""
 
 import json
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,8 @@ from pathlib import Path
 import torch
 
 import download
-from files import UserError, load_tensors, written_whole
+from files import UserError, written_whole
 from models import DiT, DiT_models
-from schedule import Schedule
 
 # Golden retriever, balloon, panda and other classes that the published pictures show.
 IMAGENET_LABELS = (207, 992, 387, 974, 142, 979, 417, 279)
@@ -53,7 +53,9 @@ def model_spec(model="DiT-XL/2", image_size=256, num_classes=1000, vae="mse", ck
     if ckpt is not None and Path(ckpt).is_dir():
         return _folder_spec(Path(ckpt))
     if model not in DiT_models:
-        raise UserError(f"unknown model {model!r}: choose one of {', '.join(DiT_models)}, or a model folder with --ckpt")
+        raise UserError(
+            f"unknown model {model!r}: choose one of {', '.join(DiT_models)}, or a model folder with --ckpt"
+        )
     if ckpt is None:
         if (model, image_size, num_classes) not in [("DiT-XL/2", 256, 1000), ("DiT-XL/2", 512, 1000)]:
             raise UserError(
@@ -111,7 +113,8 @@ def load_dit(spec, device, random_seed=None):
         state = {name: value.float() for name, value in download.find_model(spec.weights).items()}
         expected = {name: value.shape for name, value in dit.state_dict().items()}
         wrong = sorted(
-            name for name in expected.keys() | state.keys()
+            name
+            for name in expected.keys() | state.keys()
             if name not in state or name not in expected or state[name].shape != expected[name]
         )
         if wrong:
@@ -142,15 +145,27 @@ def load_vae(spec, device):
 
 
 def pick_device(name):
-    """torch.device of "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1". Raises UserError where it is absent."""
+    """torch.device of "auto" (CUDA where there is one), "cpu", "cuda:1". Raises UserError where it is absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; pass --device cpu") from error
+        raise UserError(
+            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; pass --device cpu"
+        ) from error
     return device
+
+
+def device_name(device):
+    """What a record of times says about the hardware: the GPU's name, or the processor's with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def check_labels(labels, num_classes):

@@ -42,7 +42,7 @@ class Schedule:
         return self.compute.shape[1]
 
     def rows(self):
-        """Per step, per block, (attention, MLP) as Python bools: what a loop hands to the model without a device read."""
+        """Per step, per block, (attention, MLP) as Python bools: a loop hands them down without a device read."""
         return self.compute.tolist()
 
     def distinct_rows(self):

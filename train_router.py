@@ -15,24 +15,37 @@ def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Train a router over the layers of a frozen DiT.")
     parser.add_argument("--data-path", required=True, help="folder of images, a folder a class")
     parser.add_argument("--results-dir", default="results", help="each run makes NNN-MODEL/ in it")
-    parser.add_argument("--model", default="DiT-XL/2", help="size and patch, as DiT-XL/2; not used with a model folder")
-    parser.add_argument("--image-size", type=int, choices=[256, 512], default=256, help="pixels a side; not used with a model folder")
-    parser.add_argument("--num-classes", type=cli.positive, default=1000, help="classes of the model; not used with a model folder")
-    parser.add_argument("--epochs", type=cli.positive, help="stop after so many passes over the data; without it --max-steps alone decides")
-    parser.add_argument("--global-batch-size", type=cli.positive, default=64, help="images an update, all processes together")
-    parser.add_argument("--global-seed", type=int, default=0, help="of the initial scores, the draws, the data order")
-    parser.add_argument("--vae", choices=["ema", "mse"], default="ema", help="released VAE; not used with a model folder")
+    cli.add_model_arguments(parser, vae="ema")
+    parser.add_argument(
+        "--epochs",
+        type=cli.positive,
+        help="stop after so many passes over the data; without it --max-steps alone decides",
+    )
+    parser.add_argument(
+        "--global-batch-size", type=cli.positive, default=64, help="images an update, all processes together"
+    )
+    parser.add_argument(
+        "--global-seed", type=cli.seed, default=0, help="of the initial scores, the draws, the data order"
+    )
     parser.add_argument("--num-workers", type=int, default=4, help="data loading processes of each process")
     parser.add_argument("--log-every", type=cli.positive, default=100, help="updates between lines of the log")
     parser.add_argument("--ckpt-every", type=cli.positive, default=1000, help="updates between checkpoints")
-    parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases; offline where there is no account")
-    parser.add_argument("--ckpt", help="weights or model folder, as in sample.py")
-    parser.add_argument("--num-sampling-steps", type=cli.positive, default=20, help="denoising steps of the sampler the router is for")
-    parser.add_argument("--l1", type=float, default=5e-6, help="weight of the sum of scores: more caches more")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
-    parser.add_argument("--max-steps", type=cli.positive, default=20000, help="updates; published 20000, for 50 sampling steps 40000")
-    parser.add_argument("--ste-threshold", type=cli.fraction, help="harden the scores at this threshold in the forward pass (straight-through)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes CUDA where there is one, a GPU a process")
+    parser.add_argument(
+        "--wandb", action="store_true", help="log to Weights & Biases; offline where there is no account"
+    )
+    parser.add_argument(
+        "--num-sampling-steps", type=cli.positive, default=20, help="denoising steps of the sampler the router is for"
+    )
+    parser.add_argument("--l1", type=cli.finite, default=5e-6, help="weight of the sum of scores: more caches more")
+    parser.add_argument("--lr", type=cli.finite, default=1e-3, help="learning rate of AdamW")
+    parser.add_argument(
+        "--max-steps", type=cli.positive, default=20000, help="updates; published 20000, for 50 sampling steps 40000"
+    )
+    parser.add_argument(
+        "--ste-threshold",
+        type=cli.fraction,
+        help="harden the scores at this threshold in the forward pass (straight-through)",
+    )
     args = parser.parse_args(argv)
     if not 2 <= args.num_sampling_steps <= 1000:
         parser.error(f"--num-sampling-steps {args.num_sampling_steps}: a router needs 2 to 1000 steps")
@@ -71,14 +84,21 @@ def open_data(path, spec):
         raise UserError(f"no such folder: {path}; --data-path names a folder of images, a folder a class")
     flip = [transforms.RandomHorizontalFlip()] if spec.horizontal_flip else []
     transform = transforms.Compose(
-        [partial(center_crop, size=spec.image_size), *flip, transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+        [
+            partial(center_crop, size=spec.image_size),
+            *flip,
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ]
     )
     try:
         data = ImageFolder(path, transform=transform)
     except FileNotFoundError as error:
         raise UserError(f"{path} has no images, a folder a class: {str(error).splitlines()[0]}") from error
     if len(data.classes) > spec.num_classes:
-        raise UserError(f"{path} has {len(data.classes)} classes, the model {spec.num_classes}: name the model's own data")
+        raise UserError(
+            f"{path} has {len(data.classes)} classes, the model {spec.num_classes}: name the model's own data"
+        )
     return data
 
 
@@ -90,7 +110,9 @@ def new_run_folder(results_dir, name):
 
     try:
         Path(results_dir).mkdir(parents=True, exist_ok=True)
-        numbers = [int(p.name[:3]) for p in Path(results_dir).iterdir() if p.name[:3].isdecimal() and p.name[3:4] == "-"]
+        numbers = [
+            int(p.name[:3]) for p in Path(results_dir).iterdir() if p.name[:3].isdecimal() and p.name[3:4] == "-"
+        ]
         folder = Path(results_dir) / f"{max(numbers, default=-1) + 1:03d}-{name.replace('/', '-')}"
         (folder / "checkpoints").mkdir(parents=True)
     except OSError as error:
@@ -116,8 +138,9 @@ def main(args):
     from router import Router, router_loss
 
     # A process of torchrun's, or a world of one.
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     if args.global_batch_size % world:
         raise UserError(
             f"--global-batch-size {args.global_batch_size} does not divide among {world} processes: "
@@ -129,7 +152,9 @@ def main(args):
     data = open_data(args.data_path, spec)
     batch_size = args.global_batch_size // world
     if len(data) < args.global_batch_size:
-        raise UserError(f"{args.data_path} has {len(data)} images, fewer than --global-batch-size {args.global_batch_size}")
+        raise UserError(
+            f"{args.data_path} has {len(data)} images, fewer than --global-batch-size {args.global_batch_size}"
+        )
     torch.backends.cuda.matmul.allow_tf32 = True
 
     dit = sampling.load_dit(spec, device)
@@ -149,15 +174,25 @@ def main(args):
         scores_of = router
     optimizer = torch.optim.AdamW(router.parameters(), lr=args.lr, weight_decay=0)
     sampler = DistributedSampler(data, world, rank, seed=args.global_seed, drop_last=True)
-    loader = DataLoader(data, batch_size, sampler=sampler, num_workers=args.num_workers, drop_last=True,
-                        pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0)
+    loader = DataLoader(
+        data,
+        batch_size,
+        sampler=sampler,
+        num_workers=args.num_workers,
+        drop_last=True,
+        pin_memory=device.type == "cuda",
+        persistent_workers=args.num_workers > 0,
+    )
     trained = list(router.trained_steps(args.num_sampling_steps))
 
     folder = log = None
     if rank == 0:
         folder = new_run_folder(args.results_dir, spec.name)
         log = start_wandb(args, folder) if args.wandb else None
-        print(f"{folder}: {len(data)} images, {len(trained)} trained steps of {2 * dit.depth} layers, {world} processes", flush=True)
+        print(
+            f"{folder}: {len(data)} images, {len(trained)} trained steps of {2 * dit.depth} layers, processes: {world}",
+            flush=True,
+        )
 
     def save(step):
         router.save(folder / "checkpoints" / f"{step:07d}.pt", opt=optimizer.state_dict(), args=vars(args))
@@ -194,9 +229,17 @@ def main(args):
             rate = args.log_every * args.global_batch_size / (time.perf_counter() - since)
             if rank == 0:
                 above = sum(int((router(i).detach() > 0.1).sum()) for i in trained)
-                values = {"loss": mse_mean + args.l1 * l1_mean, "mse": mse_mean, "l1": l1_mean, "non_zero": above, "images/s": rate}
-                bar.write(f"update {step} epoch {epoch}: loss {values['loss']:.3e} mse {mse_mean:.3e} l1 {l1_mean:.2f} "
-                          f"scores above 0.1: {above}/{2 * dit.depth * len(trained)} {rate:.1f} images/s")
+                values = {
+                    "loss": mse_mean + args.l1 * l1_mean,
+                    "mse": mse_mean,
+                    "l1": l1_mean,
+                    "non_zero": above,
+                    "images/s": rate,
+                }
+                bar.write(
+                    f"update {step} epoch {epoch}: loss {values['loss']:.3e} mse {mse_mean:.3e} l1 {l1_mean:.2f} "
+                    f"scores above 0.1: {above}/{2 * dit.depth * len(trained)} {rate:.1f} images/s"
+                )
                 if log:
                     log.log(values, step=step)
             sums.zero_()

@@ -25,8 +25,12 @@ CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-bo
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Export Fashion-MNIST as an ImageFolder of 32x32 RGB images.")
-    parser.add_argument("--source", type=Path, help="folder of the four original .gz files; "
-                        f"without it {SYSTEM} is used if present, else torchvision downloads them")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        help="folder of the four original .gz files; "
+        f"without it {SYSTEM} is used if present, else torchvision downloads them",
+    )
     parser.add_argument("--out", type=Path, default=HERE / "data", help="folder to write train/ and test/ into")
     return parser.parse_args(argv)
 
@@ -48,10 +52,16 @@ def find_source(source, out):
                 "or name a folder of its four .gz files with --source"
             ) from error
         source = out / "FashionMNIST" / "raw"
-    missing = [name for part in FILES.values() for name in (f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz")
-               if not (source / name).is_file()]
+    missing = [
+        name
+        for part in FILES.values()
+        for name in (f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz")
+        if not (source / name).is_file()
+    ]
     if missing:
-        raise UserError(f"{source} lacks {', '.join(missing)}: name the folder of the four original files with --source")
+        raise UserError(
+            f"{source} lacks {', '.join(missing)}: name the folder of the four original files with --source"
+        )
     return source
 
 
@@ -63,14 +73,14 @@ def read_idx(path):
 
     try:
         data = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
-    dims = data[3] if len(data) > 4 and data[:3] == b"\0\0\x08" else 0
-    shape = struct.unpack(f">{dims}I", data[4 : 4 + 4 * dims])
-    array = np.frombuffer(data, np.uint8, offset=4 + 4 * dims)
-    if not dims or array.size != np.prod(shape):
-        raise UserError(f"{path} is not a whole IDX file of bytes: fetch it again")
-    return array.reshape(shape)
+        magic, dims = data[:3], data[3]
+        shape = struct.unpack_from(f">{dims}I", data, 4)
+        array = np.frombuffer(data, np.uint8, offset=4 + 4 * dims)
+        if magic != b"\0\0\x08":
+            raise ValueError("it does not hold bytes")
+        return array.reshape(shape)
+    except (OSError, EOFError, zlib.error, IndexError, struct.error, ValueError) as error:
+        raise UserError(f"{path} is not a whole IDX file of bytes ({error}): fetch it again") from error
 
 
 def main(args):

@@ -29,7 +29,12 @@ def build_classifier():
     from torch import nn
 
     def stage(inputs, outputs):
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        return [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
 
     return nn.Sequential(
         *stage(3, 32), *stage(32, 64), *stage(64, 128), nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, 10)
@@ -39,7 +44,6 @@ def build_classifier():
 def accuracy(classifier, images, labels, device):
     """Share of uint8 images (M, 3, 32, 32) put in their class."""
     import torch
-
     from training import normalise
 
     with torch.no_grad():
@@ -50,9 +54,9 @@ def accuracy(classifier, images, labels, device):
 def main(args):
     import torch
     from safetensors.torch import save_file
+    from training import load_split, normalise, train
 
     from files import written_whole
-    from training import load_split, normalise, train
 
     images, labels = load_split(args.data, "train")
     torch.manual_seed(args.seed)

@@ -17,7 +17,7 @@ def parse_args(argv=None):
     from training import SHIPPED, add_arguments
 
     parser = cli.ArgumentParser(description="Train the DiT of the shipped Fashion-MNIST model.")
-    add_arguments(parser, name="dit", steps=12500, batch_size=64)
+    add_arguments(parser, name="dit", steps=10000, batch_size=64)
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, per update")
     parser.add_argument("--export", action="store_true", help="write the averaged weights of --work and stop")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="model folder to write; holds vae/ already")
@@ -31,11 +31,13 @@ def encode_all(vae, images, device):
     """Mean and standard deviation of every image's latent: two float32 tensors (M, 4, 8, 8), scaled."""
     import torch
     from tqdm import tqdm
-
     from training import normalise
 
     with torch.no_grad():
-        parts = [vae.encode(normalise(part).to(device)).latent_dist for part in tqdm(images.split(500), desc="encoding", disable=None)]
+        parts = [
+            vae.encode(normalise(part).to(device)).latent_dist
+            for part in tqdm(images.split(500), desc="encoding", disable=None)
+        ]
         scale = vae.config.scaling_factor
         return torch.cat([p.mean for p in parts]) * scale, torch.cat([p.std for p in parts]) * scale
 
@@ -69,11 +71,11 @@ def main(args):
     import torch
     from diffusers import AutoencoderKL
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from training import autocast, load_split, train
 
     from diffusion import create_diffusion
     from files import load_tensors
     from models import DiT
-    from training import autocast, load_split, train
 
     torch.manual_seed(args.seed)
     model = DiT(**MODEL).to(args.device)
@@ -97,8 +99,10 @@ def main(args):
         index = torch.randint(len(images), (args.batch_size,), generator=generator)
         i = torch.randint(diffusion.steps, (args.batch_size,), generator=generator).to(args.device)
         y = model.y_embedder.drop(labels[index], generator).to(args.device)
-        encoding, noise = (torch.randn(mean[:1].expand(len(index), -1, -1, -1).shape, generator=generator).to(args.device)
-                           for _ in range(2))
+        encoding, noise = (
+            torch.randn(mean[:1].expand(len(index), -1, -1, -1).shape, generator=generator).to(args.device)
+            for _ in range(2)
+        )
         index = index.to(args.device)
         x_start = mean[index] + std[index] * encoding
         x = diffusion.q_sample(x_start, i, noise)

@@ -18,7 +18,9 @@ def parse_args(argv=None):
 
     parser = cli.ArgumentParser(description="Train the autoencoder of the shipped Fashion-MNIST model.")
     add_arguments(parser, name="vae", steps=4000, batch_size=32)
-    parser.add_argument("--kl", type=float, default=1e-4, help="weight of the divergence from a unit normal, per latent value")
+    parser.add_argument(
+        "--kl", type=float, default=1e-4, help="weight of the divergence from a unit normal, per latent value"
+    )
     parser.add_argument("--out", type=Path, default=SHIPPED / "vae", help="folder to write, as diffusers saves it")
     return parser.parse_args(argv)
 
@@ -26,7 +28,6 @@ def parse_args(argv=None):
 def main(args):
     import torch
     from diffusers import AutoencoderKL
-
     from training import autocast, load_split, normalise, train
 
     images, _ = load_split(args.data, "train")

@@ -22,8 +22,12 @@ def add_arguments(parser, name, steps, batch_size=128):
     parser.add_argument("--steps", type=int, default=steps, help="updates in all, those of earlier starts included")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="images an update")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--work", type=Path, default=HERE / "work" / f"{name}.pt",
-                        help="checkpoint to continue from if it is there, and to write every minute")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=HERE / "work" / f"{name}.pt",
+        help="checkpoint to continue from if it is there, and to write every minute",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile; faster, needs a C++ compiler")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
@@ -76,8 +80,11 @@ def train(args, update, optimizer, generator, after=lambda: None, **state):
 
     def save():
         with written_whole(args.work) as part:
-            torch.save({name: item.state_dict() for name, item in state.items()}
-                       | {"generator": generator.get_state(), "step": step}, part)
+            torch.save(
+                {name: item.state_dict() for name, item in state.items()}
+                | {"generator": generator.get_state(), "step": step},
+                part,
+            )
 
     stop = []
     previous = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGTERM, signal.SIGINT)}

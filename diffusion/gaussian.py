@@ -61,14 +61,10 @@ class GaussianDiffusion:
         )
 
     def _predict_start(self, x, i, noise):
-        return (
-            self._at("sqrt_recip_alphas_cumprod", i, x) * x - self._at("sqrt_recipm1_alphas_cumprod", i, x) * noise
-        )
+        return self._at("sqrt_recip_alphas_cumprod", i, x) * x - self._at("sqrt_recipm1_alphas_cumprod", i, x) * noise
 
     def _posterior(self, x_start, x, i):
-        mean = (
-            self._at("posterior_mean_coef_start", i, x) * x_start + self._at("posterior_mean_coef_x", i, x) * x
-        )
+        mean = self._at("posterior_mean_coef_start", i, x) * x_start + self._at("posterior_mean_coef_x", i, x) * x
         return mean, self._at("posterior_log_variance", i, x)
 
     def _model_log_variance(self, output, i):

@@ -184,7 +184,9 @@ def test_refusals_as_a_user_meets_them(sample, model_folder, tmp_path):
 
 
 def test_released_files_that_cannot_be_fetched_name_their_url(tmp_path):
-    result = run("sample.py", *METHOD, "--path", "ckpt/DDIM20_router.pt", cwd=tmp_path, https_proxy="http://127.0.0.1:9")
+    result = run(
+        "sample.py", *METHOD, "--path", "ckpt/DDIM20_router.pt", cwd=tmp_path, https_proxy="http://127.0.0.1:9"
+    )
     if (ROOT / "ckpt" / "DDIM20_router.pt").exists():
         pytest.skip("the released router was fetched into ckpt/")
     assert result.returncode == 1

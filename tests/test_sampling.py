@@ -47,7 +47,9 @@ def test_nothing_is_read_from_the_device_inside_the_denoising_loop(ancestral):
         loop(denoise, torch.cat([z, z]), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("read", [lambda x, i: x[0, 0, 0, 0].item(), lambda x, i: torch.tensor([i]), lambda x, i: x.to("meta")])
+@pytest.mark.parametrize(
+    "read", [lambda x, i: x[0, 0, 0, 0].item(), lambda x, i: torch.tensor([i]), lambda x, i: x.to("meta")]
+)
 def test_that_check_sees_a_device_read(read):
     _, diffusion, z, _ = setup()
 
@@ -215,7 +217,9 @@ def test_random_weights_come_from_the_seed_and_do_not_output_zero(model_folder):
     assert not torch.allclose(a(x, t, y), c(x, t, y))
 
 
-@pytest.mark.parametrize("config", ["{", "[]", "{}", '{"model": 3, "image_size": 8, "vae": "vae"}', '{"model": {}, "image_size": 8}'])
+@pytest.mark.parametrize(
+    "config", ["{", "[]", "{}", '{"model": 3, "image_size": 8, "vae": "vae"}', '{"model": {}, "image_size": 8}']
+)
 def test_a_folder_with_a_damaged_configuration_is_refused(tmp_path, config):
     (tmp_path / "dit.safetensors").touch()
     (tmp_path / "config.json").write_text(config)

@@ -39,7 +39,9 @@ def test_one_process_trains_checkpoints_and_numbers_its_runs(train, model_folder
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "results" / "000-tiny" / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["0000002.pt", "0000004.pt", "0000005.pt"]
-    assert re.search(r"^update 4 epoch 0: loss \S+ mse \S+ l1 \S+ scores above 0.1: \d+/18 \S+ images/s$", result.stdout, re.M)
+    assert re.search(
+        r"^update 4 epoch 0: loss \S+ mse \S+ l1 \S+ scores above 0.1: \d+/18 \S+ images/s$", result.stdout, re.M
+    )
 
     saved = torch.load(folder / "0000005.pt", weights_only=True)
     counts = adam_steps(saved)
@@ -53,8 +55,22 @@ def test_one_process_trains_checkpoints_and_numbers_its_runs(train, model_folder
 
     assert train("--max-steps", 1).returncode == 0
     assert (tmp_path / "results" / "001-tiny").is_dir()
-    sampled = run("sample.py", "--ckpt", model_folder, "--num-sampling-steps", 6, "--accelerate-method", "dynamiclayer",
-                  "--path", folder / "0000005.pt", "--repeats", 1, "--out", "x.png", cwd=tmp_path)
+    sampled = run(
+        "sample.py",
+        "--ckpt",
+        model_folder,
+        "--num-sampling-steps",
+        6,
+        "--accelerate-method",
+        "dynamiclayer",
+        "--path",
+        folder / "0000005.pt",
+        "--repeats",
+        1,
+        "--out",
+        "x.png",
+        cwd=tmp_path,
+    )
     assert sampled.returncode == 0, sampled.stderr
 
 
@@ -170,7 +186,18 @@ def test_the_middle_square_is_cut_and_scaled():
 )
 def test_bad_input_is_refused_in_one_line(flags, words, model_folder, image_folder, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    common = ["--ckpt", model_folder, "--data-path", image_folder, "--device", "cpu", "--max-steps", 1, "--num-workers", 0]
+    common = [
+        "--ckpt",
+        model_folder,
+        "--data-path",
+        image_folder,
+        "--device",
+        "cpu",
+        "--max-steps",
+        1,
+        "--num-workers",
+        0,
+    ]
     common += ["--global-batch-size", 4]
     assert_refused(call("train_router.py", *common, *flags, capfd=capfd), *words)
     assert not list(tmp_path.iterdir())

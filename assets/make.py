@@ -1,0 +1,80 @@
+"""Makes the pictures of this folder from the shipped weights: python assets/make.py
+
+samples.png: ten classes across, eight samples down, DDIM-20 without a router.
+router.png:  the scores of the two shipped routers, steps down in the order they run, layers across.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cli  # noqa: E402
+
+FOLDER = ROOT / "ckpt" / "fashion_mnist"
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(description="Make the pictures of assets/.")
+    parser.add_argument("--ckpt", default=str(FOLDER), help="model folder with DDIM20_router.pt and DDIM50_router.pt")
+    parser.add_argument("--out", type=Path, default=ROOT / "assets", help="folder to write the pictures into")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    return parser.parse_args(argv)
+
+
+def draw_samples(args, rows=8):
+    import torch
+
+    import sampling
+    from diffusion import create_diffusion
+
+    device = torch.device("cpu")
+    spec = sampling.model_spec(ckpt=args.ckpt)
+    dit, vae = sampling.load_dit(spec, device), sampling.load_vae(spec, device)
+    labels = torch.arange(spec.num_classes).repeat(rows)
+    generator = torch.Generator().manual_seed(args.seed)
+    z = torch.randn(len(labels), dit.in_channels, dit.input_size, dit.input_size, generator=generator)
+    latents = sampling.sample_latents(dit, create_diffusion(20), z, labels, spec.cfg_scale)
+    sampling.save_picture(sampling.decode(vae, latents), args.out / "samples.png", spec.num_classes)
+
+
+def draw_routers(args, threshold=0.1):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+
+    from files import written_whole
+    from router import Router
+
+    routers = [Router.load(Path(args.ckpt) / f"DDIM{steps}_router.pt") for steps in (20, 50)]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 6), layout="constrained")
+    for axis, router in zip(axes, routers):
+        steps = list(reversed(router.trained_steps(router.steps)))
+        with torch.no_grad():
+            scores = torch.stack([router(i).flatten() for i in steps])
+        image = axis.imshow(scores, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        # A cross marks what is skipped at the threshold.
+        rows, columns = (scores <= threshold).nonzero(as_tuple=True)
+        axis.scatter(columns, rows, marker="x", s=9, c="white", linewidths=0.7)
+        axis.set_yticks(range(len(steps)), steps, fontsize=7)
+        axis.set_xticks(range(0, 2 * router.depth, 2), range(router.depth))
+        axis.set(
+            title=f"DDIM-{router.steps}", xlabel="block (attention, MLP)", ylabel="step i; the odd ones run in full"
+        )
+    figure.colorbar(image, ax=axes, label=f"score; x: reused at threshold {threshold}")
+    with written_whole(args.out / "router.png") as part:
+        figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main(args):
+    draw_samples(args)
+    draw_routers(args)
+    print(f"wrote {args.out / 'samples.png'} and {args.out / 'router.png'}")
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

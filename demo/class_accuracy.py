@@ -1,0 +1,86 @@
+"""How many samples of the shipped model an independent classifier puts in the class that was asked for.
+
+    python demo/class_accuracy.py --path ckpt/fashion_mnist/DDIM20_router.pt       # with and without the router
+
+Both draw from the same noise; every class gets the same number of samples.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli  # noqa: E402
+
+
+def parse_args(argv=None):
+    from train_classifier import WEIGHTS
+    from training import HERE, SHIPPED
+
+    parser = cli.ArgumentParser(description="Class accuracy of the Fashion-MNIST model's samples.")
+    parser.add_argument("--ckpt", default=str(SHIPPED), help="model folder")
+    parser.add_argument("--classifier", type=Path, default=WEIGHTS, help="what demo/train_classifier.py wrote")
+    parser.add_argument("--path", help="router; without it only the plain sampler is judged")
+    parser.add_argument("--thres", type=cli.fraction, default=0.1, help="threshold of the router, 0 to 1")
+    parser.add_argument("--num-sampling-steps", type=cli.positive, default=20, help="DDIM steps")
+    parser.add_argument("--cfg-scale", type=float, help="guidance; without it what the model folder recommends")
+    parser.add_argument("--samples", type=cli.positive, default=2000, help="images")
+    parser.add_argument("--batch-size", type=cli.positive, default=100, help="images at a time")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--device", default="auto", help="torch device")
+    parser.add_argument(
+        "--data", type=Path, default=HERE / "data", help="ImageFolder whose test images judge the judge"
+    )
+    return parser.parse_args(argv)
+
+
+def main(args):
+    import torch
+    from tqdm import tqdm
+    from train_classifier import accuracy, build_classifier
+    from training import load_split
+
+    import download
+    import sampling
+    from diffusion import create_diffusion
+    from files import load_tensors
+    from router import Router
+
+    device = sampling.pick_device(args.device)
+    classifier = build_classifier().eval()
+    classifier.load_state_dict(load_tensors(args.classifier))
+    classifier.to(device)
+    spec = sampling.model_spec(ckpt=args.ckpt)
+    dit, vae = sampling.load_dit(spec, device), sampling.load_vae(spec, device)
+    schedules = {"without router": None}
+    if args.path:
+        router = Router.load(download.find(args.path))
+        router.check_fits(args.path, args.num_sampling_steps, dit.depth)
+        schedules[f"with {args.path}"] = schedule = router.schedule(args.thres)
+        print(sampling.describe_schedule(schedule, dit.multiply_adds()))
+    diffusion = create_diffusion(args.num_sampling_steps)
+    cfg_scale = spec.cfg_scale if args.cfg_scale is None else args.cfg_scale
+    noise = torch.randn(
+        args.samples,
+        dit.in_channels,
+        dit.input_size,
+        dit.input_size,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+    labels = torch.arange(args.samples) % spec.num_classes
+    print(f"the classifier on the test images: {accuracy(classifier, *load_split(args.data, 'test'), device):.2%}")
+    for name, schedule in schedules.items():
+        images = []
+        for z, y in zip(tqdm(noise.split(args.batch_size), desc=name, disable=None), labels.split(args.batch_size)):
+            latents = sampling.sample_latents(dit, diffusion, z.to(device), y.to(device), cfg_scale, schedule)
+            images.append(sampling.decode(vae, latents))
+        share = accuracy(classifier, torch.cat(images).permute(0, 3, 1, 2), labels, device)
+        print(
+            f"{args.samples} samples, {args.num_sampling_steps} steps, guidance {cfg_scale}, {name}: "
+            f"{share:.2%} in their class",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

@@ -1,0 +1,148 @@
+"""The programs that made the shipped weights, on a few images, and the shipped weights themselves."""
+
+import argparse
+import gzip
+import json
+import signal
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_refused, call, run
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "demo"))
+SHIPPED = ROOT / "ckpt" / "fashion_mnist"
+
+
+def write_idx(path, array):
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The four original files in small: 40 and 20 random images, all ten classes."""
+    folder = tmp_path_factory.mktemp("idx")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 40), ("t10k", 20)):
+        write_idx(folder / f"{part}-images-idx3-ubyte.gz", random.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8) % 10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("data")
+    result = run("demo/fashion_mnist.py", "--source", source, "--out", out, cwd=out)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_the_export_keeps_pixels_and_labels(source, data):
+    raw = gzip.decompress((source / "train-images-idx3-ubyte.gz").read_bytes())[16:]
+    image = np.asarray(Image.open(data / "train" / "3_dress" / "00013.png"))
+    assert image.shape == (32, 32, 3)
+    assert np.array_equal(image[2:30, 2:30, 1], np.frombuffer(raw, np.uint8).reshape(40, 28, 28)[13])
+    assert not image[:2].any() and not image[:, 30:].any()
+    assert len(list((data / "train").glob("*/*.png"))) == 40
+    assert len(list((data / "test").iterdir())) == 10
+
+
+def test_damaged_and_missing_originals_are_refused(source, tmp_path, capfd):
+    assert_refused(call("fashion_mnist.py", "--source", tmp_path, "--out", tmp_path, capfd=capfd), "lacks train-images")
+    for path in source.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    images = tmp_path / "train-images-idx3-ubyte.gz"
+    for content in (images.read_bytes()[:300], gzip.compress(b"\0\0\x08\x03" + b"\0" * 12 + b"x"), b"", b"<html>"):
+        images.write_bytes(content)
+        assert_refused(call("fashion_mnist.py", "--source", tmp_path, "--out", tmp_path / "out", capfd=capfd), images)
+
+
+def test_the_programs_run_from_images_to_a_model_folder_that_samples(data, tmp_path, capfd):
+    out = tmp_path / "model"
+    common = ["--data", data, "--steps", 2, "--batch-size", 4, "--device", "cpu"]
+
+    def program(name, *flags):
+        result = call(name, *common, "--work", tmp_path / f"{name}.pt", *flags, capfd=capfd)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "PSNR on held-out images" in program("train_vae.py", "--out", out / "vae")
+    assert "final loss" in program("train_dit.py", "--out", out)
+    judge = tmp_path / "classifier.safetensors"
+    assert "accuracy on the test images" in program("train_classifier.py", "--out", judge)
+    assert "continuing" in program("train_dit.py", "--out", out)
+    assert json.loads((out / "vae" / "config.json").read_text())["scaling_factor"] > 0
+
+    flags = ["--ckpt", out, "--classifier", judge, "--data", data, "--samples", 20, "--num-sampling-steps", 2]
+    result = call("class_accuracy.py", *flags, "--device", "cpu", capfd=capfd)
+    assert "20 samples, 2 steps, guidance 2.0, without router" in result.stdout, result.stderr
+    sampled = run("sample.py", "--ckpt", out, "--num-sampling-steps", 2, "--repeats", 1, cwd=tmp_path)
+    assert sampled.returncode == 0, sampled.stderr
+
+
+@pytest.mark.parametrize("name", ["train_vae.py", "train_dit.py", "train_classifier.py"])
+def test_missing_data_is_refused(name, tmp_path, capfd):
+    assert_refused(call(name, "--data", tmp_path / "none", capfd=capfd), "no such folder", "demo/fashion_mnist.py")
+
+
+def test_a_training_that_was_stopped_continues_as_if_never_stopped(tmp_path):
+    from training import train
+
+    def start(work, stop_at=None):
+        torch.manual_seed(0)
+        model, generator = torch.nn.Linear(3, 1), torch.Generator().manual_seed(1)
+        optimizer = torch.optim.AdamW(model.parameters())
+        calls = []
+
+        def update():
+            calls.append(1)
+            if len(calls) == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+            return model(torch.randn(4, 3, generator=generator)).square().mean()
+
+        train(argparse.Namespace(work=work, steps=7, lr=0.1), update, optimizer, generator, model=model)
+        return model.weight.detach()
+
+    whole = start(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "stopped.pt", stop_at=3)
+    assert torch.load(tmp_path / "stopped.pt")["step"] == 3
+    assert torch.equal(start(tmp_path / "stopped.pt"), whole)
+
+
+def test_the_shipped_folder_is_complete_and_small():
+    from router import Router
+    from sampling import load_dit, load_vae, model_spec
+
+    spec = model_spec(ckpt=str(SHIPPED))
+    dit, vae = load_dit(spec, "cpu"), load_vae(spec, "cpu")
+    assert (spec.image_size, spec.num_classes, vae.config.latent_channels) == (32, 10, 4)
+    assert len(spec.class_names) == 10 and dit.depth >= 12
+    for steps in (20, 50):
+        router = Router.load(SHIPPED / f"DDIM{steps}_router.pt")
+        router.check_fits("", steps, dit.depth)
+    assert sum(p.stat().st_size for p in SHIPPED.rglob("*") if p.is_file()) <= 25e6
+
+
+def test_the_shipped_router_caches_a_quarter_of_all_layers_and_changes_images_little():
+    import sampling
+    from diffusion import create_diffusion
+    from router import Router
+
+    spec = sampling.model_spec(ckpt=str(SHIPPED))
+    dit, vae = sampling.load_dit(spec, "cpu"), sampling.load_vae(spec, "cpu")
+    schedule = Router.load(SHIPPED / "DDIM20_router.pt").schedule(0.1)
+    assert schedule.cached_share() >= 0.25
+    z, y = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(10)
+    full, cached = (
+        sampling.decode(vae, sampling.sample_latents(dit, create_diffusion(20), z, y, spec.cfg_scale, plan))
+        for plan in (None, schedule)
+    )
+    # Another image of the same class is some 10 dB away.
+    assert sampling.psnr(full, full.roll(10, 0).flip(0), 255) < 15 < 20 < sampling.psnr(full, cached, 255)
+    # Real images are black around the garment.
+    assert full[:, :2].float().mean() < 8 < 30 < full.float().mean()
