@@ -48,10 +48,10 @@ def finite(text):
 
 
 def seed(text):
-    """An int in [0, 2**63), as an argparse type."""
+    """An int in [0, 2**32), as an argparse type."""
     value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is outside 0 to 2**63-1")
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is outside 0 to 2**32-1")
     return value
 
 
@@ -76,7 +76,9 @@ def run(main, args):
     try:
         main(args)
     except UserError as error:
-        sys.exit(f"{program}: error: {' '.join(str(error).split())}")
+        # A data loading process hands its error on below a traceback: the last line says it.
+        text = str(error).rpartition("UserError: ")[2]
+        sys.exit(f"{program}: error: {' '.join(text.split())}")
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
         sys.exit(130)

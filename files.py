@@ -18,8 +18,8 @@ def _part_beside(path):
     """An empty temporary file in the folder of `path`, which is made if needed. Raises UserError where it cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(21, "Is a directory", str(path))
+        if path.exists() and not path.is_file():
+            raise FileExistsError(17, "it is there and is no file", str(path))
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; name another place") from error
@@ -29,7 +29,7 @@ def _part_beside(path):
 
 def check_writable(path):
     """Raises UserError where `path` could not be written, before work is spent on what goes there."""
-    _part_beside(Path(path)).unlink()
+    _part_beside(Path(path).resolve()).unlink()
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def written_whole(path):
     Whatever interrupts the block, `path` is either what it was or complete. Missing folders are made.
     Raises UserError where the place cannot be written; whatever else the block raises must not be an OSError.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # what a link points to is written, the link stays
     part = _part_beside(path)
     try:
         yield part

@@ -4,7 +4,8 @@ A *layer* is one attention or one MLP of one block. Caching is one rule with one
 
     True          run the layer (and remember its output where a cache is given),
     False         use the remembered output,
-    0-d tensor    in [0, 1]: blend both, cached + compute * (fresh - cached). This is router training.
+    0-d tensor    in [0, 1]: blend both, cached + compute * (fresh - cached). This is router training;
+                  both are read, so both must be finite.
 
 Nothing here knows diffusion or the router. What is remembered is a layer's output before its gate.
 
@@ -145,6 +146,11 @@ class DiT(nn.Module):
         learn_sigma=True,
     ):
         super().__init__()
+        sizes = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size)
+        sizes |= dict(depth=depth, num_heads=num_heads, num_classes=num_classes)
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} {size!r} is not a positive whole number")
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:

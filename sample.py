@@ -58,8 +58,8 @@ def parse_args(argv=None):
         parser.error("--path is a router file: add --accelerate-method dynamiclayer to use it")
     if args.compare and not args.path:
         parser.error("--compare needs a router to compare with: add --accelerate-method dynamiclayer --path ROUTER")
-    if args.record and not args.compare:
-        parser.error("--record keeps the figures of --compare: add it")
+    if args.record and not (args.compare and args.record.endswith(".json")):
+        parser.error(f"--record {args.record}: it keeps the figures of --compare in a file that ends in .json")
     if args.num_sampling_steps > 1000:
         parser.error(f"--num-sampling-steps {args.num_sampling_steps}: the models were trained with 1000 steps")
     if args.random_weights and args.ckpt and args.ckpt.endswith((".pt", ".safetensors")):
@@ -137,24 +137,34 @@ def main(args):
         print(f"Sampling time: {statistics.mean(times[name]):.3f}±{spread:.3f}{label}")
 
     images = {} if args.random_weights else {name: sampling.decode(vae, latents[name]) for name in runs}
-    if args.compare:
-        batch = len(labels) * (1 if cfg_scale == 1.0 else 2)
-        shown, peak = (images, 255) if images else (latents, (latents["full"].max() - latents["full"].min()).item())
-        record = compare(dit, schedule, times, batch, sampling.psnr(shown["router"], shown["full"], peak))
-        print(record.pop("text"))
-        print(
-            f"PSNR of the {'images' if images else 'latents'} with and without the router: {record['psnr_db']:.2f} dB"
-        )
-        if args.record:
-            write_record(args, device, record)
     if images:
-        columns = len(labels) if args.compare else 4 if len(labels) <= 8 else 10
-        sampling.save_picture(torch.cat(list(images.values())), out, columns)
+        columns = min(len(labels), 10) if args.compare else 4 if len(labels) <= 8 else 10
+        sampling.save_picture(list(images.values()), out, columns)
+        if spec.class_names:
+            print("Classes: " + ", ".join(spec.class_names[label] for label in labels[:columns]))
         print(f"Picture: {out}" + (" (above without the router, below with it)" if args.compare else ""))
 
+    if args.compare:
+        shown, peak = (images, 255) if images else (latents, (latents["full"].max() - latents["full"].min()).item())
+        figures = compare(dit, schedule, times, batch=len(labels) * (1 if cfg_scale == 1.0 else 2))
+        figures["psnr_db"] = sampling.psnr(shown["router"], shown["full"], peak)
+        rates = figures["g_multiply_adds_per_second"]
+        print(
+            f"Speed-up: {figures['speedup']:.3f}, {figures['share_of_bound']:.1%} of the bound {figures['bound']:.3f}"
+        )
+        print(
+            f"G multiply-adds/s: {rates['full']:.1f} full, {rates['router']:.1f} router; "
+            f"plain matrix products of these shapes {rates['matrix_product']:.1f}"
+        )
+        print(
+            f"PSNR of the {'images' if images else 'latents'} with and without the router: {figures['psnr_db']:.2f} dB"
+        )
+        if args.record:
+            write_record(args, device, figures)
 
-def compare(dit, schedule, times, batch, psnr):
-    """What `times` (seconds a repeat, of "full" and "router" in turn) say about a schedule, as a dict; "text" to print.
+
+def compare(dit, schedule, times, batch):
+    """What `times` (seconds a repeat, of "full" and "router" in turn) say about a schedule, as a dict.
 
     batch: samples in one call of the model, the unconditional half included.
     """
@@ -172,7 +182,6 @@ def compare(dit, schedule, times, batch, psnr):
         name: batch * plan.multiply_adds(costs).sum().item() / statistics.median(times[name]) / 1e9
         for name, plan in plans.items()
     }
-    rates["matrix_product"] = sampling.matmul_rate(dit, batch) / 1e9
     return {
         "batch": batch,
         "seconds": times,
@@ -180,17 +189,12 @@ def compare(dit, schedule, times, batch, psnr):
         "bound": bound,
         "share_of_bound": ratio / bound,
         "cached_share": schedule.cached_share(),
-        "g_multiply_adds_per_second": rates,
-        "psnr_db": psnr,
-        "text": (
-            f"Speed-up: {ratio:.3f}, {ratio / bound:.1%} of the bound {bound:.3f}\n"
-            f"G multiply-adds/s: {rates['full']:.1f} full, {rates['router']:.1f} router; "
-            f"plain matrix products of these shapes {rates['matrix_product']:.1f}"
-        ),
+        "layers_run_per_step": schedule.compute.sum(dim=(1, 2)).tolist(),
+        "g_multiply_adds_per_second": rates | {"matrix_product": sampling.matmul_rate(dit, batch) / 1e9},
     }
 
 
-def write_record(args, device, record):
+def write_record(args, device, figures):
     """Writes the figures of a comparison, and all that they depend on, as JSON to args.record."""
     import json
     import platform
@@ -202,15 +206,19 @@ def write_record(args, device, record):
     import sampling
     from files import written_whole
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     record = {
         "device": sampling.device_name(device),
         "dtype": "tf32" if device.type == "cuda" else "float32",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
         "flags": vars(args),
-        **record,
+        **figures,
     }
     with written_whole(args.record) as part:
         part.write_text(json.dumps(record, indent=2) + "\n")

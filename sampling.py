@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import download
 from files import UserError, written_whole
@@ -18,10 +19,12 @@ IMAGENET_LABELS = (207, 992, 387, 974, 142, 979, 417, 279)
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything about a model but its weights.
+    """Where a model comes from and how it is meant to be used; nothing of it is loaded yet.
 
-    config: arguments of `DiT`, or () for a name of `DiT_models`; folder: a model folder, or None.
-    cfg_scale: recommended guidance; horizontal_flip: whether mirrored images are images too.
+    name: of `DiT_models`, or of a model folder; config: arguments of `DiT` (beyond those of the name).
+    image_size: pixels a side; class_names: one a class, or None; cfg_scale: recommended guidance.
+    vae: "ema" or "mse" for a released one, or a folder; weights: a file, or a name that `download.find_model` knows.
+    horizontal_flip: whether mirrored training images are images too.
     """
 
     name: str
@@ -31,7 +34,7 @@ class ModelSpec:
     class_names: tuple | None = None
     cfg_scale: float = 4.0
     horizontal_flip: bool = True
-    weights: str | None = None
+    weights: str = ""
 
     @property
     def num_classes(self):
@@ -84,7 +87,7 @@ def _folder_spec(folder):
             horizontal_flip=bool(config.get("horizontal_flip", True)),
             weights=str(folder / "dit.safetensors"),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'{folder / "config.json"} cannot be used ({type(error).__name__}: {error}): it needs "model" (arguments '
             'of DiT), "image_size" and "vae"; ckpt/fashion_mnist/config.json is an example'
@@ -139,17 +142,28 @@ def load_vae(spec, device):
         raise UserError(f"{folder} has no config.json: a VAE folder is what diffusers' save_pretrained writes")
     try:
         vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the VAE in {folder} cannot be read: {error}") from error
-    return vae.requires_grad_(False).eval().to(device)
+        vae = vae.requires_grad_(False).eval().to(device)
+    except Exception as error:  # diffusers raises whatever a damaged configuration or file leads it to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the VAE in {folder} cannot be read ({reason}): save it again with save_pretrained") from error
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # a side of a latent cell
+    channels, size = spec.config.get("in_channels", 4), spec.config.get("input_size", 32)
+    if (vae.config.latent_channels, spec.image_size) != (channels, size * pixels):
+        raise UserError(
+            f"the VAE in {folder} has {vae.config.latent_channels} channels and {pixels} pixels to a cell, model "
+            f"{spec.name} {channels} channels and {size} cells for {spec.image_size} pixels: use its own VAE"
+        )
+    return vae
 
 
 def pick_device(name):
-    """torch.device of "auto" (CUDA where there is one), "cpu", "cuda:1". Raises UserError where it is absent."""
+    """torch.device of "auto" (CUDA where there is one), "cpu", "cuda:1". Raises UserError where it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("the programs run on cpu and cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
@@ -229,14 +243,16 @@ def psnr(a, b, peak):
     return (10 * torch.log10(peak**2 / (a.double() - b.double()).square().mean())).item()
 
 
-def save_picture(images, path, columns):
-    """Writes uint8 images (N, H, W, 3) as a grid, whole or not at all; small ones enlarged so that one can see them.
+def save_picture(groups, path, columns):
+    """Writes groups of uint8 images (N, H, W, 3) as a grid, each group from a new row; small ones enlarged.
 
     Raises UserError where the place cannot be written or the file's ending names no picture format.
     """
     from PIL import Image
     from torchvision.utils import make_grid
 
+    # White cells fill up the last row of a group.
+    images = torch.cat([nn.functional.pad(g, (0,) * 7 + (-len(g) % columns,), value=255) for g in groups])
     zoom = max(1, 96 // images.shape[1])
     images = images.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).permute(0, 3, 1, 2)
     grid = make_grid(images, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
@@ -269,7 +285,8 @@ def describe_schedule(schedule, costs):
             f"{work[steps[0]] / full:>8.1%}  {' '.join(map(str, steps))}"
         )
     lines.append(
-        f"cached {schedule.cached_share():.1%} of all layers; {work.sum() / 1e9:.4g} of "
+        f"cached {schedule.cached_share():.1%} of all layers, {schedule.distinct_rows()} distinct steps; "
+        f"{work.sum() / 1e9:.4g} of "
         f"{full * schedule.steps / 1e9:.4g} G multiply-adds an image, so the speed-up is at most "
         f"{schedule.speedup_bound(costs):.3f}"
     )

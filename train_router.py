@@ -31,6 +31,9 @@ def parse_args(argv=None):
     parser.add_argument("--log-every", type=cli.positive, default=100, help="updates between lines of the log")
     parser.add_argument("--ckpt-every", type=cli.positive, default=1000, help="updates between checkpoints")
     parser.add_argument(
+        "--resume", metavar="CHECKPOINT", help="continue from what this program wrote, up to --max-steps"
+    )
+    parser.add_argument(
         "--wandb", action="store_true", help="log to Weights & Biases; offline where there is no account"
     )
     parser.add_argument(
@@ -55,19 +58,31 @@ def parse_args(argv=None):
 
 
 def center_crop(image, size):
-    """A PIL image of any size -> RGB of size x size pixels: the middle square, as the released models were trained.
+    """A PIL image of any size -> size x size pixels: the middle square, as the released models were trained.
 
     Halved with a box filter while twice as large as needed, then scaled bicubically (Dhariwal and Nichol 2021).
     """
     from PIL import Image
 
-    image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def load_image(path):
+    """The picture at `path`, decoded. Raises UserError where it is damaged."""
+    from PIL import Image
+
+    from files import UserError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
+        raise UserError(f"{path} is no whole picture: replace or remove it") from error
 
 
 def open_data(path, spec):
@@ -92,10 +107,11 @@ def open_data(path, spec):
         ]
     )
     try:
-        data = ImageFolder(path, transform=transform)
+        data = ImageFolder(path, transform=transform, loader=load_image)
     except FileNotFoundError as error:
         raise UserError(f"{path} has no images, a folder a class: {str(error).splitlines()[0]}") from error
-    if len(data.classes) > spec.num_classes:
+    if len(data.classes) != spec.num_classes:
+        # Labels are the alphabetical order of the folders, so a part of them would be labelled wrongly.
         raise UserError(
             f"{path} has {len(data.classes)} classes, the model {spec.num_classes}: name the model's own data"
         )
@@ -121,9 +137,10 @@ def new_run_folder(results_dir, name):
 
 
 def main(args):
+    import argparse
     import os
     import time
-    from itertools import count
+    from itertools import count, islice
 
     import torch
     import torch.distributed as dist
@@ -134,7 +151,7 @@ def main(args):
 
     import sampling
     from diffusion import create_diffusion
-    from files import UserError
+    from files import UserError, load_tensors
     from router import Router, router_loss
 
     # A process of torchrun's, or a world of one.
@@ -142,37 +159,57 @@ def main(args):
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     if args.global_batch_size % world:
+        fits = args.global_batch_size // world * world or world
         raise UserError(
-            f"--global-batch-size {args.global_batch_size} does not divide among {world} processes: "
-            f"pass {args.global_batch_size // world * world or world}"
+            f"--global-batch-size {args.global_batch_size} does not divide among {world} processes: pass {fits}"
         )
+    batch_size = args.global_batch_size // world
     cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     device = sampling.pick_device(f"cuda:{local}" if cuda and world > 1 else args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = True
     spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
     data = open_data(args.data_path, spec)
-    batch_size = args.global_batch_size // world
     if len(data) < args.global_batch_size:
         raise UserError(
             f"{args.data_path} has {len(data)} images, fewer than --global-batch-size {args.global_batch_size}"
         )
-    torch.backends.cuda.matmul.allow_tf32 = True
-
-    dit = sampling.load_dit(spec, device)
-    vae = sampling.load_vae(spec, device)
-    # The same initial scores everywhere; after that each process has random streams of its own.
-    torch.manual_seed(args.global_seed)
-    router = Router(args.num_sampling_steps, dit.depth).to(device)
-    diffusion = create_diffusion(args.num_sampling_steps)
-    torch.manual_seed(args.global_seed * world + rank)
-    draws = torch.Generator().manual_seed(args.global_seed * world + rank)
+    resumed = load_tensors(args.resume, allow=[argparse.Namespace]) if args.resume else None
 
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        # Rows that no process drew keep a gradient of None, and AdamW passes over them.
-        scores_of = DistributedDataParallel(router, find_unused_parameters=True)
-    else:
-        scores_of = router
+    if world > 1 and local:
+        dist.barrier()  # the first process of a machine fetches what is missing, the others find it
+    dit = sampling.load_dit(spec, device)
+    vae = sampling.load_vae(spec, device)
+    if world > 1 and not local:
+        dist.barrier()
+
+    # The same initial scores everywhere.
+    torch.manual_seed(args.global_seed)
+    router = Router(args.num_sampling_steps, dit.depth).to(device)
+    if args.resume:
+        start = Router.load(args.resume)
+        start.check_fits(args.resume, args.num_sampling_steps, dit.depth)
+        router.load_state_dict(start.state_dict())
+    diffusion = create_diffusion(args.num_sampling_steps)
     optimizer = torch.optim.AdamW(router.parameters(), lr=args.lr, weight_decay=0)
+    first = 0
+    if resumed:
+        try:
+            optimizer.load_state_dict(resumed["opt"])
+            first = int(resumed["step"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{args.resume} cannot be continued ({error}): name a checkpoint of this program"
+            ) from error
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr
+        if first >= args.max_steps:
+            raise UserError(f"{args.resume} has {first} updates already: pass a --max-steps above that")
+    # Rows that no process drew keep a gradient of None, and AdamW passes over them.
+    scores_of = DistributedDataParallel(router, find_unused_parameters=True) if world > 1 else router
     sampler = DistributedSampler(data, world, rank, seed=args.global_seed, drop_last=True)
     loader = DataLoader(
         data,
@@ -184,6 +221,10 @@ def main(args):
         persistent_workers=args.num_workers > 0,
     )
     trained = list(router.trained_steps(args.num_sampling_steps))
+    # Each process draws for itself; a continued run does not draw again what it drew before.
+    stream = (args.global_seed + 1) * 2**20 + first * world + rank
+    torch.manual_seed(stream)
+    draws = torch.Generator().manual_seed(stream)
 
     folder = log = None
     if rank == 0:
@@ -195,17 +236,23 @@ def main(args):
         )
 
     def save(step):
-        router.save(folder / "checkpoints" / f"{step:07d}.pt", opt=optimizer.state_dict(), args=vars(args))
+        path = folder / "checkpoints" / f"{step:07d}.pt"
+        router.save(path, opt=optimizer.state_dict(), step=step, args=vars(args))
+        return path
 
     def batches():
-        """(epoch, images, labels) until the epochs are over."""
-        for epoch in count() if args.epochs is None else range(args.epochs):
+        """(epoch, images, labels) from the first update on until the epochs are over."""
+        skip = first % len(loader)
+        for epoch in count(first // len(loader)):
+            if epoch == args.epochs:
+                return
             sampler.set_epoch(epoch)
-            for images, labels in loader:
+            for images, labels in islice(loader, skip, None):
                 yield epoch, images, labels
+            skip = 0
 
-    bar = tqdm(total=args.max_steps, disable=None if rank == 0 else True)
-    sums, since, step, saved = torch.zeros(2, device=device), time.perf_counter(), 0, 0
+    bar = tqdm(total=args.max_steps, initial=first, disable=None if rank == 0 else True)
+    sums, logged, since, step, path = torch.zeros(2, device=device), first, time.perf_counter(), first, None
     for epoch, images, labels in batches():
         with torch.no_grad():
             x_start = vae.encode(images.to(device)).latent_dist.sample().mul_(vae.config.scaling_factor)
@@ -222,41 +269,35 @@ def main(args):
         bar.update()
         sums += torch.stack([mse.detach(), l1.detach()])
 
-        if step % args.log_every == 0:
+        done = step == args.max_steps
+        if done or step % args.log_every == 0:
             if world > 1:
                 dist.all_reduce(sums)
-            mse_mean, l1_mean = (sums / (args.log_every * world)).tolist()
-            rate = args.log_every * args.global_batch_size / (time.perf_counter() - since)
+            mse_mean, l1_mean = (sums / ((step - logged) * world)).tolist()
+            rate = (step - logged) * args.global_batch_size / (time.perf_counter() - since)
             if rank == 0:
                 above = sum(int((router(i).detach() > 0.1).sum()) for i in trained)
-                values = {
-                    "loss": mse_mean + args.l1 * l1_mean,
-                    "mse": mse_mean,
-                    "l1": l1_mean,
-                    "non_zero": above,
-                    "images/s": rate,
-                }
+                loss = mse_mean + args.l1 * l1_mean
                 bar.write(
-                    f"update {step} epoch {epoch}: loss {values['loss']:.3e} mse {mse_mean:.3e} l1 {l1_mean:.2f} "
+                    f"update {step} epoch {epoch}: loss {loss:.3e} mse {mse_mean:.3e} l1 {l1_mean:.2f} "
                     f"scores above 0.1: {above}/{2 * dit.depth * len(trained)} {rate:.1f} images/s"
                 )
                 if log:
+                    values = {"loss": loss, "mse": mse_mean, "l1": l1_mean, "non_zero": above, "images/s": rate}
                     log.log(values, step=step)
             sums.zero_()
-            since = time.perf_counter()
-        done = step == args.max_steps
+            logged, since = step, time.perf_counter()
+        path = None
         if rank == 0 and (done or step % args.ckpt_every == 0):
-            save(step)
-            saved = step
+            path = save(step)
         if done:
             break
     bar.close()
     if rank == 0:
-        if saved != step:
-            save(step)
+        path = path or save(step)
         if log:
             log.finish()
-        print(f"router: {folder / 'checkpoints' / f'{step:07d}.pt'}")
+        print(f"router: {path}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -36,7 +36,7 @@ def draw_samples(args, rows=8):
     generator = torch.Generator().manual_seed(args.seed)
     z = torch.randn(len(labels), dit.in_channels, dit.input_size, dit.input_size, generator=generator)
     latents = sampling.sample_latents(dit, create_diffusion(20), z, labels, spec.cfg_scale)
-    sampling.save_picture(sampling.decode(vae, latents), args.out / "samples.png", spec.num_classes)
+    sampling.save_picture([sampling.decode(vae, latents)], args.out / "samples.png", spec.num_classes)
 
 
 def draw_routers(args, threshold=0.1):

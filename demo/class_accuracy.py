@@ -15,10 +15,10 @@ import cli  # noqa: E402
 
 def parse_args(argv=None):
     from train_classifier import WEIGHTS
-    from training import HERE, SHIPPED
+    from training import HERE
 
     parser = cli.ArgumentParser(description="Class accuracy of the Fashion-MNIST model's samples.")
-    parser.add_argument("--ckpt", default=str(SHIPPED), help="model folder")
+    parser.add_argument("--ckpt", default=str(HERE.parent / "ckpt" / "fashion_mnist"), help="model folder")
     parser.add_argument("--classifier", type=Path, default=WEIGHTS, help="what demo/train_classifier.py wrote")
     parser.add_argument("--path", help="router; without it only the plain sampler is judged")
     parser.add_argument("--thres", type=cli.fraction, default=0.1, help="threshold of the router, 0 to 1")

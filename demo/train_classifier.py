@@ -57,7 +57,9 @@ def main(args):
     from training import load_split, normalise, train
 
     from files import written_whole
+    from sampling import pick_device
 
+    args.device = pick_device(args.device)
     images, labels = load_split(args.data, "train")
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)

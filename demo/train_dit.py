@@ -1,6 +1,6 @@
 """Train the class-conditional DiT of the shipped model on the latents of its autoencoder.
 
-    python demo/train_dit.py            # writes ckpt/fashion_mnist/{config.json,dit.safetensors}
+    python demo/train_dit.py            # writes demo/work/fashion_mnist/{config.json,dit.safetensors}
 
 Stopped at any time, the same command continues. `--export` writes the averaged weights as they are by now.
 """
@@ -14,13 +14,13 @@ import cli  # noqa: E402
 
 
 def parse_args(argv=None):
-    from training import SHIPPED, add_arguments
+    from training import MODEL_FOLDER, add_arguments
 
     parser = cli.ArgumentParser(description="Train the DiT of the shipped Fashion-MNIST model.")
-    add_arguments(parser, name="dit", steps=10000, batch_size=64)
+    add_arguments(parser, name="dit", steps=9200, batch_size=64)
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, per update")
     parser.add_argument("--export", action="store_true", help="write the averaged weights of --work and stop")
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="model folder to write; holds vae/ already")
+    parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="model folder to write; holds vae/ already")
     return parser.parse_args(argv)
 
 
@@ -76,7 +76,9 @@ def main(args):
     from diffusion import create_diffusion
     from files import load_tensors
     from models import DiT
+    from sampling import pick_device
 
+    args.device = pick_device(args.device)
     torch.manual_seed(args.seed)
     model = DiT(**MODEL).to(args.device)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
@@ -100,8 +102,7 @@ def main(args):
         i = torch.randint(diffusion.steps, (args.batch_size,), generator=generator).to(args.device)
         y = model.y_embedder.drop(labels[index], generator).to(args.device)
         encoding, noise = (
-            torch.randn(mean[:1].expand(len(index), -1, -1, -1).shape, generator=generator).to(args.device)
-            for _ in range(2)
+            torch.randn((len(index), *mean.shape[1:]), generator=generator).to(args.device) for _ in range(2)
         )
         index = index.to(args.device)
         x_start = mean[index] + std[index] * encoding

@@ -1,11 +1,12 @@
 """Train the autoencoder of the shipped model: 32x32 RGB <-> 8x8 latents of 4 channels, as diffusers' AutoencoderKL.
 
-    python demo/train_vae.py            # writes ckpt/fashion_mnist/vae; minutes on a laptop
+    python demo/train_vae.py            # writes demo/work/fashion_mnist/vae; minutes on a laptop
 
 Stopped at any time, the same command continues.
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -14,14 +15,14 @@ import cli  # noqa: E402
 
 
 def parse_args(argv=None):
-    from training import SHIPPED, add_arguments
+    from training import MODEL_FOLDER, add_arguments
 
     parser = cli.ArgumentParser(description="Train the autoencoder of the shipped Fashion-MNIST model.")
     add_arguments(parser, name="vae", steps=4000, batch_size=32)
     parser.add_argument(
         "--kl", type=float, default=1e-4, help="weight of the divergence from a unit normal, per latent value"
     )
-    parser.add_argument("--out", type=Path, default=SHIPPED / "vae", help="folder to write, as diffusers saves it")
+    parser.add_argument("--out", type=Path, default=MODEL_FOLDER / "vae", help="folder to write, as diffusers saves it")
     return parser.parse_args(argv)
 
 
@@ -30,6 +31,9 @@ def main(args):
     from diffusers import AutoencoderKL
     from training import autocast, load_split, normalise, train
 
+    from sampling import pick_device
+
+    args.device = pick_device(args.device)
     images, _ = load_split(args.data, "train")
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -71,7 +75,11 @@ def main(args):
     # The diffusion model sees latents of unit variance, as with Stable Diffusion's 0.18215.
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     psnr = -10 * torch.log10((decoded.clamp(-1, 1) - x).square().mean() / 4).item()
-    vae.save_pretrained(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out) as part:
+        vae.save_pretrained(part)
+        for path in Path(part).iterdir():
+            path.replace(args.out / path.name)
     print(f"final loss {loss}, PSNR on held-out images {psnr:.2f} dB, scaling factor {vae.config.scaling_factor}")
     print(f"wrote {args.out}")
 

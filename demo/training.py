@@ -10,18 +10,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import cli  # noqa: E402
 from files import UserError, load_tensors, written_whole  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-SHIPPED = HERE.parent / "ckpt" / "fashion_mnist"
+MODEL_FOLDER = HERE / "work" / "fashion_mnist"  # not ckpt/: a trial does not replace what is shipped
 
 
 def add_arguments(parser, name, steps, batch_size=128):
     """The flags that the three programs have in common."""
     parser.add_argument("--data", type=Path, default=HERE / "data", help="folder that demo/fashion_mnist.py wrote")
-    parser.add_argument("--steps", type=int, default=steps, help="updates in all, those of earlier starts included")
-    parser.add_argument("--batch-size", type=int, default=batch_size, help="images an update")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument(
+        "--steps", type=cli.positive, default=steps, help="updates in all, those of earlier starts included"
+    )
+    parser.add_argument("--batch-size", type=cli.positive, default=batch_size, help="images an update")
+    parser.add_argument("--lr", type=cli.finite, default=1e-3, help="peak learning rate")
     parser.add_argument(
         "--work",
         type=Path,
@@ -29,8 +32,8 @@ def add_arguments(parser, name, steps, batch_size=128):
         help="checkpoint to continue from if it is there, and to write every minute",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile; faster, needs a C++ compiler")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of weights and batches")
+    parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes CUDA where there is one")
 
 
 def load_split(data, split):

@@ -13,6 +13,8 @@ import torch
 from conftest import ROOT, assert_refused, call, run
 from PIL import Image
 
+from router import Router
+
 sys.path.insert(0, str(ROOT / "demo"))
 SHIPPED = ROOT / "ckpt" / "fashion_mnist"
 
@@ -78,7 +80,10 @@ def test_the_programs_run_from_images_to_a_model_folder_that_samples(data, tmp_p
     assert json.loads((out / "vae" / "config.json").read_text())["scaling_factor"] > 0
 
     flags = ["--ckpt", out, "--classifier", judge, "--data", data, "--samples", 20, "--num-sampling-steps", 2]
+    Router(2, 12).save(tmp_path / "router.pt")
+    flags += ["--path", tmp_path / "router.pt"]
     result = call("class_accuracy.py", *flags, "--device", "cpu", capfd=capfd)
+    assert "guidance 2.0, with" in result.stdout
     assert "20 samples, 2 steps, guidance 2.0, without router" in result.stdout, result.stderr
     sampled = run("sample.py", "--ckpt", out, "--num-sampling-steps", 2, "--repeats", 1, cwd=tmp_path)
     assert sampled.returncode == 0, sampled.stderr
@@ -115,7 +120,6 @@ def test_a_training_that_was_stopped_continues_as_if_never_stopped(tmp_path):
 
 
 def test_the_shipped_folder_is_complete_and_small():
-    from router import Router
     from sampling import load_dit, load_vae, model_spec
 
     spec = model_spec(ckpt=str(SHIPPED))
@@ -128,10 +132,18 @@ def test_the_shipped_folder_is_complete_and_small():
     assert sum(p.stat().st_size for p in SHIPPED.rglob("*") if p.is_file()) <= 25e6
 
 
+def test_the_pictures_of_assets_are_made(tmp_path, capfd):
+    sys.path.insert(0, str(ROOT / "assets"))
+    result = call("make.py", "--out", tmp_path, capfd=capfd)
+    assert result.returncode == 0, result.stderr
+    samples = np.asarray(Image.open(tmp_path / "samples.png"))
+    assert samples.shape == (8 * 98 + 2, 10 * 98 + 2, 3)
+    assert Image.open(tmp_path / "router.png").width > 500
+
+
 def test_the_shipped_router_caches_a_quarter_of_all_layers_and_changes_images_little():
     import sampling
     from diffusion import create_diffusion
-    from router import Router
 
     spec = sampling.model_spec(ckpt=str(SHIPPED))
     dit, vae = sampling.load_dit(spec, "cpu"), sampling.load_vae(spec, "cpu")
@@ -143,6 +155,6 @@ def test_the_shipped_router_caches_a_quarter_of_all_layers_and_changes_images_li
         for plan in (None, schedule)
     )
     # Another image of the same class is some 10 dB away.
-    assert sampling.psnr(full, full.roll(10, 0).flip(0), 255) < 15 < 20 < sampling.psnr(full, cached, 255)
+    assert sampling.psnr(full, full.flip(0), 255) < 15 < 20 < sampling.psnr(full, cached, 255)
     # Real images are black around the garment.
     assert full[:, :2].float().mean() < 8 < 30 < full.float().mean()

@@ -119,6 +119,10 @@ def test_a_nan_in_an_unused_slot_never_reaches_the_output(dit):
     expected = dit(x, t, y)
     assert torch.equal(dit(x, t, y, [(True, True)] * 3, cache), expected)
     assert torch.equal(dit(x, t, y, [(False, False)] * 3, cache), expected)  # the slots were replaced
+    for block, run in zip(cache, mixed_rows()):
+        for k in (0, 1):
+            block[k] = torch.full((2, 4, 24), torch.nan) if run[k] else block[k]
+    assert dit(x + 1, t, y, mixed_rows(), cache).isfinite().all()
 
 
 def test_guidance_guides_three_channels_and_both_halves_carry_it(dit):

@@ -1,5 +1,7 @@
 """sample.py as a user types it."""
 
+import json
+import os
 import pickle
 import re
 import shutil
@@ -58,7 +60,9 @@ def test_the_router_is_used_and_the_same_seed_gives_the_same_picture(sample, mod
 
 def test_compare_prints_both_times_the_ratio_the_bound_and_the_psnr(sample, model_folder, tmp_path):
     path = model_folder / "router4.pt"
-    result = sample(*METHOD, "--path", path, "--thres", 0.5, "--compare", "--repeats", 2, "--ddim-sample")
+    result = sample(
+        *METHOD, "--path", path, "--thres", 0.5, "--compare", "--repeats", 2, "--record", "r.json", "--ddim-sample"
+    )
     assert result.returncode == 0, result.stderr
     for line in (
         r"^Sampling time: \d+\.\d{3}±\d+\.\d{3} \(full\)$",
@@ -73,6 +77,11 @@ def test_compare_prints_both_times_the_ratio_the_bound_and_the_psnr(sample, mode
 
     costs = load_dit(model_spec(ckpt=str(model_folder)), "cpu").multiply_adds()
     assert bound == pytest.approx(Router.load(path).schedule(0.5).speedup_bound(costs), abs=6e-4)
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["flags"]["path"] == str(path) and record["torch"] == torch.__version__ and record["batch"] == 10
+    assert record["layers_run_per_step"] == Router.load(path).schedule(0.5).compute.sum((1, 2)).tolist()
+    pairs = zip(record["seconds"]["full"], record["seconds"]["router"])
+    assert record["speedup"] == pytest.approx(np.median([full / router for full, router in pairs]))
     # without the router above, with it below
     assert pixels(tmp_path / "Sample_NFE4_Method_dynamiclayer.png").shape == (2 * 98 + 2, 5 * 98 + 2, 3)
 
@@ -121,6 +130,10 @@ def test_help_answers_at_once():
         (METHOD, "--path"),
         (["--path", "x.pt"], "--accelerate-method"),
         (["--compare"], "--compare needs a router"),
+        (["--record", "x.json"], "--record"),
+        (["--seed", "-1"], "2**32"),
+        (["--cfg-scale", "nan"], "finite"),
+        (["--device", "meta"], "meta"),
         (["--num-sampling-steps", "1001"], "1001"),
         (["--num-sampling-steps", "0"], "0"),
         (["--frobnicate"], "--frobnicate"),
@@ -145,6 +158,7 @@ def test_wrong_files_are_refused_in_one_line(model_folder, tmp_path, monkeypatch
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(print))
     (tmp_path / "other.pt").write_bytes(b"not a checkpoint")
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "keep.txt").write_text("mine")
     before = sorted(p.name for p in tmp_path.iterdir())
     for flags, words in (
@@ -159,6 +173,8 @@ def test_wrong_files_are_refused_in_one_line(model_folder, tmp_path, monkeypatch
         (["--out", "empty"], ["empty"]),
         (["--out", "keep.txt/x.png"], ["keep.txt"]),
         (["--out", "/proc/x.png"], ["/proc/x.png"]),
+        (["--out", "fifo.png"], ["fifo.png", "no file"]),
+        ([*METHOD, "--path", "deep.pt", "--compare", "--record", "deep.pt"], ["deep.pt", ".json"]),
         (["--ckpt", "empty"], ["empty", "config.json"]),
         (["--ckpt", "cut.pt"], ["cut.pt"]),
         (["--ckpt", "other.pt"], ["other.pt"]),

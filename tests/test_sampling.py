@@ -47,6 +47,19 @@ def test_nothing_is_read_from_the_device_inside_the_denoising_loop(ancestral):
         loop(denoise, torch.cat([z, z]), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("ancestral", [False, True])
+def test_the_loop_runs_on_a_device_that_holds_no_values(ancestral):
+    """On `meta`, whatever would read a value or copy it to the host raises."""
+    dit, diffusion, z, y = setup()
+    dit, z, y = dit.to("meta"), z.to("meta"), y.to("meta")
+    denoise = sampling.make_denoiser(dit, diffusion, y, 2.0, random_schedule(6, 3))
+    loop = diffusion.ancestral_loop if ancestral else diffusion.ddim_loop
+    assert loop(denoise, torch.cat([z, z])).shape == (4, 4, 4, 4)
+    for read in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy):
+        with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+            read(z[0, 0, 0, 0])
+
+
 @pytest.mark.parametrize(
     "read", [lambda x, i: x[0, 0, 0, 0].item(), lambda x, i: torch.tensor([i]), lambda x, i: x.to("meta")]
 )
@@ -117,21 +130,23 @@ def test_a_schedule_for_another_sampler_is_refused():
 
 
 TRAJECTORIES = """
-import hashlib, sys
+import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
-from test_sampling import digest
-for seed in {seeds}:
-    print(digest(seed))
+from test_sampling import digests
+print(*digests({seeds}))
 """
 
 
-def digest(seed):
+def digests(seeds):
+    """SHA-256 of the latents of one trajectory a seed, all of the same model and diffusion."""
     dit, diffusion, _, y = setup()
-    z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
-    latents = sampling.sample_latents(dit, diffusion, z, y, 2.0, random_schedule(6, 3, seed))
-    return hashlib.sha256(latents.numpy().tobytes()).hexdigest()
+    for seed in seeds:
+        schedule = random_schedule(6, 3, seed)
+        z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+        latents = sampling.sample_latents(dit, diffusion, z, y, 2.0, schedule)
+        yield hashlib.sha256(latents.numpy().tobytes()).hexdigest()
 
 
 def test_two_trajectories_in_a_row_equal_two_fresh_processes():
@@ -139,7 +154,9 @@ def test_two_trajectories_in_a_row_equal_two_fresh_processes():
         script = TRAJECTORIES.format(root=str(ROOT), tests=str(ROOT / "tests"), seeds=seeds)
         return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
 
-    assert process(1, 2) == process(1) + process(2)
+    one, two = process(1), process(2)
+    assert one != two
+    assert process(1, 2) == one + two
 
 
 def test_pixels_are_rounded_clamped_and_channels_last():
@@ -174,7 +191,10 @@ def test_the_table_of_a_schedule_adds_up():
     assert rows[1] == ["2/2", "2/2", "23", "100.0%", "3", "1"]
     assert rows[2] == ["2/2", "1/2", "13", "56.5%", "2"]
     assert rows[3] == ["0/2", "0/2", "1", "4.3%", "0"]
-    assert "cached 31.2% of all layers; 60 of 92 G multiply-adds an image, so the speed-up is at most 1.533" in text
+    assert (
+        "cached 31.2% of all layers, 3 distinct steps; 60 of 92 G multiply-adds an image, so the speed-up is at most 1.533"
+        in text
+    )
 
 
 def test_a_model_folder_needs_no_other_flag(model_folder):
@@ -230,10 +250,47 @@ def test_a_folder_with_a_damaged_configuration_is_refused(tmp_path, config):
 def test_a_folder_with_unknown_arguments_or_other_weights_is_refused(model_folder, tmp_path):
     config = json.loads((model_folder / "config.json").read_text())
     (tmp_path / "dit.safetensors").write_bytes((model_folder / "dit.safetensors").read_bytes())
-    for change, words in (({"depht": 3}, "depht"), ({"depth": 4}, "does not fit"), ({"patch_size": 3}, "multiple")):
+    for change, words in (
+        ({"depht": 3}, "depht"),
+        ({"depth": 4}, "does not fit"),
+        ({"patch_size": 3}, "multiple"),
+        ({"num_heads": 0}, "num_heads 0 is not a positive"),
+        ({"num_classes": "10"}, "num_classes '10' is not a positive"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model": config["model"] | change}))
         with pytest.raises(UserError, match=words):
             sampling.load_dit(sampling.model_spec(ckpt=str(tmp_path)), "cpu")
+
+
+def test_a_damaged_vae_or_one_of_another_model_is_refused(model_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(model_folder, tmp_path / "m")
+    folder = tmp_path / "m"
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    model = json.loads((folder / "config.json").read_text())
+    for change, words in (({"latent_channels": 3}, "cannot be read"), ({"block_out_channels": 3}, "cannot be read")):
+        (folder / "vae" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=words):
+            sampling.load_vae(sampling.model_spec(ckpt=str(folder)), "cpu")
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(model | {"image_size": 16}))
+    with pytest.raises(UserError, match="2 pixels to a cell"):
+        sampling.load_vae(sampling.model_spec(ckpt=str(folder)), "cpu")
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(UserError, match="cannot be read"):
+        sampling.load_vae(sampling.model_spec(ckpt=str(folder)), "cpu")
+
+
+def test_each_group_of_a_picture_starts_a_new_row(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    dark, grey = torch.zeros(3, 96, 96, 3, dtype=torch.uint8), torch.full((1, 96, 96, 3), 100, dtype=torch.uint8)
+    sampling.save_picture([dark, grey], tmp_path / "x.png", columns=2)
+    cells = np.asarray(Image.open(tmp_path / "x.png"))[50::98, 50::98, 0]
+    assert cells.tolist() == [[0, 0], [0, 255], [100, 255]]
 
 
 def test_models_without_released_weights_ask_for_a_checkpoint():
@@ -244,6 +301,6 @@ def test_models_without_released_weights_ask_for_a_checkpoint():
 
 
 def test_an_absent_device_is_refused():
-    for name in ("cuda:63", "tpu", "meta:"):
+    for name in ("cuda:63", "tpu", "meta", "meta:"):
         with pytest.raises(UserError, match="--device cpu"):
             sampling.pick_device(name)

@@ -1,6 +1,7 @@
 """train_router.py as a user types it, one process and two."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -72,6 +73,24 @@ def test_one_process_trains_checkpoints_and_numbers_its_runs(train, model_folder
         cwd=tmp_path,
     )
     assert sampled.returncode == 0, sampled.stderr
+
+
+def test_a_run_continues_from_its_checkpoint(train, tmp_path):
+    assert train("--max-steps", 3).returncode == 0
+    first = tmp_path / "results" / "000-tiny" / "checkpoints" / "0000003.pt"
+    assert_refused(train("--max-steps", 3, "--resume", first), "has 3 updates already", "--max-steps")
+    result = train("--max-steps", 5, "--resume", first)
+    assert result.returncode == 0, result.stderr
+    before, after = (
+        torch.load(path, weights_only=True)
+        for path in (first, tmp_path / "results" / "001-tiny" / "checkpoints" / "0000005.pt")
+    )
+    assert sum(adam_steps(before).values()) == 3 and sum(adam_steps(after).values()) == 5
+    for i in range(6):
+        moved = not torch.equal(before["routers"][f"{i}.prob"], after["routers"][f"{i}.prob"])
+        assert moved == (adam_steps(before).get(i) != adam_steps(after).get(i))
+    Router(6, 3).save(tmp_path / "bare.pt")
+    assert_refused(train("--resume", tmp_path / "bare.pt"), "cannot be continued")
 
 
 def test_two_processes_draw_steps_of_their_own_and_keep_one_router(train, tmp_path):
@@ -174,6 +193,7 @@ def test_the_middle_square_is_cut_and_scaled():
     [
         (["--data-path", "no/such"], ["no such folder: no/such"]),
         (["--data-path", "."], ["has no images"]),
+        (["--resume", "no.pt"], ["no.pt"]),
         (["--global-batch-size", 17], ["16 images", "--global-batch-size 17"]),
         (["--num-sampling-steps", 1], ["2 to 1000"]),
         (["--num-sampling-steps", 1001], ["1001"]),
@@ -201,6 +221,20 @@ def test_bad_input_is_refused_in_one_line(flags, words, model_folder, image_fold
     common += ["--global-batch-size", 4]
     assert_refused(call("train_router.py", *common, *flags, capfd=capfd), *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_pictures_and_other_classes_are_refused(workers, model_folder, image_folder, tmp_path, capfd):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    broken = folder / "class1" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    common = ["--ckpt", model_folder, "--data-path", folder, "--device", "cpu", "--max-steps", 9]
+    common += ["--global-batch-size", 16, "--num-workers", workers, "--results-dir", tmp_path / "results"]
+    result = call("train_router.py", *common, capfd=capfd)
+    assert result.returncode == 1 and f"error: {broken} is no whole picture" in result.stderr.splitlines()[-1]
+    shutil.rmtree(folder / "class4")
+    assert_refused(call("train_router.py", *common, capfd=capfd), "has 4 classes, the model 5")
 
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(train):
