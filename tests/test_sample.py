@@ -60,9 +60,8 @@ def test_the_router_is_used_and_the_same_seed_gives_the_same_picture(sample, mod
 
 def test_compare_prints_both_times_the_ratio_the_bound_and_the_psnr(sample, model_folder, tmp_path):
     path = model_folder / "router4.pt"
-    result = sample(
-        *METHOD, "--path", path, "--thres", 0.5, "--compare", "--repeats", 2, "--record", "r.json", "--ddim-sample"
-    )
+    flags = ["--path", path, "--thres", 0.5, "--compare", "--repeats", 2, "--record", "r.json"]
+    result = sample(*METHOD, *flags, "--ddim-sample")
     assert result.returncode == 0, result.stderr
     for line in (
         r"^Sampling time: \d+\.\d{3}±\d+\.\d{3} \(full\)$",

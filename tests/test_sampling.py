@@ -191,10 +191,8 @@ def test_the_table_of_a_schedule_adds_up():
     assert rows[1] == ["2/2", "2/2", "23", "100.0%", "3", "1"]
     assert rows[2] == ["2/2", "1/2", "13", "56.5%", "2"]
     assert rows[3] == ["0/2", "0/2", "1", "4.3%", "0"]
-    assert (
-        "cached 31.2% of all layers, 3 distinct steps; 60 of 92 G multiply-adds an image, so the speed-up is at most 1.533"
-        in text
-    )
+    assert "cached 31.2% of all layers, 3 distinct steps; 60 of 92 G multiply-adds an image" in text
+    assert text.endswith("so the speed-up is at most 1.533")
 
 
 def test_a_model_folder_needs_no_other_flag(model_folder):
