@@ -19,7 +19,7 @@ def parse_args(argv=None):
     from training import add_arguments
 
     parser = cli.ArgumentParser(description="Train the classifier that judges samples of the Fashion-MNIST model.")
-    add_arguments(parser, name="classifier", steps=3000)
+    add_arguments(parser, name="classifier", steps=2500)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="weights to write")
     return parser.parse_args(argv)
 
