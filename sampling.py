@@ -23,7 +23,8 @@ class ModelSpec:
 
     name: of `DiT_models`, or of a model folder; config: arguments of `DiT` (beyond those of the name).
     image_size: pixels a side; class_names: one a class, or None; cfg_scale: recommended guidance.
-    vae: "ema" or "mse" for a released one, or a folder; weights: a file, or a name that `download.find_model` knows.
+    vae: "ema" or "mse" for a released one, or a folder.
+    weights: a file, or a name that `download.find_model` knows; None where there are no released ones.
     horizontal_flip: whether mirrored training images are images too.
     """
 
@@ -34,7 +35,7 @@ class ModelSpec:
     class_names: tuple | None = None
     cfg_scale: float = 4.0
     horizontal_flip: bool = True
-    weights: str = ""
+    weights: str | None = None
 
     @property
     def num_classes(self):
@@ -51,7 +52,7 @@ def model_spec(model="DiT-XL/2", image_size=256, num_classes=1000, vae="mse", ck
     """The `ModelSpec` of a model folder, where ckpt is one, else of the registered name.
 
     ckpt: a folder, a .pt or .safetensors file, or None for the released weights.
-    Raises UserError where the folder is incomplete, or there are no released weights for this model.
+    Raises UserError where the folder is incomplete, or the name unknown.
     """
     if ckpt is not None and Path(ckpt).is_dir():
         return _folder_spec(Path(ckpt))
@@ -59,16 +60,11 @@ def model_spec(model="DiT-XL/2", image_size=256, num_classes=1000, vae="mse", ck
         raise UserError(
             f"unknown model {model!r}: choose one of {', '.join(DiT_models)}, or a model folder with --ckpt"
         )
-    if ckpt is None:
-        if (model, image_size, num_classes) not in [("DiT-XL/2", 256, 1000), ("DiT-XL/2", 512, 1000)]:
-            raise UserError(
-                f"there are no released weights for {model} at {image_size} with {num_classes} classes, only for "
-                "DiT-XL/2 at 256 and 512 with 1000: pass --ckpt with weights of your own"
-            )
+    if ckpt is None and (model, num_classes) == ("DiT-XL/2", 1000):
         ckpt = f"DiT-XL-2-{image_size}x{image_size}.pt"
     # The VAEs of the released models have eight pixels to a latent cell.
     config = {"input_size": image_size // 8, "num_classes": num_classes}
-    return ModelSpec(model, config, image_size, vae, weights=str(ckpt))
+    return ModelSpec(model, config, image_size, vae, weights=ckpt and str(ckpt))
 
 
 def _folder_spec(folder):
@@ -112,6 +108,11 @@ def load_dit(spec, device, random_seed=None):
         with torch.no_grad():
             for parameter in dit.parameters():
                 parameter.normal_(std=0.02, generator=generator)
+    elif spec.weights is None:
+        raise UserError(
+            f"there are no released weights for {spec.name} at {spec.image_size} with {spec.num_classes} classes, only "
+            "for DiT-XL/2 at 256 and 512 with 1000: pass --ckpt with weights of your own"
+        )
     else:
         state = {name: value.float() for name, value in download.find_model(spec.weights).items()}
         expected = {name: value.shape for name, value in dit.state_dict().items()}

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import random_dit
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import DiT, DiT_models
@@ -37,7 +38,8 @@ def test_the_output_depends_on_image_time_and_label(dit):
 def test_multiply_adds_equal_what_torch_counts():
     dit = random_dit(input_size=8, depth=2)
     x = torch.randn(1, 4, 8, 8)
-    with FlopCounterMode(display=False) as counter:
+    # Fused attention is one operation that some versions do not count; its products apart they all do.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         dit(x, torch.tensor([3]), torch.tensor([0]))
     costs = dit.multiply_adds()
     assert dit.depth * sum(costs["layer"]) + costs["fixed"] == counter.get_total_flops() // 2

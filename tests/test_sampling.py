@@ -292,8 +292,9 @@ def test_each_group_of_a_picture_starts_a_new_row(tmp_path):
 
 
 def test_models_without_released_weights_ask_for_a_checkpoint():
-    with pytest.raises(UserError, match="--ckpt"):
-        sampling.model_spec("DiT-S/2")
+    for spec in (sampling.model_spec("DiT-S/2"), sampling.model_spec(num_classes=7)):
+        with pytest.raises(UserError, match="--ckpt"):
+            sampling.load_dit(spec, "cpu")
     with pytest.raises(UserError, match="unknown model"):
         sampling.model_spec("DiT-XXL/2")
 

@@ -199,7 +199,7 @@ def test_the_middle_square_is_cut_and_scaled():
         (["--num-sampling-steps", 1001], ["1001"]),
         (["--ste-threshold", 2], ["outside [0, 1]"]),
         (["--max-steps", 0], ["0"]),
-        (["--ckpt", "no.pt"], ["no.pt"]),
+        (["--ckpt", "no.pt", "--num-classes", 5], ["no.pt"]),
         (["--results-dir", "/proc/results"], ["/proc/results", "--results-dir"]),
         (["--l2", 1], ["--l2"]),
     ],
