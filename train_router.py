@@ -27,7 +27,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--global-seed", type=cli.seed, default=0, help="of the initial scores, the draws, the data order"
     )
-    parser.add_argument("--num-workers", type=int, default=4, help="data loading processes of each process")
+    parser.add_argument(
+        "--num-workers", type=int, default=4, help="data loading processes of each process, at most the cores"
+    )
     parser.add_argument("--log-every", type=cli.positive, default=100, help="updates between lines of the log")
     parser.add_argument("--ckpt-every", type=cli.positive, default=1000, help="updates between checkpoints")
     parser.add_argument(
@@ -211,14 +213,15 @@ def main(args):
     # Rows that no process drew keep a gradient of None, and AdamW passes over them.
     scores_of = DistributedDataParallel(router, find_unused_parameters=True) if world > 1 else router
     sampler = DistributedSampler(data, world, rank, seed=args.global_seed, drop_last=True)
+    workers = min(args.num_workers, os.cpu_count() or 1)
     loader = DataLoader(
         data,
         batch_size,
         sampler=sampler,
-        num_workers=args.num_workers,
+        num_workers=workers,
         drop_last=True,
         pin_memory=device.type == "cuda",
-        persistent_workers=args.num_workers > 0,
+        persistent_workers=workers > 0,
     )
     trained = list(router.trained_steps(args.num_sampling_steps))
     # Each process draws for itself; a continued run does not draw again what it drew before.
