@@ -141,6 +141,14 @@ def test_the_pictures_of_assets_are_made(tmp_path, capfd):
     assert Image.open(tmp_path / "router.png").width > 500
 
 
+def test_the_table_of_the_readme_is_that_of_the_records():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import table
+
+    assert table.table() in (ROOT / "README.md").read_text()
+    assert len(table.table().splitlines()) == 2 + len(list((ROOT / "benchmarks" / "results").glob("*.json")))
+
+
 def test_the_shipped_router_caches_a_quarter_of_all_layers_and_changes_images_little():
     import sampling
     from diffusion import create_diffusion

@@ -1,0 +1,38 @@
+"""Prints the records in benchmarks/results as the Markdown table of the README: python benchmarks/table.py"""
+
+import json
+import statistics
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def row(record):
+    """The cells of one record that sample.py --compare --record wrote."""
+    flags, rates = record["flags"], record["g_multiply_adds_per_second"]
+    full, router = (statistics.median(record["seconds"][name]) for name in ("full", "router"))
+    model = flags["ckpt"] or flags["model"]
+    images = len(flags["class_labels"])
+    return [
+        f"{model}{', random weights' if flags['random_weights'] else ''}",
+        f"{flags['num_sampling_steps']}",
+        f"{images}",
+        f"{record['cached_share']:.1%}",
+        f"{record['bound']:.3f}",
+        f"**{record['speedup']:.3f}** ({record['share_of_bound']:.1%})",
+        f"{full:.2f}, {router:.2f}",
+        f"{rates['full']:.0f}, {rates['router']:.0f}, {rates['matrix_product']:.0f}",
+        f"{record['psnr_db']:.1f}{' (latents)' if flags['random_weights'] else ''}",
+    ]
+
+
+def table():
+    """The Markdown text."""
+    head = ["model", "steps", "images", "layers cached", "bound", "speed-up (of the bound)"]
+    head += ["seconds: full, router", "G multiply-adds/s: full, router, plain products", "PSNR, dB"]
+    rows = [row(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+if __name__ == "__main__":
+    print(table())
