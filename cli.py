@@ -23,36 +23,26 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
-def positive(text):
-    """An int of at least 1, as an argparse type."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
+def number(kind, accepts, rule):
+    """An argparse type: `kind` (int or float) of the text, where `accepts` says yes; `rule` says what is accepted."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {rule}")
+        return value
+
+    return convert
 
 
-def fraction(text):
-    """A float in [0, 1], as an argparse type."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1]")
-    return value
-
-
-def finite(text):
-    """A float that is no infinity and no NaN, as an argparse type."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return value
-
-
-def seed(text):
-    """An int in [0, 2**32), as an argparse type."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is outside 0 to 2**32-1")
-    return value
+positive = number(int, lambda value: value >= 1, "a whole number of at least 1")
+fraction = number(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
+finite = number(float, math.isfinite, "a finite number")
+not_negative = number(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32-1")
 
 
 def add_model_arguments(parser, vae):

@@ -78,7 +78,7 @@ def _router(steps, size, sha256):
     name = f"DDIM{steps}_router.pt"
     commit = "d6cc7817842e1353b8d902af263bab030b8478da"
     url = f"https://raw.githubusercontent.com/horseee/learning-to-cache/{commit}/DiT/ckpt/{name}"
-    return File(name, url, size, sha256, "none stated", "ckpt")
+    return File(name, url, size, sha256, "not stated", "ckpt")
 
 
 def _vae(kind, revision, filename, size, sha256):

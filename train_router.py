@@ -2,7 +2,8 @@
 
     torchrun --nnodes=1 --nproc_per_node=8 --master_port 12345 train_router.py --model DiT-XL/2 \\
         --data-path PATH_TO_IMAGENET_TRAIN --global-batch-size 64 --image-size 256 --ckpt-every 1000 --l1 5e-6 --lr 0.01
-    python train_router.py --ckpt ckpt/fashion_mnist --data-path demo/data/train --l1 1e-4 --lr 0.05 --max-steps 1000
+    python train_router.py --ckpt ckpt/fashion_mnist --data-path demo/data/train \\
+        --global-batch-size 32 --l1 1e-4 --lr 0.1 --max-steps 600
 
 Without torchrun it is one process. Each process draws a step of its own for its part of the batch.
 Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.3.
@@ -28,7 +29,10 @@ def parse_args(argv=None):
         "--global-seed", type=cli.seed, default=0, help="of the initial scores, the draws, the data order"
     )
     parser.add_argument(
-        "--num-workers", type=int, default=4, help="data loading processes of each process, at most the cores"
+        "--num-workers",
+        type=cli.number(int, lambda n: n >= 0, "a whole number of at least 0"),
+        default=4,
+        help="data loading processes of each process, at most the cores",
     )
     parser.add_argument("--log-every", type=cli.positive, default=100, help="updates between lines of the log")
     parser.add_argument("--ckpt-every", type=cli.positive, default=1000, help="updates between checkpoints")
@@ -41,8 +45,10 @@ def parse_args(argv=None):
     parser.add_argument(
         "--num-sampling-steps", type=cli.positive, default=20, help="denoising steps of the sampler the router is for"
     )
-    parser.add_argument("--l1", type=cli.finite, default=5e-6, help="weight of the sum of scores: more caches more")
-    parser.add_argument("--lr", type=cli.finite, default=1e-3, help="learning rate of AdamW")
+    parser.add_argument(
+        "--l1", type=cli.not_negative, default=5e-6, help="weight of the sum of scores: more caches more"
+    )
+    parser.add_argument("--lr", type=cli.not_negative, default=1e-3, help="learning rate of AdamW")
     parser.add_argument(
         "--max-steps", type=cli.positive, default=20000, help="updates; published 20000, for 50 sampling steps 40000"
     )
@@ -54,8 +60,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not 2 <= args.num_sampling_steps <= 1000:
         parser.error(f"--num-sampling-steps {args.num_sampling_steps}: a router needs 2 to 1000 steps")
-    if args.num_workers < 0:
-        parser.error(f"--num-workers {args.num_workers} is negative: 0 loads in the process itself")
     return args
 
 
@@ -141,6 +145,7 @@ def new_run_folder(results_dir, name):
 def main(args):
     import argparse
     import os
+    import signal
     import time
     from itertools import count, islice
 
@@ -219,6 +224,7 @@ def main(args):
         batch_size,
         sampler=sampler,
         num_workers=workers,
+        worker_init_fn=ignore_interrupts,
         drop_last=True,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
@@ -237,6 +243,8 @@ def main(args):
             f"{folder}: {len(data)} images, {len(trained)} trained steps of {2 * dit.depth} layers, processes: {world}",
             flush=True,
         )
+        if args.resume:
+            print(f"continues {args.resume} at update {first}, with new draws", flush=True)
 
     def save(step):
         path = folder / "checkpoints" / f"{step:07d}.pt"
@@ -254,6 +262,11 @@ def main(args):
                 yield epoch, images, labels
             skip = 0
 
+    # One process finishes its update, saves and leaves; several cannot stop at the same update, torchrun ends them.
+    stop = []
+    handlers = {
+        s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM) if world == 1
+    }
     bar = tqdm(total=args.max_steps, initial=first, disable=None if rank == 0 else True)
     sums, logged, since, step, path = torch.zeros(2, device=device), first, time.perf_counter(), first, None
     for epoch, images, labels in batches():
@@ -272,7 +285,7 @@ def main(args):
         bar.update()
         sums += torch.stack([mse.detach(), l1.detach()])
 
-        done = step == args.max_steps
+        done = step == args.max_steps or bool(stop)
         if done or step % args.log_every == 0:
             if world > 1:
                 dist.all_reduce(sums)
@@ -296,13 +309,24 @@ def main(args):
         if done:
             break
     bar.close()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
     if rank == 0:
         path = path or save(step)
         if log:
             log.finish()
-        print(f"router: {path}")
+        print(f"router: {path}" + (f"; continue with --resume {path}" if step < args.max_steps else ""))
     if world > 1:
         dist.destroy_process_group()
+    if stop:
+        raise KeyboardInterrupt
+
+
+def ignore_interrupts(worker):
+    """Ctrl-C reaches the data loading processes too; theirs to end is the main process."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def start_wandb(args, folder):

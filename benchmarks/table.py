@@ -19,7 +19,7 @@ def row(record):
         f"{images}",
         f"{record['cached_share']:.1%}",
         f"{record['bound']:.3f}",
-        f"**{record['speedup']:.3f}** ({record['share_of_bound']:.1%})",
+        f"{record['speedup']:.3f} ({record['share_of_bound']:.1%}{', one run' if flags['repeats'] == 1 else ''})",
         f"{full:.2f}, {router:.2f}",
         f"{rates['full']:.0f}, {rates['router']:.0f}, {rates['matrix_product']:.0f}",
         f"{record['psnr_db']:.1f}{' (latents)' if flags['random_weights'] else ''}",

@@ -124,8 +124,8 @@ def test_help_answers_at_once():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--thres", "1.5"], "outside [0, 1]"),
-        (["--thres", "nan"], "outside [0, 1]"),
+        (["--thres", "1.5"], "1.5 is not a number in [0, 1]"),
+        (["--thres", "abc"], "abc is not a number in [0, 1]"),
         (METHOD, "--path"),
         (["--path", "x.pt"], "--accelerate-method"),
         (["--compare"], "--compare needs a router"),

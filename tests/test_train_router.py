@@ -1,12 +1,16 @@
 """train_router.py as a user types it, one process and two."""
 
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, call, random_dit, run
+from conftest import ROOT, assert_refused, call, random_dit, run
 from PIL import Image
 
 from router import Router
@@ -93,6 +97,27 @@ def test_a_run_continues_from_its_checkpoint(train, tmp_path):
     assert_refused(train("--resume", tmp_path / "bare.pt"), "cannot be continued")
 
 
+@pytest.mark.parametrize("number, workers", [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
+def test_a_run_that_is_stopped_saves_first_and_says_how_to_go_on(number, workers, model_folder, image_folder, tmp_path):
+    command = [sys.executable, ROOT / "train_router.py", "--ckpt", model_folder, "--data-path", image_folder]
+    command += ["--global-batch-size", 4, "--num-workers", workers, "--device", "cpu", "--log-every", 1]
+    with subprocess.Popen(
+        list(map(str, command)),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while not process.stdout.readline().startswith("update 3 "):
+            assert process.poll() is None
+        os.killpg(process.pid, number)  # as a terminal does: its data loading processes get it too
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    path = re.search(r"continue with --resume (\S+)$", out, re.M)[1]
+    assert torch.load(tmp_path / path, weights_only=True)["step"] >= 3
+
+
 def test_two_processes_draw_steps_of_their_own_and_keep_one_router(train, tmp_path):
     result = train("--max-steps", 8, processes=2)
     assert result.returncode == 0, result.stderr
@@ -135,8 +160,6 @@ def gradient_inputs(rank):
 
 
 def test_gradients_are_averaged_over_the_processes_and_absent_for_rows_that_nobody_drew(tmp_path):
-    from conftest import ROOT
-
     from diffusion import create_diffusion
     from router import router_loss
 
@@ -197,8 +220,11 @@ def test_the_middle_square_is_cut_and_scaled():
         (["--global-batch-size", 17], ["16 images", "--global-batch-size 17"]),
         (["--num-sampling-steps", 1], ["2 to 1000"]),
         (["--num-sampling-steps", 1001], ["1001"]),
-        (["--ste-threshold", 2], ["outside [0, 1]"]),
+        (["--ste-threshold", 2], ["not a number in [0, 1]"]),
         (["--max-steps", 0], ["0"]),
+        (["--lr", -1], ["-1 is not a finite number of at least 0"]),
+        (["--l1", "abc"], ["abc is not a finite number"]),
+        (["--num-workers", -1], ["-1"]),
         (["--ckpt", "no.pt", "--num-classes", 5], ["no.pt"]),
         (["--results-dir", "/proc/results"], ["/proc/results", "--results-dir"]),
         (["--l2", 1], ["--l2"]),
