@@ -217,7 +217,7 @@ def write_record(args, device, figures):
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit or None,
-        "flags": vars(args),
+        "flags": {name: value for name, value in vars(args).items() if name not in ("out", "record")},
         **figures,
     }
     with written_whole(args.record) as part:
