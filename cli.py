@@ -39,6 +39,10 @@ def number(kind, accepts, rule):
 
 
 positive = number(int, lambda value: value >= 1, "a whole number of at least 1")
+not_negative_int = number(int, lambda value: value >= 0, "a whole number of at least 0")
+# The models were trained with 1000 steps; a router decides the second step of a pair.
+sampling_steps = number(int, lambda value: 1 <= value <= 1000, "a whole number from 1 to 1000")
+router_steps = number(int, lambda value: 2 <= value <= 1000, "a whole number from 2 to 1000")
 fraction = number(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
 finite = number(float, math.isfinite, "a finite number")
 not_negative = number(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0")

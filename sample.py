@@ -17,7 +17,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--cfg-scale", type=cli.finite, help="guidance, 1 is none; without it 4.0, or what a model folder recommends"
     )
-    parser.add_argument("--num-sampling-steps", type=cli.positive, default=250, help="denoising steps, at most 1000")
+    parser.add_argument(
+        "--num-sampling-steps", type=cli.sampling_steps, default=250, help="denoising steps, at most 1000"
+    )
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise")
     parser.add_argument(
         "--accelerate-method", choices=["dynamiclayer"], help="dynamiclayer: skip what the router of --path says"
@@ -60,8 +62,6 @@ def parse_args(argv=None):
         parser.error("--compare needs a router to compare with: add --accelerate-method dynamiclayer --path ROUTER")
     if args.record and not (args.compare and args.record.endswith(".json")):
         parser.error(f"--record {args.record}: it keeps the figures of --compare in a file that ends in .json")
-    if args.num_sampling_steps > 1000:
-        parser.error(f"--num-sampling-steps {args.num_sampling_steps}: the models were trained with 1000 steps")
     if args.random_weights and args.ckpt and args.ckpt.endswith((".pt", ".safetensors")):
         parser.error("--random-weights draws the weights: leave out --ckpt, or name a model folder")
     return args

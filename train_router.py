@@ -30,7 +30,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--num-workers",
-        type=cli.number(int, lambda n: n >= 0, "a whole number of at least 0"),
+        type=cli.not_negative_int,
         default=4,
         help="data loading processes of each process, at most the cores",
     )
@@ -43,7 +43,10 @@ def parse_args(argv=None):
         "--wandb", action="store_true", help="log to Weights & Biases; offline where there is no account"
     )
     parser.add_argument(
-        "--num-sampling-steps", type=cli.positive, default=20, help="denoising steps of the sampler the router is for"
+        "--num-sampling-steps",
+        type=cli.router_steps,
+        default=20,
+        help="denoising steps of the sampler the router is for",
     )
     parser.add_argument(
         "--l1", type=cli.not_negative, default=5e-6, help="weight of the sum of scores: more caches more"
@@ -57,10 +60,7 @@ def parse_args(argv=None):
         type=cli.fraction,
         help="harden the scores at this threshold in the forward pass (straight-through)",
     )
-    args = parser.parse_args(argv)
-    if not 2 <= args.num_sampling_steps <= 1000:
-        parser.error(f"--num-sampling-steps {args.num_sampling_steps}: a router needs 2 to 1000 steps")
-    return args
+    return parser.parse_args(argv)
 
 
 def center_crop(image, size):

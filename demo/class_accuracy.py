@@ -22,11 +22,11 @@ def parse_args(argv=None):
     parser.add_argument("--classifier", type=Path, default=WEIGHTS, help="what demo/train_classifier.py wrote")
     parser.add_argument("--path", help="router; without it only the plain sampler is judged")
     parser.add_argument("--thres", type=cli.fraction, default=0.1, help="threshold of the router, 0 to 1")
-    parser.add_argument("--num-sampling-steps", type=cli.positive, default=20, help="DDIM steps")
-    parser.add_argument("--cfg-scale", type=float, help="guidance; without it what the model folder recommends")
+    parser.add_argument("--num-sampling-steps", type=cli.sampling_steps, default=20, help="DDIM steps")
+    parser.add_argument("--cfg-scale", type=cli.finite, help="guidance; without it what the model folder recommends")
     parser.add_argument("--samples", type=cli.positive, default=2000, help="images")
     parser.add_argument("--batch-size", type=cli.positive, default=100, help="images at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="torch device")
     parser.add_argument(
         "--data", type=Path, default=HERE / "data", help="ImageFolder whose test images judge the judge"

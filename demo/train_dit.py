@@ -18,7 +18,7 @@ def parse_args(argv=None):
 
     parser = cli.ArgumentParser(description="Train the DiT of the shipped Fashion-MNIST model.")
     add_arguments(parser, name="dit", steps=9200, batch_size=64)
-    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, per update")
+    parser.add_argument("--ema", type=cli.fraction, default=0.999, help="decay of the averaged weights, per update")
     parser.add_argument("--export", action="store_true", help="write the averaged weights of --work and stop")
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="model folder to write; holds vae/ already")
     return parser.parse_args(argv)

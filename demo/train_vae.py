@@ -20,7 +20,10 @@ def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Train the autoencoder of the shipped Fashion-MNIST model.")
     add_arguments(parser, name="vae", steps=4000, batch_size=32)
     parser.add_argument(
-        "--kl", type=float, default=1e-4, help="weight of the divergence from a unit normal, per latent value"
+        "--kl",
+        type=cli.not_negative,
+        default=1e-4,
+        help="weight of the divergence from a unit normal, per latent value",
     )
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER / "vae", help="folder to write, as diffusers saves it")
     return parser.parse_args(argv)

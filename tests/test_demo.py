@@ -89,6 +89,10 @@ def test_the_programs_run_from_images_to_a_model_folder_that_samples(data, tmp_p
     assert sampled.returncode == 0, sampled.stderr
 
 
+def test_more_steps_than_the_model_was_trained_with_are_refused(capfd):
+    assert_refused(call("class_accuracy.py", "--num-sampling-steps", 2000, capfd=capfd), "2000", "1 to 1000")
+
+
 @pytest.mark.parametrize("name", ["train_vae.py", "train_dit.py", "train_classifier.py"])
 def test_missing_data_is_refused(name, tmp_path, capfd):
     assert_refused(call(name, "--data", tmp_path / "none", capfd=capfd), "no such folder", "demo/fashion_mnist.py")
