@@ -6,8 +6,8 @@ import os
 import sys
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a flag's help, where there is one to tell."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Adds the default to a flag's help, where there is one to tell; keeps the lines of a table below them."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -20,6 +20,8 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
+        if os.environ.get("RANK", "0") != "0":  # torchrun's first process says it for all
+            self.exit(2)
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
@@ -45,6 +47,7 @@ sampling_steps = number(int, lambda value: 1 <= value <= 1000, "a whole number f
 router_steps = number(int, lambda value: 2 <= value <= 1000, "a whole number from 2 to 1000")
 fraction = number(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
 finite = number(float, math.isfinite, "a finite number")
+share = number(float, lambda value: 0 < value <= 0.5, "a number in (0, 0.5]")
 not_negative = number(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32-1")
 
@@ -70,6 +73,8 @@ def run(main, args):
     try:
         main(args)
     except UserError as error:
+        if error.said:
+            sys.exit(1)
         # A data loading process hands its error on below a traceback: the last line says it.
         text = str(error).rpartition("UserError: ")[2]
         sys.exit(f"{program}: error: {' '.join(text.split())}")

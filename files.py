@@ -13,6 +13,8 @@ from pathlib import Path
 class UserError(ValueError):
     """The input is at fault, not the program: the message names the value, the rule and the way out."""
 
+    said = False  # by another process of the same job, so that this one need not
+
 
 def _part_beside(path):
     """An empty temporary file in the folder of `path`, which is made if needed. Raises UserError where it cannot be."""

@@ -5,7 +5,7 @@ A *layer* is one attention or one MLP of one block. Caching is one rule with one
     True          run the layer (and remember its output where a cache is given),
     False         use the remembered output,
     0-d tensor    in [0, 1]: blend both, cached + compute * (fresh - cached). This is router training;
-                  both are read, so both must be finite.
+                  both are read, so both must be finite, and the remembered output is used up.
 
 Nothing here knows diffusion or the router. What is remembered is a layer's output before its gate.
 
@@ -21,6 +21,28 @@ from timm.layers import Mlp
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Blend(torch.autograd.Function):
+    """cached + compute * (fresh - cached) of two tensors (N, T, D), compute float32 (), to their own dtype.
+
+    Between forward and backward one tensor (N, T, D) is kept, the difference, where `torch.lerp` keeps both.
+    The gradient of `compute` is summed in its own precision.
+    """
+
+    @staticmethod
+    def forward(ctx, cached, fresh, compute):
+        ctx.save_for_backward(fresh - cached, compute)
+        # lerp is exact at both ends: 0 gives `cached` and 1 gives the fresh output bit for bit.
+        return torch.lerp(cached, fresh, compute.to(fresh.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        difference, compute = ctx.saved_tensors
+        to_fresh = grad * compute.to(grad.dtype) if ctx.needs_input_grad[1] else None
+        to_compute = torch.dot(grad.flatten().to(compute.dtype), difference.flatten().to(compute.dtype))
+        return None, to_fresh, to_compute
 
 
 def compute_or_reuse(layer, compute, cached):
@@ -36,8 +58,7 @@ def compute_or_reuse(layer, compute, cached):
         raise ValueError("a layer is to be reused before it ran: the first step of a schedule must run every layer")
     if compute is False:
         return cached
-    # lerp is exact at both ends: 0 gives `cached` and 1 gives the fresh output bit for bit.
-    return torch.lerp(cached, layer(), compute)
+    return Blend.apply(cached, layer(), compute)
 
 
 def modulate(x, shift, scale):
@@ -161,6 +182,8 @@ class DiT(nn.Module):
         self.patch_size = patch_size
         self.num_classes = num_classes
         self.depth = depth
+        # True runs each block again in the backward pass instead of keeping what is inside it.
+        self.grad_checkpointing = False
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -198,25 +221,30 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(n, self.out_channels, side * p, side * p)
 
     def forward(self, x, t, y, compute=None, cache=None):
-        """Predict noise and variance: x (N, C, H, W), t (N,), y (N,) -> (N, 2C, H, W).
+        """Predict noise and variance: x (N, C, H, W), t (N,), y (N,) -> (N, 2C, H, W), like x.
 
         compute: per block (attention, MLP): True runs the layer, False reuses its cached output,
                  a 0-d tensor in [0, 1] blends both. None runs everything.
         cache:   from `empty_cache`; the outputs (N, T, D) that reuse reads and running layers replace.
-                 A blended layer leaves its slot as it was.
+                 A blended layer empties its slot, whose memory is not needed again.
         Raises ValueError where a layer is reused before it ran.
         Source: Peebles and Xie 2023, sec. 3; Ma et al. 2024, sec. 3.2.
         """
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D), T = H*W / p**2
+        dtype = x.dtype
+        x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D), T = H*W / p**2
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         for l, block in enumerate(self.blocks):
             run = (True, True) if compute is None else compute[l]
-            x, outputs = block(x, c, run, (None, None) if cache is None else cache[l])
+            cached = (None, None) if cache is None else tuple(cache[l])
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x, outputs = checkpoint(block, x, c, run, cached, use_reentrant=False)
+            else:
+                x, outputs = block(x, c, run, cached)
             if cache is not None:
                 for k in (0, 1):
-                    if run[k] is True:
-                        cache[l][k] = outputs[k]
-        return self.unpatchify(self.final_layer(x, c))  # (N, T, p*p*2C) -> (N, 2C, H, W)
+                    if run[k] is not False:
+                        cache[l][k] = outputs[k] if run[k] is True else None
+        return self.unpatchify(self.final_layer(x, c)).to(dtype)  # (N, T, p*p*2C) -> (N, 2C, H, W)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, compute=None, cache=None):
         """`forward` with classifier-free guidance on a batch [x, x] with labels [y, null].

@@ -39,6 +39,11 @@ class Router(nn.Module):
         return torch.sigmoid(self.routers[i].prob).reshape(self.depth, 2)
 
     @torch.no_grad()
+    def scores(self):
+        """The scores of all steps, float32 [steps, depth, 2] on the CPU; only those of trained steps mean anything."""
+        return torch.stack([self(i) for i in range(self.steps)]).cpu()
+
+    @torch.no_grad()
     def clamp_(self, limit=5.0):
         """Logits back into [-limit, limit], where the sigmoid still has a gradient."""
         for row in self.routers:
@@ -61,8 +66,8 @@ class Router(nn.Module):
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold {threshold} is outside [0, 1]")
         compute = torch.ones(self.steps, self.depth, 2, dtype=torch.bool)
-        for i in self.trained_steps(self.steps):
-            compute[i] = self(i).cpu() > threshold
+        trained = list(self.trained_steps(self.steps))
+        compute[trained] = self.scores()[trained] > threshold
         return Schedule(compute)
 
     def state(self):

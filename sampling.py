@@ -1,7 +1,10 @@
 """What the programs share: a model and its VAE, the guidance batch, sampling latents, pixels."""
 
+import hashlib
 import json
+import os
 import platform
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +158,36 @@ def load_vae(spec, device):
             f"{spec.name} {channels} channels and {size} cells for {spec.image_size} pixels: use its own VAE"
         )
     return vae
+
+
+def fingerprint(module):
+    """A SHA-256 that tells the weights of a model or VAE from others: of names, shapes and some values of each tensor.
+
+    It does not prove that every weight is right; the hash of the file does (`download.py`).
+    """
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        some = value.flatten()[:: max(1, value.numel() // 1024)].float().cpu()
+        digest.update(f"{name} {list(value.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def set_precision(module, dtype):
+    """`module` in "fp32", "tf32" (float32 with the matrix units of a GPU where it has them) or "bf16" (its weights)."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
+    return module.to(torch.bfloat16) if dtype == "bf16" else module
+
+
+def compile_blocks(dit):
+    """Compiles each block of a DiT with `torch.compile`, the model around them staying as it is.
+
+    Raises UserError where a CPU's compiler is missing.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if dit.pos_embed.device.type == "cpu" and not shutil.which(compiler):
+        raise UserError(f"--compile needs the C++ compiler {compiler}: install it, name one in CXX, or leave it out")
+    for block in dit.blocks:
+        block.compile(fullgraph=True)
 
 
 def pick_device(name):

@@ -2,19 +2,51 @@
 
     torchrun --nnodes=1 --nproc_per_node=8 --master_port 12345 train_router.py --model DiT-XL/2 \\
         --data-path PATH_TO_IMAGENET_TRAIN --global-batch-size 64 --image-size 256 --ckpt-every 1000 --l1 5e-6 --lr 0.01
-    python train_router.py --ckpt ckpt/fashion_mnist --data-path demo/data/train \\
-        --global-batch-size 32 --l1 1e-4 --lr 0.1 --max-steps 600
+    python train_router.py --preset xl2-20 --data-path PATH_TO_IMAGENET_TRAIN --resume auto
+    python train_router.py --preset fashion-20
 
-Without torchrun it is one process. Each process draws a step of its own for its part of the batch.
+The same training on any number of processes: each update draws --draws-per-step steps of the sampler, each for its
+own part of the batch, and the processes share the batch. What is random follows the seed and the sample's number.
 Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.3.
 """
 
+import math
+import os
+
 import cli
+
+# What a preset sets, and what came of it; any flag that is given wins. Published: Ma et al. 2024, 8 GPUs, guidance 1.5,
+# 50,000 samples. The paper's first command line has --lr 0.01; the released routers and this table 1e-3.
+XL2 = {"model": "DiT-XL/2", "lr": 1e-3, "max_steps": 20000}
+L2 = {"model": "DiT-L/2"}
+FASHION = {"ckpt": "ckpt/fashion_mnist", "data_path": "demo/data/train", "global_batch_size": 32, "log_every": 10}
+PRESETS = {
+    "xl2-50": (XL2 | {"num_sampling_steps": 50, "l1": 1e-6, "max_steps": 40000}, "published: FID 2.269, IS 244.14"),
+    "xl2-20": (XL2 | {"num_sampling_steps": 20, "l1": 5e-6}, "published: FID 3.455, IS 227.04, 248 of 560 cached"),
+    "xl2-10": (XL2 | {"num_sampling_steps": 10, "l1": 1e-6}, "published: FID 12.79, IS 156.3"),
+    "xl2-512-50": (
+        XL2 | {"image_size": 512, "num_sampling_steps": 50, "l1": 5e-6, "max_steps": 40000, "thres": 0.9},
+        "published: FID 3.69, IS 202.1",
+    ),
+    "l2-50": (L2 | {"num_sampling_steps": 50, "l1": 1e-6, "lr": 1e-3, "max_steps": 40000}, "no outcome at hand"),
+    "l2-20": (L2 | {"num_sampling_steps": 20, "l1": 5e-6, "lr": 1e-2, "max_steps": 20000}, "no outcome at hand"),
+    "fashion-20": (FASHION | {"num_sampling_steps": 20, "l1": 1e-4, "lr": 0.1, "max_steps": 600}, "OUTCOME"),
+    "fashion-50": (FASHION | {"num_sampling_steps": 50, "l1": 1e-4, "lr": 0.1, "max_steps": 1300}, "OUTCOME"),
+}
+
+# What a router depends on, beside the model and the data: --resume auto continues a run with the same.
+DETERMINING = ("num_sampling_steps", "global_batch_size", "draws_per_step", "global_seed", "l1", "lr", "thres")
+DETERMINING += ("ste_threshold", "target_cached", "dtype")
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Train a router over the layers of a frozen DiT.")
-    parser.add_argument("--data-path", required=True, help="folder of images, a folder a class")
+    parser = cli.ArgumentParser(
+        description="Train a router over the layers of a frozen DiT.", epilog=describe_presets()
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="sets flags as in the table below; any that is given wins")
+    parser.add_argument("--data-path", help="folder of images, a folder a class")
+    parser.add_argument("--latents", metavar="DIR", help="what --extract-latents wrote, instead of --data-path")
+    parser.add_argument("--extract-latents", metavar="DIR", help="encode --data-path into this folder, then end")
     parser.add_argument("--results-dir", default="results", help="each run makes NNN-MODEL/ in it")
     cli.add_model_arguments(parser, vae="ema")
     parser.add_argument(
@@ -26,7 +58,13 @@ def parse_args(argv=None):
         "--global-batch-size", type=cli.positive, default=64, help="images an update, all processes together"
     )
     parser.add_argument(
-        "--global-seed", type=cli.seed, default=0, help="of the initial scores, the draws, the data order"
+        "--draws-per-step",
+        type=cli.positive,
+        default=8,
+        help="sampler steps drawn an update, each for its part of the batch; whatever the number of processes",
+    )
+    parser.add_argument(
+        "--global-seed", type=cli.seed, default=0, help="of the initial scores, the draws, the data order, the noise"
     )
     parser.add_argument(
         "--num-workers",
@@ -36,8 +74,11 @@ def parse_args(argv=None):
     )
     parser.add_argument("--log-every", type=cli.positive, default=100, help="updates between lines of the log")
     parser.add_argument("--ckpt-every", type=cli.positive, default=1000, help="updates between checkpoints")
+    parser.add_argument("--keep", type=cli.positive, help="newest checkpoints that stay; without it all do")
     parser.add_argument(
-        "--resume", metavar="CHECKPOINT", help="continue from what this program wrote, up to --max-steps"
+        "--resume",
+        metavar="PATH|auto",
+        help="continue a run's folder or checkpoint, up to --max-steps; auto: the newest run like this one, if any",
     )
     parser.add_argument(
         "--wandb", action="store_true", help="log to Weights & Biases; offline where there is no account"
@@ -49,7 +90,19 @@ def parse_args(argv=None):
         help="denoising steps of the sampler the router is for",
     )
     parser.add_argument(
-        "--l1", type=cli.not_negative, default=5e-6, help="weight of the sum of scores: more caches more"
+        "--l1",
+        type=cli.not_negative,
+        default=5e-6,
+        help="weight of the sum of scores: more caches more; with --target-cached the weight to start from",
+    )
+    parser.add_argument(
+        "--target-cached",
+        type=cli.share,
+        metavar="SHARE",
+        help="share of all layers, at all steps, to cache at --thres: finds the weight of --l1 while training",
+    )
+    parser.add_argument(
+        "--thres", type=cli.fraction, default=0.1, help="score up to which the log counts a layer as cached"
     )
     parser.add_argument("--lr", type=cli.not_negative, default=1e-3, help="learning rate of AdamW")
     parser.add_argument(
@@ -60,283 +113,326 @@ def parse_args(argv=None):
         type=cli.fraction,
         help="harden the scores at this threshold in the forward pass (straight-through)",
     )
-    return parser.parse_args(argv)
-
-
-def center_crop(image, size):
-    """A PIL image of any size -> size x size pixels: the middle square, as the released models were trained.
-
-    Halved with a box filter while twice as large as needed, then scaled bicubically (Dhariwal and Nichol 2021).
-    """
-    from PIL import Image
-
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def load_image(path):
-    """The picture at `path`, decoded. Raises UserError where it is damaged."""
-    from PIL import Image
-
-    from files import UserError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
-        raise UserError(f"{path} is no whole picture: replace or remove it") from error
-
-
-def open_data(path, spec):
-    """The ImageFolder at `path`, images float32 (3, S, S) in [-1, 1]. Raises UserError where it is not usable."""
-    from functools import partial
-    from pathlib import Path
-
-    from torchvision import transforms
-    from torchvision.datasets import ImageFolder
-
-    from files import UserError
-
-    if not Path(path).is_dir():
-        raise UserError(f"no such folder: {path}; --data-path names a folder of images, a folder a class")
-    flip = [transforms.RandomHorizontalFlip()] if spec.horizontal_flip else []
-    transform = transforms.Compose(
-        [
-            partial(center_crop, size=spec.image_size),
-            *flip,
-            transforms.ToTensor(),
-            transforms.Normalize([0.5] * 3, [0.5] * 3),
-        ]
+    parser.add_argument(
+        "--dtype",
+        choices=["fp32", "tf32", "bf16"],
+        default="tf32",
+        help="precision of the DiT; the router and its loss stay float32; tf32 is fp32 on a CPU",
     )
-    try:
-        data = ImageFolder(path, transform=transform, loader=load_image)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} has no images, a folder a class: {str(error).splitlines()[0]}") from error
-    if len(data.classes) != spec.num_classes:
-        # Labels are the alphabetical order of the folders, so a part of them would be labelled wrongly.
-        raise UserError(
-            f"{path} has {len(data.classes)} classes, the model {spec.num_classes}: name the model's own data"
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
+    parser.add_argument(
+        "--grad-checkpointing", action="store_true", help="less memory, more time: blocks run again to get gradients"
+    )
+    given, _ = parser.parse_known_args(argv)
+    if given.preset:
+        parser.set_defaults(**PRESETS[given.preset][0])
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def describe_presets():
+    """The table of presets for --help: what each sets, and what came of it."""
+    lines = ["presets, and what came of them:"]
+    for name, (flags, outcome) in PRESETS.items():
+        words = [f"--{flag.replace('_', '-')} {value}" for flag, value in flags.items()]
+        lines.append(f"  {name:11} {' '.join(words)}\n{'':14}{outcome}")
+    return "\n".join(lines)
+
+
+def check_args(parser, args):
+    """Refuses what does not go together, with the numbers that would."""
+    world, batch, draws = int(os.environ.get("WORLD_SIZE", 1)), args.global_batch_size, args.draws_per_step
+    if args.latents and args.data_path == parser.get_default("data_path"):
+        args.data_path = None  # the preset's
+    if args.extract_latents and (args.latents or not args.data_path):
+        parser.error("--extract-latents needs --data-path, and no --latents")
+    if bool(args.latents) == bool(args.data_path):
+        parser.error("name a folder of images with --data-path, or one of latents with --latents")
+    if batch % draws:
+        fits = f"--global-batch-size {-(-batch // draws) * draws}"
+        others = [str(d) for d in range(1, batch + 1) if batch % d == 0]
+        parser.error(
+            f"--global-batch-size {batch} does not divide among --draws-per-step {draws}: "
+            f"pass {fits}, or one of {', '.join(others)} draws"
         )
-    return data
+    if batch % world:
+        # A multiple of the draws, so that what is proposed is not refused in turn.
+        step = math.lcm(world, draws)
+        parser.error(
+            f"--global-batch-size {batch} does not divide among {world} processes: pass {-(-batch // step) * step}"
+        )
+    cached_at_most = (args.num_sampling_steps // 2) / args.num_sampling_steps
+    if args.target_cached and args.target_cached > cached_at_most:
+        parser.error(
+            f"--target-cached {args.target_cached} is more than {cached_at_most:.3f}, all layers of every second step: "
+            "pass less"
+        )
 
 
-def new_run_folder(results_dir, name):
-    """Makes results_dir/NNN-name/checkpoints with the first free number; returns results_dir/NNN-name."""
-    from pathlib import Path
-
+def check_continues(saved, args, dit, identity):
+    """Raises UserError where the checkpoint `saved` is of another model or step count, or is past --max-steps."""
     from files import UserError
 
-    try:
-        Path(results_dir).mkdir(parents=True, exist_ok=True)
-        numbers = [
-            int(p.name[:3]) for p in Path(results_dir).iterdir() if p.name[:3].isdecimal() and p.name[3:4] == "-"
-        ]
-        folder = Path(results_dir) / f"{max(numbers, default=-1) + 1:03d}-{name.replace('/', '-')}"
-        (folder / "checkpoints").mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write into {results_dir}: {error.strerror}; name another --results-dir") from error
-    return folder
+    steps, depth = len(saved["routers"]), len(saved["routers"]["0.prob"]) // 2
+    if steps != args.num_sampling_steps:
+        raise UserError(
+            f"--resume {args.resume} is a router for {steps} steps, not {args.num_sampling_steps}: "
+            f"pass --num-sampling-steps {steps}, or train anew without --resume"
+        )
+    if depth != dit.depth or saved["identity"]["model"] != identity["model"]:
+        raise UserError(
+            f"--resume {args.resume} was trained on another model ({depth} blocks; this one has {dit.depth}): "
+            "name that model, or train anew without --resume"
+        )
+    if saved["step"] >= args.max_steps:
+        raise UserError(f"--resume {args.resume} has {saved['step']} updates already: pass a --max-steps above that")
 
 
 def main(args):
-    import argparse
-    import os
+    import json
+    import resource
+    import shlex
     import signal
     import time
-    from itertools import count, islice
+    from importlib.metadata import version
 
     import torch
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader
-    from torch.utils.data.distributed import DistributedSampler
     from tqdm import tqdm
 
+    import data
     import sampling
     from diffusion import create_diffusion
-    from files import UserError, load_tensors
-    from router import Router, router_loss
+    from files import UserError, written_whole
+    from processes import Processes
+    from runs import open_run
+    from updates import Training
 
-    # A process of torchrun's, or a world of one.
-    rank, world, local = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    if args.global_batch_size % world:
-        fits = args.global_batch_size // world * world or world
-        raise UserError(
-            f"--global-batch-size {args.global_batch_size} does not divide among {world} processes: pass {fits}"
-        )
-    batch_size = args.global_batch_size // world
+    processes = Processes()
     cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    device = sampling.pick_device(f"cuda:{local}" if cuda and world > 1 else args.device)
+    device = sampling.pick_device(f"cuda:{processes.local}" if cuda and processes.size > 1 else args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
-    data = open_data(args.data_path, spec)
-    if len(data) < args.global_batch_size:
-        raise UserError(
-            f"{args.data_path} has {len(data)} images, fewer than --global-batch-size {args.global_batch_size}"
-        )
-    resumed = load_tensors(args.resume, allow=[argparse.Namespace]) if args.resume else None
-
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if world > 1 and local:
-        dist.barrier()  # the first process of a machine fetches what is missing, the others find it
-    dit = sampling.load_dit(spec, device)
-    vae = sampling.load_vae(spec, device)
-    if world > 1 and not local:
-        dist.barrier()
-
-    # The same initial scores everywhere.
-    torch.manual_seed(args.global_seed)
-    router = Router(args.num_sampling_steps, dit.depth).to(device)
-    if args.resume:
-        start = Router.load(args.resume)
-        start.check_fits(args.resume, args.num_sampling_steps, dit.depth)
-        router.load_state_dict(start.state_dict())
-    diffusion = create_diffusion(args.num_sampling_steps)
-    optimizer = torch.optim.AdamW(router.parameters(), lr=args.lr, weight_decay=0)
-    first = 0
-    if resumed:
-        try:
-            optimizer.load_state_dict(resumed["opt"])
-            first = int(resumed["step"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{args.resume} cannot be continued ({error}): name a checkpoint of this program"
-            ) from error
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr
-        if first >= args.max_steps:
-            raise UserError(f"{args.resume} has {first} updates already: pass a --max-steps above that")
-    # Rows that no process drew keep a gradient of None, and AdamW passes over them.
-    scores_of = DistributedDataParallel(router, find_unused_parameters=True) if world > 1 else router
-    sampler = DistributedSampler(data, world, rank, seed=args.global_seed, drop_last=True)
+        # The same gradients each time, so that a resumed run ends where the unbroken one does.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     workers = min(args.num_workers, os.cpu_count() or 1)
-    loader = DataLoader(
-        data,
-        batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        worker_init_fn=ignore_interrupts,
-        drop_last=True,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-    )
-    trained = list(router.trained_steps(args.num_sampling_steps))
-    # Each process draws for itself; a continued run does not draw again what it drew before.
-    stream = (args.global_seed + 1) * 2**20 + first * world + rank
-    torch.manual_seed(stream)
-    draws = torch.Generator().manual_seed(stream)
+    spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+    source = data.Images(args.data_path, spec) if args.data_path else None
+    processes.connect(device)
+    vae = processes.first_of_machine_first(lambda: sampling.load_vae(spec, device))
+    vae_fingerprint = sampling.fingerprint(vae)
+    if args.extract_latents:
+        return extract(args, source, vae, spec, vae_fingerprint, processes, workers)
+    source = source or data.Latents(args.latents, spec, vae_fingerprint)
+    if len(source) < args.global_batch_size:
+        raise UserError(
+            f"{args.data_path or args.latents} has {len(source)} images, fewer than --global-batch-size "
+            f"{args.global_batch_size}"
+        )
+    dit = processes.first_of_machine_first(lambda: sampling.load_dit(spec, device))
+    identity = {"model": sampling.fingerprint(dit), "vae": vae_fingerprint, "data": source.fingerprint()}
 
-    folder = log = None
-    if rank == 0:
-        folder = new_run_folder(args.results_dir, spec.name)
-        log = start_wandb(args, folder) if args.wandb else None
+    def like_this(saved):
+        names = (*DETERMINING, "max_steps") if args.target_cached else DETERMINING
+        same = all(saved["args"].get(name) == getattr(args, name) for name in names)
+        return same and saved["identity"] == identity and (args.resume or saved["launch"] == processes.launch)
+
+    run = None
+
+    def open_folder():
+        nonlocal run
+        # After a restart by torchrun's --max-restarts the same launch goes on by itself.
+        resume = args.resume or ("auto" if processes.restarted else None)
+        run, saved, lines = open_run(args.results_dir, spec.name, resume, like_this)
+        if saved and not (resume == "auto" and saved["step"] >= args.max_steps):
+            check_continues(saved, args, dit, identity)
+        return saved, lines
+
+    saved, lines = processes.by_first(open_folder)
+    dit = sampling.set_precision(dit, args.dtype)
+    dit.grad_checkpointing = args.grad_checkpointing
+    if args.compile:
+        sampling.compile_blocks(dit)
+    first = saved["step"] if saved else 0
+    batches = data.Batches(
+        len(source), args.global_batch_size, args.global_seed, processes.rank, processes.size, first, args.epochs
+    )
+    training = Training(dit, vae, create_diffusion(args.num_sampling_steps), args, processes, batches.part)
+    if saved:
+        training.load_state_dict(saved)
+    shape = (dit.in_channels, dit.input_size, dit.input_size)
+    loader = DataLoader(
+        data.Samples(
+            source, args.global_seed, shape, dit.num_classes, dit.y_embedder.dropout_prob, spec.horizontal_flip
+        ),
+        batch_sampler=batches,
+        num_workers=workers,
+        worker_init_fn=data.ignore_interrupts,
+        pin_memory=device.type == "cuda",
+    )
+    log = None
+    if processes.first:
+        run.set_history(lines)
+        with written_whole(run.folder / "args.json") as part:
+            versions = {name: version(name) for name in ("torch", "diffusers", "numpy")}
+            part.write_text(json.dumps({"args": vars(args), "versions": versions}, indent=2) + "\n")
+        log = start_wandb(args, run.folder, saved and saved["wandb"]) if args.wandb else None
+        bytes_each = 4 * (min(args.draws_per_step, len(training.trained)) * 2 * dit.depth + args.draws_per_step + 2)
         print(
-            f"{folder}: {len(data)} images, {len(trained)} trained steps of {2 * dit.depth} layers, processes: {world}",
+            f"{run.folder}: {len(source)} images, {len(training.trained)} trained steps of {2 * dit.depth} layers; an "
+            f"update draws {args.draws_per_step} steps, each for {training.draw_size} images; processes: "
+            f"{processes.size}"
+            + (f", exchanging at most {bytes_each:,} bytes an update" if processes.size > 1 else ""),
             flush=True,
         )
-        if args.resume:
-            print(f"continues {args.resume} at update {first}, with new draws", flush=True)
+        if saved:
+            print(f"continues at update {first}", flush=True)
+            for name in DETERMINING:
+                was, now = saved["args"].get(name), getattr(args, name)
+                if was != now:
+                    print(f"note: --{name.replace('_', '-')} was {was} in that run, now it is {now}", flush=True)
 
-    def save(step):
-        path = folder / "checkpoints" / f"{step:07d}.pt"
-        router.save(path, opt=optimizer.state_dict(), step=step, args=vars(args))
+    def save():
+        path = run.save(
+            training.router,
+            args.keep,
+            args.thres,
+            **training.state_dict(),
+            args=vars(args),
+            identity=identity,
+            launch=processes.launch,
+            wandb=log and log.id,
+        )
+        if log and path.with_suffix(".png").exists():
+            import wandb
+
+            log.log({"heatmap": wandb.Image(str(path.with_suffix(".png")))}, step=training.step)
         return path
 
-    def batches():
-        """(epoch, images, labels) from the first update on until the epochs are over."""
-        skip = first % len(loader)
-        for epoch in count(first // len(loader)):
-            if epoch == args.epochs:
-                return
-            sampler.set_epoch(epoch)
-            for images, labels in islice(loader, skip, None):
-                yield epoch, images, labels
-            skip = 0
-
-    # One process finishes its update, saves and leaves; several cannot stop at the same update, torchrun ends them.
+    # A process that is told to stop says so with its gradients, so that all stop after the same update.
     stop = []
-    handlers = {
-        s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM) if world == 1
-    }
-    bar = tqdm(total=args.max_steps, initial=first, disable=None if rank == 0 else True)
-    sums, logged, since, step, path = torch.zeros(2, device=device), first, time.perf_counter(), first, None
-    for epoch, images, labels in batches():
-        with torch.no_grad():
-            x_start = vae.encode(images.to(device)).latent_dist.sample().mul_(vae.config.scaling_factor)
-            y = dit.y_embedder.drop(labels.to(device))
-        i = trained[int(torch.randint(len(trained), (), generator=draws))] + 1
-        scores = scores_of(i - 1)
-        mse = router_loss(dit, diffusion, scores, i, x_start, y, torch.randn_like(x_start), args.ste_threshold).mean()
-        l1 = scores.sum()
-        optimizer.zero_grad(set_to_none=True)
-        (mse + args.l1 * l1).backward()
-        optimizer.step()
-        router.clamp_()
-        step += 1
+    handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+    updates = min(args.max_steps, (args.epochs or args.max_steps) * batches.per_epoch)
+    bar = tqdm(total=updates, initial=first, unit="update", disable=None if processes.first else True)
+    if processes.first and not saved:
+        save()
+    told, skipped, since, timed = False, set(), time.perf_counter(), first
+    for batch in loader if first < updates else ():
+        skipped.update(filter(None, "\n".join(batch["skipped"]).split("\n")))
+        try:
+            told = training.update(batch, bool(stop))
+        except UserError:
+            if processes.first:
+                save()
+            raise
+        step = training.step
         bar.update()
-        sums += torch.stack([mse.detach(), l1.detach()])
-
-        done = step == args.max_steps or bool(stop)
+        done = told or step == updates
         if done or step % args.log_every == 0:
-            if world > 1:
-                dist.all_reduce(sums)
-            mse_mean, l1_mean = (sums / ((step - logged) * world)).tolist()
-            rate = (step - logged) * args.global_batch_size / (time.perf_counter() - since)
-            if rank == 0:
-                above = sum(int((router(i).detach() > 0.1).sum()) for i in trained)
-                loss = mse_mean + args.l1 * l1_mean
-                bar.write(
-                    f"update {step} epoch {epoch}: loss {loss:.3e} mse {mse_mean:.3e} l1 {l1_mean:.2f} "
-                    f"scores above 0.1: {above}/{2 * dit.depth * len(trained)} {rate:.1f} images/s"
-                )
+            names = {name for names in processes.gather(skipped) for name in names} - training.skipped
+            training.skipped |= names
+            skipped = set()
+            if processes.first:
+                for name in sorted(names):
+                    bar.write(f"skipped {name}")
+                line = training.report() | {
+                    "epoch": batches.epoch(step - 1),
+                    "images_per_second": (step - timed) * args.global_batch_size / (time.perf_counter() - since),
+                    "memory_bytes": torch.cuda.max_memory_allocated(device)
+                    if cuda
+                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                }
+                run.log(line)
+                bar.write(describe(line))
                 if log:
-                    values = {"loss": loss, "mse": mse_mean, "l1": l1_mean, "non_zero": above, "images/s": rate}
-                    log.log(values, step=step)
-            sums.zero_()
-            logged, since = step, time.perf_counter()
-        path = None
-        if rank == 0 and (done or step % args.ckpt_every == 0):
-            path = save(step)
+                    log.log({k: v for k, v in line.items() if not isinstance(v, dict | list)}, step=step)
+            data.check_skipped(training.skipped, source)
+            training.new_window()
+            since, timed = time.perf_counter(), step
+        if processes.first and (done or step % args.ckpt_every == 0):
+            save()
         if done:
             break
     bar.close()
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    if rank == 0:
-        path = path or save(step)
+    if processes.first:
+        path = (run.numbered() or [run.last])[-1]
         if log:
             log.finish()
-        print(f"router: {path}" + (f"; continue with --resume {path}" if step < args.max_steps else ""))
-    if world > 1:
-        dist.destroy_process_group()
-    if stop:
+            if log.settings.mode == "offline":
+                print(f"Weights & Biases: offline; send it with: wandb sync {shlex.quote(log.settings.sync_dir)}")
+        if training.step < args.max_steps:
+            print(f"router: {path}; continue with the same command and --resume {shlex.quote(str(run.folder))}")
+        else:
+            run.save_pictures(training.router, args.thres)
+            share = training.router.schedule(args.thres).cached_share()
+            if args.target_cached and abs(share - args.target_cached) > 0.01:
+                print(f"note: {share:.1%} cached, not the {args.target_cached:.1%} asked for: give it more --max-steps")
+            print(f"router: {path}; how it came about: {run.folder / 'router.gif'}")
+            print(f"sample with it: {sample_command(args, path)}")
+    processes.disconnect()
+    if told:
         raise KeyboardInterrupt
 
 
-def ignore_interrupts(worker):
-    """Ctrl-C reaches the data loading processes too; theirs to end is the main process."""
-    import signal
+def extract(args, images, vae, spec, vae_fingerprint, processes, workers):
+    """--extract-latents: encodes all images once, each process its share of the files."""
+    import shlex
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import data
+
+    folder = args.extract_latents
+    processes.by_first(lambda: data.prepare_latents(images, spec, folder, vae_fingerprint))
+    skipped = data.extract_latents(images, vae, spec, folder, processes.rank, processes.size, workers)
+    skipped = sorted({name for names in processes.gather(skipped) for name in names})
+    data.check_skipped(skipped, images)
+    if processes.first:
+        data.finish_latents(folder, skipped)
+        for name in skipped:
+            print(f"skipped {name}")
+        print(f"latents: {folder}; train with --latents {shlex.quote(folder)} instead of --data-path")
+    processes.disconnect()
 
 
-def start_wandb(args, folder):
-    """A run of Weights & Biases in `folder`; offline without an account, so that nothing asks for one."""
-    import os
+def describe(line):
+    """A line of the log for the eye."""
+    layers = line["cached"] + line["non_zero"]
+    return (
+        f"update {line['step']} epoch {line['epoch']}: loss {line['loss']:.3e} mse {line['mse']:.3e} "
+        f"l1 {line['l1']:.2f} x {line['l1_weight']:.2e} cached {line['cached']}/{layers} "
+        f"({line['cached_share']:.1%} of all) {line['multiply_adds'] / 1e9:.4g} G multiply-adds "
+        f"bound {line['speedup_bound']:.3f} {line['images_per_second']:.1f} images/s "
+        f"{line['memory_bytes'] / 2**30:.1f} GiB"
+    )
 
+
+def sample_command(args, path):
+    """What a user types to sample with the router at `path`."""
+    import shlex
+
+    model = ["--ckpt", args.ckpt] if args.ckpt else []
+    if not args.ckpt or not os.path.isdir(args.ckpt):
+        model += ["--model", args.model, "--image-size", args.image_size, "--num-classes", args.num_classes]
+    command = ["python", "sample.py", *model, "--num-sampling-steps", args.num_sampling_steps, "--ddim-sample"]
+    command += ["--accelerate-method", "dynamiclayer", "--path", path, "--thres", args.thres]
+    return shlex.join(map(str, command))
+
+
+def start_wandb(args, folder, run_id=None):
+    """A run of Weights & Biases in `folder`; offline without an account or a network, so that nothing asks for one."""
     import wandb
 
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-    return wandb.init(project="learning-to-cache", name=folder.name, dir=folder, config=vars(args), mode=mode)
+    settings = dict(project="learning-to-cache", name=folder.name, dir=folder, config=vars(args), id=run_id)
+    try:
+        return wandb.init(**settings, resume="allow", mode=mode)
+    except wandb.Error as error:
+        print(f"Weights & Biases cannot be reached ({error}): logging offline")
+        return wandb.init(**settings, resume="allow", mode="offline")
 
 
 if __name__ == "__main__":

@@ -106,13 +106,13 @@ def test_a_score_in_between_blends_linearly(dit):
     torch.testing.assert_close(attn, 0.25 * fresh[0][0])
 
 
-def test_a_blended_layer_leaves_its_slot_as_it_was(dit):
+def test_a_blended_layer_empties_its_slot_and_no_other(dit):
     x, t, y = inputs()
     cache = dit.empty_cache()
     dit(x, t, y, cache=cache)
-    before = cache[1][0]
-    dit(x + 1, t, y, [(torch.tensor(0.5), True)] * 3, cache)
-    assert cache[1][0] is before
+    before = cache[1][1]
+    dit(x + 1, t, y, [(torch.tensor(0.5), False)] * 3, cache)
+    assert cache[1][0] is None and cache[1][1] is before
 
 
 def test_a_nan_in_an_unused_slot_never_reaches_the_output(dit):

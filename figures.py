@@ -1,0 +1,77 @@
+"""Pictures of routers: a heatmap of scores, and how it came about, as an animation."""
+
+import io
+
+from files import written_whole
+from router import Router
+
+
+def draw_scores(axis, scores, threshold):
+    """Draws scores [steps, depth, 2] on a matplotlib axis: trained steps in the order they run, layers across.
+
+    A cross marks a layer that is reused at `threshold`. Returns the image and the crosses, to colour and to change.
+    """
+    steps, depth, _ = scores.shape
+    rows = list(reversed(Router.trained_steps(steps)))
+    image = axis.imshow(scores[rows].flatten(1), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    crosses = axis.scatter([], [], marker="x", s=9, c="white", linewidths=0.7)
+    axis.set_yticks(range(len(rows)), rows, fontsize=7)
+    axis.set_xticks(range(0, 2 * depth, 2), range(depth), fontsize=7 if depth > 16 else None)
+    axis.set(xlabel="block (attention, MLP)", ylabel="step i; the odd ones run in full")
+    _mark(image, crosses, scores, threshold)
+    return image, crosses
+
+
+def _mark(image, crosses, scores, threshold):
+    shown = scores[list(reversed(Router.trained_steps(len(scores))))].flatten(1)
+    image.set_data(shown)
+    crosses.set_offsets((shown <= threshold).nonzero().flip(1))
+
+
+def _figure(count=1):
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(1 + 5 * count, 5), dpi=110, layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def save_heatmap(named_scores, threshold, path):
+    """Writes a PNG of scores [steps, depth, 2] under each title of the dict `named_scores`, side by side."""
+    figure, axes = _figure(len(named_scores))
+    for axis, (title, scores) in zip(axes, named_scores.items()):
+        image, _ = draw_scores(axis, scores, threshold)
+        axis.set_title(title)
+    figure.colorbar(image, ax=list(axes), label=f"score; x: reused at threshold {threshold:g}")
+    with written_whole(path) as part:
+        figure.savefig(part, format="png", metadata={"Software": None})
+
+
+def save_animation(frames, threshold, path, most=100):
+    """Writes a GIF of `frames`, pairs of a title and scores [steps, depth, 2]; evenly chosen ones of more than `most`.
+
+    It runs for 8 s, holds its last frame, and starts again.
+    """
+    from PIL import Image
+
+    frames = list(frames)
+    if len(frames) > most:
+        frames = [frames[round(k * (len(frames) - 1) / (most - 1))] for k in range(most)]
+    figure, (axis,) = _figure()
+    image, crosses = draw_scores(axis, frames[0][1], threshold)
+    figure.colorbar(image, ax=axis, label=f"score; x: reused at threshold {threshold:g}")
+    pictures = []
+    for title, scores in frames:
+        axis.set_title(title)
+        _mark(image, crosses, scores, threshold)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=80)
+        pictures.append(Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE))
+    durations = [max(20, 8000 // len(pictures))] * (len(pictures) - 1) + [3000]
+    with written_whole(path) as part:
+        pictures[0].save(
+            part, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True
+        )

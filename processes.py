@@ -1,0 +1,69 @@
+"""The processes of a job: one alone, or those that torchrun started (the distributed engine: Gloo on CPUs, NCCL)."""
+
+import os
+
+import torch.distributed as dist
+
+from files import UserError
+
+
+class Processes:
+    """This process among its job's: `rank` of `size`, `local` on its machine; 0 of 1 without torchrun."""
+
+    def __init__(self):
+        self.rank, self.size, self.local = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+        # The launch tells a restart by torchrun, whose agent goes on, from another start of the same command.
+        self.launch = f"{os.uname().nodename} {os.getppid()}" if self.size > 1 else None
+        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def connect(self, device):
+        """Meets the others, for messages between tensors on `device`."""
+        if self.size > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def disconnect(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def first_of_machine_first(self, function):
+        """What `function` returns; the first process of each machine runs it before the others (it may fetch files)."""
+        if self.size > 1 and self.local:
+            dist.barrier()
+        result = function()
+        if self.size > 1 and not self.local:
+            dist.barrier()
+        return result
+
+    def by_first(self, function):
+        """What `function` returns in the first process, for all. Its UserError is raised in all, and said by one."""
+        result = [None, None]
+        if self.first:
+            try:
+                result[0] = function()
+            except UserError as error:
+                result[1] = str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(result)
+        if result[1] is not None:
+            raise self.error(result[1])
+        return result[0]
+
+    def error(self, message):
+        """A UserError that every process raises and the first one says."""
+        error = UserError(message)
+        error.said = not self.first
+        return error
+
+    def gather(self, value):
+        """The list of every process's `value`, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values

@@ -1,0 +1,154 @@
+"""A training's folder: checkpoints, log and pictures, and finding it again after whatever stopped it.
+
+NNN-MODEL/args.json                 the flags and versions of the last start
+NNN-MODEL/metrics.jsonl             a line of figures every --log-every updates
+NNN-MODEL/checkpoints/NNNNNNN.pt    a router file that can be continued, with a heatmap .png; last.pt is the newest
+NNN-MODEL/router.png, router.gif    the final scores, and how they came about
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from figures import save_animation, save_heatmap
+from files import UserError, load_tensors, written_whole
+
+
+class Run:
+    """The folder of one training, held by this process until it ends, however it ends.
+
+    Raises UserError where another process holds it.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self.last = self.checkpoints / "last.pt"
+        self.metrics = self.folder / "metrics.jsonl"
+        # The system drops the lock with the process, even one that was killed.
+        self._lock = FileLock(self.folder / ".lock")
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UserError(f"{folder} is in use: wait for that training, or stop it with Ctrl-C") from error
+        except OSError as error:
+            raise UserError(f"cannot write into {folder}: {error.strerror}; continue a copy of it") from error
+
+    @classmethod
+    def new(cls, results_dir, name):
+        """Makes results_dir/NNN-name with the first free number. Raises UserError where that cannot be written."""
+        try:
+            Path(results_dir).mkdir(parents=True, exist_ok=True)
+            number = max(map(_number, Path(results_dir).iterdir()), default=-1) + 1
+            folder = Path(results_dir) / f"{number:03d}-{name.replace('/', '-')}"
+            (folder / "checkpoints").mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot write into {results_dir}: {error.strerror}; name another --results-dir") from error
+        return cls(folder)
+
+    @classmethod
+    def newest(cls, results_dir, accepts):
+        """The newest run of results_dir that nobody holds and whose last checkpoint `accepts`, and that checkpoint.
+
+        None, None where there is none.
+        """
+        folders = [p for p in Path(results_dir).glob("*-*/") if _number(p) >= 0]
+        for folder in sorted(folders, key=_number, reverse=True):
+            try:
+                saved = read_checkpoint(folder / "checkpoints" / "last.pt")
+                if accepts(saved):
+                    return cls(folder), saved
+            except UserError:
+                continue
+        return None, None
+
+    def save(self, router, keep, threshold, *, step, **state):
+        """Writes the checkpoint of `step` and last.pt, each whole or not at all; keeps the newest `keep` (None: all).
+
+        Returns its path. The heatmap beside it marks what is reused at `threshold`. Step 0 is last.pt alone.
+        """
+        path = self.checkpoints / f"{step:07d}.pt" if step else self.last
+        if step:
+            save_heatmap({f"{self.folder.name}, update {step}": router.scores()}, threshold, path.with_suffix(".png"))
+            router.save(path, step=step, **state)
+        router.save(self.last, step=step, **state)
+        for old in self.numbered()[: -keep if keep else 0]:
+            old.unlink()
+            old.with_suffix(".png").unlink(missing_ok=True)
+        return path
+
+    def numbered(self):
+        """The checkpoints by number, the newest last; without last.pt."""
+        return sorted(p for p in self.checkpoints.glob("*.pt") if p.stem.isdecimal())
+
+    def save_pictures(self, router, threshold):
+        """Writes router.png, the scores of `router`, and router.gif, from the first line of the log to the last."""
+        save_heatmap({self.folder.name: router.scores()}, threshold, self.folder / "router.png")
+        frames = []
+        for line in self.history(math.inf):
+            scores = torch.ones(router.steps, router.depth, 2)
+            scores[list(router.trained_steps(router.steps))] = torch.tensor(line["scores"]).unflatten(1, (-1, 2))
+            frames.append((f"update {line['step']}: {line['cached_share']:.1%} of all layers cached", scores))
+        save_animation(frames, threshold, self.folder / "router.gif")
+
+    def history(self, step):
+        """The lines of metrics.jsonl up to `step`, as dicts; what a kill left half written is no line."""
+        lines = []
+        for text in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                continue
+        return [line for line in lines if line["step"] <= step]
+
+    def set_history(self, lines):
+        """Makes `lines` all of metrics.jsonl."""
+        with written_whole(self.metrics) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def log(self, line):
+        """Adds a dict to metrics.jsonl."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _number(path):
+    return int(path.name[:3]) if path.name[:3].isdecimal() and path.name[3:4] == "-" else -1
+
+
+def read_checkpoint(path):
+    """What `Run.save` wrote. Raises UserError where the file is missing, damaged, or a router that cannot go on."""
+    import argparse
+
+    saved = load_tensors(path, allow=[argparse.Namespace])
+    if not isinstance(saved, dict) or not {"routers", "opt", "step", "identity"} <= saved.keys():
+        raise UserError(f"{path} cannot be continued: name a checkpoint of this program, or a run's folder")
+    return saved
+
+
+def open_run(results_dir, name, resume, accepts):
+    """The `Run` to write into, the checkpoint to continue from or None, and the lines of its log so far.
+
+    resume: None starts anew; "auto" continues the newest run whose checkpoint `accepts`, if there is one;
+    a run's folder continues there; so does its newest checkpoint, while an older one, or one from elsewhere, starts
+    a new folder: nothing is overwritten.
+    """
+    if resume is None:
+        return Run.new(results_dir, name), None, []
+    if resume == "auto":
+        run, saved = Run.newest(results_dir, accepts)
+        return (run, saved, run.history(saved["step"])) if run else (Run.new(results_dir, name), None, [])
+    path = Path(resume)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.pt"
+    saved = read_checkpoint(path)
+    beside = path.parent / "last.pt"
+    if path.parent.name != "checkpoints" or not beside.is_file():
+        return Run.new(results_dir, name), saved, []
+    old = Run(path.parent.parent)
+    lines = old.history(saved["step"])
+    run = old if read_checkpoint(beside)["step"] <= saved["step"] else Run.new(results_dir, name)
+    return run, saved, lines
