@@ -24,8 +24,8 @@ def draw_scores(axis, scores, threshold):
 
 def _mark(image, crosses, scores, threshold):
     shown = scores[list(reversed(Router.trained_steps(len(scores))))].flatten(1)
-    image.set_data(shown)
-    crosses.set_offsets((shown <= threshold).nonzero().flip(1))
+    image.set_data(shown.numpy())
+    crosses.set_offsets((shown <= threshold).nonzero().flip(1).numpy())
 
 
 def _figure(count=1):

@@ -20,8 +20,11 @@ from files import UserError, load_tensors, written_whole
 class Run:
     """The folder of one training, held by this process until it ends, however it ends.
 
-    Raises UserError where another process holds it.
+    Raises UserError where another process holds it, for longer than the data loading processes of one that was
+    killed live on (they look for it every 5 s, and have inherited its lock).
     """
+
+    PATIENCE = 10.0  # seconds
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -31,7 +34,7 @@ class Run:
         # The system drops the lock with the process, even one that was killed.
         self._lock = FileLock(self.folder / ".lock")
         try:
-            self._lock.acquire(blocking=False)
+            self._lock.acquire(timeout=self.PATIENCE)
         except Timeout as error:
             raise UserError(f"{folder} is in use: wait for that training, or stop it with Ctrl-C") from error
         except OSError as error:
@@ -58,9 +61,9 @@ class Run:
         folders = [p for p in Path(results_dir).glob("*-*/") if _number(p) >= 0]
         for folder in sorted(folders, key=_number, reverse=True):
             try:
-                saved = read_checkpoint(folder / "checkpoints" / "last.pt")
-                if accepts(saved):
-                    return cls(folder), saved
+                if accepts(read_checkpoint(folder / "checkpoints" / "last.pt")):
+                    run = cls(folder)
+                    return run, read_checkpoint(run.last)
             except UserError:
                 continue
         return None, None

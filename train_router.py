@@ -162,6 +162,8 @@ def check_args(parser, args):
         parser.error(
             f"--global-batch-size {batch} does not divide among {world} processes: pass {-(-batch // step) * step}"
         )
+    if args.target_cached and not (args.l1 and args.lr):
+        parser.error("--target-cached starts from --l1 and moves with --lr: pass both above 0")
     cached_at_most = (args.num_sampling_steps // 2) / args.num_sampling_steps
     if args.target_cached and args.target_cached > cached_at_most:
         parser.error(
@@ -222,7 +224,9 @@ def main(args):
     spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
     source = data.Images(args.data_path, spec) if args.data_path else None
     processes.connect(device)
-    vae = processes.first_of_machine_first(lambda: sampling.load_vae(spec, device))
+    # What is missing is fetched; a wrong --ckpt is found before that.
+    load_dit = (lambda: None) if args.extract_latents else (lambda: sampling.load_dit(spec, device))
+    dit, vae = processes.first_of_machine_first(lambda: (load_dit(), sampling.load_vae(spec, device)))
     vae_fingerprint = sampling.fingerprint(vae)
     if args.extract_latents:
         return extract(args, source, vae, spec, vae_fingerprint, processes, workers)
@@ -232,7 +236,6 @@ def main(args):
             f"{args.data_path or args.latents} has {len(source)} images, fewer than --global-batch-size "
             f"{args.global_batch_size}"
         )
-    dit = processes.first_of_machine_first(lambda: sampling.load_dit(spec, device))
     identity = {"model": sampling.fingerprint(dit), "vae": vae_fingerprint, "data": source.fingerprint()}
 
     def like_this(saved):

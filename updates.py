@@ -34,22 +34,20 @@ def reduce_gradients(router, rows, values):
 class TargetShare:
     """Adjusts the weight of the L1 term until a wanted share of all layers is cached: an integral controller.
 
-    The logarithm of the weight moves by what is missing to a reference, which rises from the first share seen to
-    `target` over the first half of the training's `updates`. response: updates that a score needs to follow.
+    The logarithm of the weight moves by how far the share is from `target`, at most by 6 in a response time. The share
+    it is shown is the one that the scores are heading for (`Training.heading`): they follow the weight so late that
+    the present share would make it swing. response: updates that a score needs to follow (`response_time`).
     """
 
-    GAIN = 8.0  # how far log(weight) moves in a response time, per unit of share that is missing
+    GAIN, MOST = 60.0, 0.1  # a gain in a response time; the largest difference that counts
 
-    def __init__(self, target, l1_weight, updates, response):
-        self.target, self.l1_weight, self.updates, self.response = target, l1_weight, updates, response
-        self.first = None
+    def __init__(self, target, l1_weight, response):
+        self.target, self.l1_weight, self.response = target, l1_weight, response
 
-    def update(self, share, step):
-        """Sets `l1_weight` for the next update, from the share that is cached after update `step`."""
-        if self.first is None:
-            self.first = share
-        reference = self.first + (self.target - self.first) * min(1, step / (0.5 * self.updates))
-        self.l1_weight *= math.exp(self.GAIN / self.response * (reference - share))
+    def update(self, share):
+        """Sets `l1_weight` for the next update, from the share of all layers that the last one left heading for 0."""
+        missing = min(self.MOST, max(-self.MOST, self.target - share))
+        self.l1_weight *= math.exp(self.GAIN / self.response * missing)
 
 
 def response_time(lr, draws, rows):
@@ -72,12 +70,13 @@ class Training:
         torch.manual_seed(args.global_seed)  # the same initial scores everywhere
         self.router = Router(diffusion.steps, dit.depth).to(self.device)
         self.trained = list(self.router.trained_steps(diffusion.steps))
+        self.layers = diffusion.steps * 2 * dit.depth
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=args.lr, weight_decay=0)
         self.control = None
         self.l1_weight = args.l1
         if args.target_cached:
             response = response_time(args.lr, args.draws_per_step, len(self.trained))
-            self.control = TargetShare(args.target_cached, args.l1, args.max_steps, response)
+            self.control = TargetShare(args.target_cached, args.l1, response)
         self.step = 0
         self.skipped = set()  # images that could not be read
         self.reduced_bytes = 0
@@ -95,7 +94,6 @@ class Training:
             "opt": self.optimizer.state_dict(),
             "step": self.step,
             "l1_weight": self.l1_weight,
-            "first_share": self.control and self.control.first,
             "window": self.window,
             "skipped": sorted(self.skipped),
         }
@@ -107,8 +105,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr
         self.step, self.window, self.skipped = state["step"], state["window"], set(state["skipped"])
-        if self.control and state["first_share"] is not None:
-            self.control.first = state["first_share"]
+        if self.control:
             self.control.l1_weight = self.l1_weight = state["l1_weight"]
 
     def latents(self, batch, piece):
@@ -155,7 +152,8 @@ class Training:
         self.router.clamp_()
         self.step += 1
         if self.control:
-            self.control.update(self.router.schedule(args.thres).cached_share(), self.step)
+            ahead = min(2, (args.max_steps - self.step) / self.control.response)
+            self.control.update((self.heading(ahead) <= args.thres).sum().item() / self.layers)
             self.l1_weight = self.control.l1_weight
         for row, error in zip(rows, errors):
             self.window["mse"][row] += error
@@ -164,6 +162,20 @@ class Training:
         self.window["updates"] += 1
         return told > 0
 
+    @torch.no_grad()
+    def heading(self, ahead):
+        """The scores of the trained steps, float32 [rows, 2*depth], so many response times ahead at Adam's pace."""
+        scores = []
+        for i in self.trained:
+            logits = self.router.routers[i].prob
+            state, (beta1, beta2) = self.optimizer.state.get(logits), self.optimizer.defaults["betas"]
+            if state:
+                mean = state["exp_avg"] / (1 - beta1 ** int(state["step"]))
+                square = state["exp_avg_sq"] / (1 - beta2 ** int(state["step"]))
+                logits = logits - 2 * ahead * mean / (square.sqrt() + self.optimizer.defaults["eps"])
+            scores.append(logits.sigmoid())
+        return torch.stack(scores)
+
     def report(self):
         """What the log says of the updates since `new_window`, and of the router as it stands: a dict for JSON."""
         seen, window, trained = self.window["updates"], self.window, self.trained
@@ -171,7 +183,7 @@ class Training:
         costs = self.dit.multiply_adds()
         mse, l1 = sum(window["mse"]) / sum(window["draws"]), window["l1"] / seen
         drawn = [i for i in trained if window["draws"][i]]
-        moments = {i: self.optimizer.state[self.router.routers[i].prob] for i in trained}
+        moments = {i: self.optimizer.state.get(self.router.routers[i].prob) for i in trained}
         cached = int((~schedule.compute).sum())
         return {
             "step": self.step,

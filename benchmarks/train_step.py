@@ -1,0 +1,289 @@
+"""Time and peak memory of one update of router training: as the original implementation does it, and as we do.
+
+    python benchmarks/train_step.py --model DiT-B/2 --record benchmarks/results/train-b2-cpu.json
+    python benchmarks/train_step.py --table          # the table of the records there are
+
+An update is one draw: noise to step i, fill the cache there, a DDIM step, teacher and student at i-1, backward, AdamW.
+Weights, latents, labels and noise are random: the work of an update does not depend on their values. The latents are
+given, so no VAE runs, in no variant. All variants start from the same router and see the same inputs.
+
+Times: all variants in turn in one process, after a warm-up update of each; a ratio is the median over the rounds.
+Memory: two updates of one variant in a fresh process of its own. On a CPU the peak is that of the whole process, and
+"above the base" leaves out what it held before it made the model (Python, PyTorch's libraries). On a GPU it is what
+tensors took, for which the base is 0.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cli  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+VARIANTS = {
+    "original": "original: model not frozen, gradient through the teacher",
+    "ours": "ours",
+    "bf16": "ours, bf16",
+    "checkpointing": "ours, checkpointing",
+    "compiled": "ours, compiled",
+}
+SEED = 0
+L1, LR = 5e-6, 1e-3  # as published for DiT-XL/2 at 20 steps; an update takes as long with others
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(description="Time and peak memory of one update of router training.")
+    parser.add_argument("--model", default="DiT-S/2", help="size and patch, as DiT-XL/2; its weights are random")
+    parser.add_argument("--image-size", type=int, choices=[256, 512], default=256, help="pixels a side")
+    parser.add_argument("--batch-size", type=cli.positive, default=8, help="images of the one draw of an update")
+    parser.add_argument("--num-sampling-steps", type=cli.router_steps, default=20, help="denoising steps")
+    parser.add_argument("--repeats", type=cli.positive, default=3, help="timed updates of each variant")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile of the blocks")
+    parser.add_argument("--record", metavar="JSON", help="file to write the figures and their circumstances to")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the table of results/train-*.json")
+    args = parser.parse_args(argv)
+    if args.record and not args.record.endswith(".json"):
+        parser.error(f"--record {args.record}: the figures are kept in a file that ends in .json")
+    return args
+
+
+def plain_modulate(x, shift, scale):
+    """x (N, T, D) scaled and shifted by per-sample vectors (N, D), in two operations."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def plain_forward(dit, x, t, y, scores=None, cached=None):
+    """What `DiT.forward` computes, in the plain operations of the original: (N, 2C, H, W) and every layer's output.
+
+    scores: [depth, 2], blends with `cached`, the outputs [depth][2] of a call before; None runs everything.
+    """
+    x = dit.x_embedder(x) + dit.pos_embed
+    c = dit.t_embedder(t) + dit.y_embedder(y)
+    outputs = []
+    for l, block in enumerate(dit.blocks):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(c).chunk(6, dim=1)
+        attn = block.attn(plain_modulate(block.norm1(x), shift_a, scale_a))
+        if scores is not None:
+            attn = scores[l, 0] * attn + (1 - scores[l, 0]) * cached[l][0]
+        x = x + gate_a.unsqueeze(1) * attn
+        mlp = block.mlp(plain_modulate(block.norm2(x), shift_m, scale_m))
+        if scores is not None:
+            mlp = scores[l, 1] * mlp + (1 - scores[l, 1]) * cached[l][1]
+        x = x + gate_m.unsqueeze(1) * mlp
+        outputs.append((attn, mlp))
+    shift, scale = dit.final_layer.adaLN_modulation(c).chunk(2, dim=1)
+    x = dit.final_layer.linear(plain_modulate(dit.final_layer.norm_final(x), shift, scale))
+    return dit.unpatchify(x), outputs
+
+
+def original_loss(dit, diffusion, scores, i, x_start, y, noise):
+    """`router.router_loss` as the original implementation goes about it; the same arguments, the same values (N,).
+
+    Without gradients are the pass that fills the cache and the DDIM step. The loss is differentiated through the
+    teacher as through the student, and with respect to every parameter of `dit` that requires a gradient.
+    """
+    import torch
+
+    before, at = (torch.full_like(y, int(diffusion.timestep_map[step])) for step in (i - 1, i))
+    with torch.no_grad():
+        x = diffusion.q_sample(x_start, i, noise)
+        output, cached = plain_forward(dit, x, at, y)
+        x = diffusion.ddim_step(output, x, i)
+    teacher, _ = plain_forward(dit, x, before, y)
+    student, _ = plain_forward(dit, x, before, y, scores, cached)
+    return ((teacher - student) ** 2).flatten(1).mean(1)
+
+
+def load_models(names, load):
+    """{name: the frozen DiT of that variant}; `load` makes one. One set of weights serves all but bf16."""
+    import copy
+
+    import sampling
+
+    # First, so that the float32 weights it came from are gone before others are made.
+    models = {"bf16": sampling.set_precision(load(), "bf16")} if "bf16" in names else {}
+    rest = [name for name in names if name != "bf16"]
+    if rest:
+        # As train_router.py: TF32 where a GPU has it, in the original's variant too.
+        dit = sampling.set_precision(load(), "tf32")
+        for name in rest:
+            models[name] = copy.deepcopy(dit, {id(parameter): parameter for parameter in dit.parameters()})
+    if "checkpointing" in models:
+        models["checkpointing"].grad_checkpointing = True
+    if "compiled" in models:
+        sampling.compile_blocks(models["compiled"])
+    return models
+
+
+class Updates:
+    """The variants `names` of an update, ready to run: models, routers with their optimizers, one set of inputs."""
+
+    def __init__(self, args, device, names):
+        import torch
+
+        import sampling
+        from diffusion import create_diffusion
+        from router import Router
+
+        spec = sampling.model_spec(args.model, args.image_size)
+        self.device = device
+        self.models = load_models(names, lambda: sampling.load_dit(spec, device, random_seed=SEED))
+        self.diffusion = create_diffusion(args.num_sampling_steps)
+        self.routers, self.optimizers = {}, {}
+        dit = self.models[names[0]]
+        for name in names:
+            torch.manual_seed(SEED)  # the same initial scores for all
+            self.routers[name] = Router(self.diffusion.steps, dit.depth).to(device)
+            self.optimizers[name] = torch.optim.AdamW(self.routers[name].parameters(), lr=LR, weight_decay=0)
+        rows = Router.trained_steps(self.diffusion.steps)
+        self.row = rows[len(rows) // 2]
+        generator = torch.Generator().manual_seed(SEED)
+        shape = args.batch_size, dit.in_channels, dit.input_size, dit.input_size
+        self.x_start, self.noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+        self.y = torch.randint(dit.num_classes, shape[:1], generator=generator).to(device)
+
+    def run(self, name):
+        """One update of the variant `name`. Returns its seconds."""
+        import time
+
+        import sampling
+        from router import router_loss
+
+        dit, router, optimizer = self.models[name], self.routers[name], self.optimizers[name]
+        loss = original_loss if name == "original" else router_loss
+        # The parameters are shared; the fixed positions have no gradient in the original either. What gradients are
+        # there stay: the original's optimizer holds the router alone, so nobody clears the others, they add up.
+        dit.requires_grad_(name == "original")
+        dit.pos_embed.requires_grad_(False)
+        sampling.synchronize(self.device)
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        scores = router(self.row)
+        error = loss(dit, self.diffusion, scores, self.row + 1, self.x_start, self.y, self.noise)
+        (error.mean() + L1 * scores.sum()).backward()
+        optimizer.step()
+        router.clamp_()
+        sampling.synchronize(self.device)
+        return time.perf_counter() - start
+
+
+def measure_memory(args, name):
+    """Bytes before the model is made ("base") and at the peak of two updates ("peak"), of this process.
+
+    What tensors took on a GPU; else the resident set. The process must be a fresh one.
+    """
+    import resource
+
+    import torch
+
+    import sampling
+
+    device = sampling.pick_device(args.device)
+
+    def used():
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    base = used()
+    updates = Updates(args, device, [name])
+    for _ in range(2):  # the second finds the gradients that the first left
+        updates.run(name)
+    return {"base": base, "peak": used()}
+
+
+def measure_times(args, device, names):
+    """Seconds of `args.repeats` updates of each variant, {name: [...]}, in turn."""
+    updates = Updates(args, device, names)
+    seconds = {name: [] for name in names}
+    for repeat in range(args.repeats + 1):
+        for name in names:  # in turn, so that a machine that slows down slows all
+            elapsed = updates.run(name)
+            if repeat:  # the first update warms up
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def figures(seconds, memory, batch):
+    """What was measured, with the ratios to the original, as a dict for JSON; batch: images of an update."""
+    import statistics
+
+    def above(name):
+        return memory[name]["peak"] - memory[name]["base"]
+
+    return {
+        "batch": batch,
+        "seconds": seconds,
+        # Neighbouring updates share the state of the machine: the median of their ratios.
+        "time_ratio": {
+            name: statistics.median(ours / original for ours, original in zip(seconds[name], seconds["original"]))
+            for name in seconds
+        },
+        "images_per_second": {name: batch / statistics.median(seconds[name]) for name in seconds},
+        "memory_bytes": memory,
+        "peak_ratio": {name: memory[name]["peak"] / memory["original"]["peak"] for name in memory},
+        "above_base_ratio": {name: above(name) / above("original") for name in memory},
+    }
+
+
+def table(records):
+    """The Markdown text of records that --record wrote: a line a variant, all ratios to the original's."""
+    import statistics
+
+    head = ["model, batch, device", "update", "seconds", "ratio", "images/s", "peak GiB", "ratio"]
+    head += ["above the base GiB", "ratio"]
+    rows = []
+    for record in records:
+        where = f"{record['flags']['model']}, {record['batch']}, {record['device']}"
+        for name, seconds in record["seconds"].items():
+            memory = record["memory_bytes"][name]
+            rows.append(
+                [
+                    where,
+                    VARIANTS[name],
+                    f"{statistics.median(seconds):.3g}",
+                    f"{record['time_ratio'][name]:.3f}",
+                    f"{record['images_per_second'][name]:.3g}",
+                    f"{memory['peak'] / 2**30:.2f}",
+                    f"{record['peak_ratio'][name]:.3f}",
+                    f"{(memory['peak'] - memory['base']) / 2**30:.2f}",
+                    f"{record['above_base_ratio'][name]:.3f}",
+                ]
+            )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def main(args):
+    if args.table:
+        print(table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("train-*.json"))]))
+        return
+
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    import sampling
+    from files import check_writable
+    from sample import write_record
+
+    device = sampling.pick_device(args.device)
+    sampling.model_spec(args.model, args.image_size)  # an unknown name is refused here
+    if args.record:
+        check_writable(args.record)
+    names = [name for name in VARIANTS if name != "compiled" or args.compile]
+    memory = {}
+    # Before this process makes a model: on Linux a process inherits the highest resident set of the one it came from.
+    for name in names:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            memory[name] = pool.submit(measure_memory, args, name).result()
+    measured = figures(measure_times(args, device, names), memory, args.batch_size)
+    print(table([{"flags": vars(args), "device": sampling.device_name(device), **measured}]))
+    if args.record:
+        write_record(args, device, measured)
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

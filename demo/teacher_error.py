@@ -1,0 +1,79 @@
+"""How far routers' samplers are from the plain one, a step at a time: python demo/teacher_error.py ROUTER [ROUTER ...]
+
+For every step that a router decides, real images are noised to the step before it, which runs in full; then the model
+with the router's layers reused is compared with the model that runs everything (the error that training lowers, with
+scores of 0 and 1). All routers see the same images and the same noise.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import cli  # noqa: E402
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(description="Compare routers by their error against the plain model.")
+    parser.add_argument("routers", nargs="+", metavar="ROUTER", help="router files for the same number of steps")
+    parser.add_argument("--ckpt", default=str(HERE.parent / "ckpt" / "fashion_mnist"), help="model folder")
+    parser.add_argument("--data-path", default=str(HERE / "data" / "test"), help="folder of images, a folder a class")
+    parser.add_argument("--thres", type=cli.fraction, default=0.1, help="score up to which a layer is reused")
+    parser.add_argument("--samples", type=cli.positive, default=512, help="images a step, drawn from all")
+    parser.add_argument("--batch-size", type=cli.positive, default=64, help="images at once")
+    parser.add_argument("--seed", type=cli.seed, default=1, help="of the images and the noise")
+    parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes CUDA where there is one")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    import torch
+    from torch.utils.data import DataLoader
+
+    import data
+    import sampling
+    from diffusion import create_diffusion
+    from files import UserError
+    from router import Router, router_loss
+
+    device = sampling.pick_device(args.device)
+    spec = sampling.model_spec(ckpt=args.ckpt)
+    images = data.Images(args.data_path, spec)
+    if args.samples > len(images):
+        raise UserError(f"{args.data_path} has {len(images)} images, fewer than --samples {args.samples}")
+    dit, vae = sampling.load_dit(spec, device), sampling.load_vae(spec, device)
+    routers = {path: Router.load(path) for path in args.routers}
+    steps = next(iter(routers.values())).steps
+    for path, router in routers.items():
+        router.check_fits(path, steps, dit.depth)
+    diffusion = create_diffusion(steps)
+    schedules = {path: router.schedule(args.thres).compute.float().to(device) for path, router in routers.items()}
+    trained = list(Router.trained_steps(steps))
+    errors = {path: torch.zeros(len(trained), dtype=torch.float64) for path in routers}
+
+    # The labels stay, so that the conditional model is what is measured.
+    shape = (dit.in_channels, dit.input_size, dit.input_size)
+    samples = data.Samples(images, args.seed, shape, dit.num_classes, 0.0, False)
+    order = data.stream("order", args.seed, 0).permutation(len(images))[: args.samples].tolist()
+    keys = list(enumerate(order))
+    batches = [keys[start : start + args.batch_size] for start in range(0, len(keys), args.batch_size)]
+    with torch.inference_mode():
+        for batch in DataLoader(samples, batch_sampler=batches):
+            x, y, posterior_noise, noise = (batch[n].to(device) for n in ("x", "y", "posterior_noise", "noise"))
+            x_start = data.sample_posterior(data.encode(vae, x), posterior_noise, vae.config.scaling_factor)
+            for row, i in enumerate(trained):
+                for path, compute in schedules.items():
+                    errors[path][row] += router_loss(dit, diffusion, compute[i], i + 1, x_start, y, noise).sum().item()
+    for path, router in routers.items():
+        schedule, mean = router.schedule(args.thres), errors[path] / args.samples
+        bound = schedule.speedup_bound(dit.multiply_adds())
+        worst = int(mean.argmax())
+        print(
+            f"{path}: cached {schedule.cached_share():.1%} of all layers, bound {bound:.3f}, "
+            f"mean squared error {mean.mean():.3e} (largest {mean[worst]:.3e} at step {trained[worst]})"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

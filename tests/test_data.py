@@ -1,0 +1,221 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import sampling
+from data import Batches, Images, Latents, Samples, center_crop, draw_steps, load_image, stream
+from files import UserError
+
+
+@pytest.fixture
+def spec(model_folder):
+    return sampling.model_spec(ckpt=str(model_folder))
+
+
+def test_streams_differ_in_purpose_seed_and_number_and_repeat():
+    keys = [("order", 0, 0), ("draws", 0, 0), ("samples", 0, 0), ("draws", 1, 0), ("draws", 0, 1), ("draws", 1, 1)]
+    first = [stream(*key).random() for key in keys]
+    assert len(set(first)) == len(keys)
+    assert first == [stream(*key).random() for key in keys]
+    assert stream("samples", 0, 2**40).random() != stream("samples", 0, 2**40 + 1).random()
+
+
+def test_draws_are_uniform_and_independent():
+    drawn = np.array([draw_steps(3, update, 8, 10) for update in range(2000)])
+    # 16,000 draws of ten steps: each 1600 times, standard deviation 38.
+    assert np.abs(np.bincount(drawn.ravel(), minlength=10) - 1600).max() < 160
+    # Two draws of an update agree in a tenth of the updates, standard deviation 13.
+    assert abs((drawn[:, 0] == drawn[:, 1]).sum() - 200) < 60
+
+
+def test_an_epoch_shows_every_image_once_in_a_new_order_each_time():
+    batches = [[index for _, index in keys] for keys in Batches(12, 4, seed=0, epochs=2)]
+    epochs = np.array(batches).reshape(2, 12)
+    assert len(batches) == 6
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(12))
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_the_processes_share_the_batches_of_one_and_a_late_start_goes_on(world):
+    alone = list(Batches(20, 6, seed=5, epochs=3))
+    shared = [list(Batches(20, 6, 5, rank, world, epochs=3)) for rank in range(world)]
+    assert alone == [sum(parts, []) for parts in zip(*shared)]
+    assert list(Batches(20, 6, seed=5, first=4, epochs=3)) == alone[4:]
+    assert [k for keys in alone for k, _ in keys] == list(range(9 * 6))
+
+
+def test_a_sample_is_the_same_in_any_worker_and_another_k_is_another(spec, image_folder):
+    samples = Samples(Images(image_folder, spec), 0, (4, 4, 4), 5, 0.5, True)
+    again = Samples(Images(image_folder, spec), 0, (4, 4, 4), 5, 0.5, True)
+    keys = [(k, 3) for k in range(40)]
+    loader = torch.utils.data.DataLoader(again, batch_sampler=[keys[:20], keys[20:]], num_workers=2)
+    first, second = loader
+    for k in (0, 19):
+        assert all(np.array_equal(samples[keys[k]][name], first[name][k]) for name in ("x", "y", "noise"))
+    assert not torch.equal(first["noise"][0], first["noise"][1])
+    assert not torch.equal(first["noise"], first["posterior_noise"])
+    both = torch.cat([first["x"], second["x"]])
+    mirrored = sum(torch.equal(x, both[0].flip(-1)) for x in both)
+    assert {x.numpy().tobytes() for x in both} == {both[0].numpy().tobytes(), both[0].flip(-1).numpy().tobytes()}
+    assert 8 < mirrored < 32  # half of 40
+    dropped = (torch.cat([first["y"], second["y"]]) == 5).sum()
+    assert 8 < dropped < 32
+
+
+def test_without_flips_and_dropout_nothing_is_mirrored_or_dropped(spec, image_folder):
+    samples = Samples(Images(image_folder, spec), 0, (4, 4, 4), 5, 0.0, False)
+    assert all(torch.equal(samples[k, 3]["x"], samples[0, 3]["x"]) and samples[k, 3]["y"] == 0 for k in range(20))
+
+
+def test_the_middle_square_is_cut_and_scaled():
+    image = np.zeros((40, 100, 3), np.uint8)
+    image[:, 30:70] = 200  # exactly the middle square
+    image[:, :30], image[:, 70:] = 50, 90
+    square = np.asarray(center_crop(Image.fromarray(image), 10))
+    assert square.shape == (10, 10, 3)
+    assert (square[:, 1:-1] == 200).all()
+    same = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    assert np.array_equal(center_crop(same, 8), same)
+    assert center_crop(Image.new("L", (9, 31)), 8).size == (8, 8)
+
+
+def grey(value):
+    return np.full((8, 8), value, np.uint8)
+
+
+@pytest.mark.parametrize(
+    "name, image",
+    [
+        ("grey.png", Image.fromarray(grey(100))),
+        ("grey.jpg", Image.fromarray(grey(100))),
+        ("alpha.png", Image.fromarray(np.dstack([grey(100)] * 3 + [grey(30)]))),
+        ("grey-alpha.png", Image.fromarray(np.dstack([grey(100), grey(30)]))),
+        ("16-bit.png", Image.fromarray(np.full((8, 8), 100 * 257, np.uint16))),
+        ("palette.png", Image.fromarray(np.dstack([grey(100)] * 3)).quantize(4)),
+        ("palette.gif", Image.fromarray(np.dstack([grey(100)] * 3)).quantize(4)),
+        ("cmyk.jpg", Image.merge("CMYK", [Image.fromarray(grey(v)) for v in (155, 155, 155, 0)])),
+        ("one-bit.png", Image.fromarray(grey(255)).convert("1")),
+    ],
+)
+def test_pictures_of_all_modes_become_rgb(tmp_path, name, image):
+    image.save(tmp_path / name)
+    loaded = load_image(tmp_path / name)
+    assert loaded.mode == "RGB"
+    expected = 255 if name == "one-bit.png" else 100
+    assert np.abs(np.asarray(loaded).astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (3, 2), (64, 3)])
+def test_tiny_and_narrow_pictures_load(tmp_path, spec, size):
+    for k in range(5):
+        (tmp_path / f"c{k}").mkdir()
+        Image.new("RGB", size, (10 * k, 0, 0)).save(tmp_path / f"c{k}" / "a.png")
+    x, label, skipped = Images(tmp_path, spec).load(4)
+    assert x.shape == (3, 8, 8) and label == 4 and not skipped
+    torch.testing.assert_close(x[0], torch.full((8, 8), 40 / 127.5 - 1))
+
+
+@pytest.fixture
+def many(tmp_path, image_folder):
+    """200 images, of which 100 a damaged one would be 1 %; the 8th file is cut off."""
+    folder = tmp_path / "many"
+    for k in range(200):
+        path = folder / f"class{k % 5}" / f"{k:03d}.png"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (8, 8), (k, k, k)).save(path)
+    broken = folder / "class0" / "035.png"
+    broken.write_bytes(broken.read_bytes()[:45])
+    return folder, broken
+
+
+def test_an_unreadable_image_gives_way_to_the_next_and_is_named(spec, many):
+    folder, broken = many
+    images = Images(folder, spec)
+    assert images.files[7][0] == str(broken)
+    x, label, skipped = images.load(7)
+    assert torch.equal(x, images.load(8)[0]) and label == 0
+    assert len(skipped) == 1 and str(broken) in skipped[0]
+    assert Samples(images, 0, (4, 4, 4), 5, 0.0, False)[0, 7]["skipped"] == skipped[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(50)])
+def test_more_than_one_percent_unreadable_is_an_error(spec, many, content):
+    folder, broken = many
+    for k in (40, 45):  # right behind it: three in a row of 200
+        (folder / "class0" / f"{k:03d}.png").write_bytes(content)
+    with pytest.raises(UserError, match="3 of 200 images cannot be read, more than 1 %"):
+        Images(folder, spec).load(7)
+    data.check_skipped(["a", "b"], Images(folder, spec))
+
+
+def make_latents(spec, image_folder, folder):
+    vae = sampling.load_vae(spec, torch.device("cpu"))
+    images, name = Images(image_folder, spec), sampling.fingerprint(vae)
+    data.prepare_latents(images, spec, folder, name)
+    data.extract_latents(images, vae, spec, folder, batch_size=3)
+    data.finish_latents(folder, [])
+    return images, vae, name
+
+
+def test_latents_are_the_moments_of_both_flips_to_half_precision(spec, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD", 6)
+    images, vae, name = make_latents(spec, image_folder, tmp_path / "latents")
+    latents = Latents(tmp_path / "latents", spec, name)
+    assert len(latents) == 16 and len(list((tmp_path / "latents").glob("0*.npy"))) == 3
+    for index in (0, 5, 6, 15):
+        for flip in (False, True):
+            x, label, _ = images.load(index, flip)
+            moments, same, _ = latents.load(index, flip)
+            assert label == same
+            torch.testing.assert_close(moments, data.encode(vae, x[None])[0], rtol=1e-3, atol=1e-3)
+    assert not torch.equal(latents.load(0, False)[0], latents.load(0, True)[0])
+    assert latents.fingerprint() == images.fingerprint()
+
+
+def test_a_posterior_sample_has_the_moments_it_was_given():
+    moments = torch.cat([torch.full((2000, 4, 2, 2), 3.0), torch.full((2000, 4, 2, 2), 2 * np.log(0.5))], dim=1)
+    noise = torch.randn(2000, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    x = data.sample_posterior(moments, noise, 0.5)
+    assert x.mean().item() == pytest.approx(1.5, abs=0.01) and x.std().item() == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_stopped_extraction_keeps_its_files_and_makes_the_rest(spec, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD", 6)
+    folder = tmp_path / "latents"
+    _, _, name = make_latents(spec, image_folder, folder)
+    (folder / "000001.npy").unlink()
+    kept = (folder / "000000.npy").stat().st_mtime_ns
+    with pytest.raises(UserError, match="not complete"):
+        Latents(folder, spec, name)
+    make_latents(spec, image_folder, folder)
+    assert (folder / "000000.npy").stat().st_mtime_ns == kept and len(Latents(folder, spec, name)) == 16
+
+
+def test_latents_of_another_vae_size_or_data_are_refused(spec, image_folder, tmp_path):
+    from dataclasses import replace
+
+    folder = tmp_path / "latents"
+    images, _, name = make_latents(spec, image_folder, folder)
+    with pytest.raises(UserError, match="another VAE"):
+        Latents(folder, spec, "0" * 64)
+    with pytest.raises(UserError, match="image_size 8, model tiny 16"):
+        Latents(folder, replace(spec, image_size=16), name)
+    with pytest.raises(UserError, match="different in vae"):
+        data.prepare_latents(images, spec, folder, "0" * 64)
+    shutil.copytree(image_folder, tmp_path / "other")
+    (tmp_path / "other" / "class1" / "1.png").rename(tmp_path / "other" / "class2" / "1.png")
+    with pytest.raises(UserError, match="different in files"):
+        data.prepare_latents(Images(tmp_path / "other", spec), spec, folder, name)
+    about = json.loads((folder / "latents.json").read_text())
+    (folder / "latents.json").write_text(json.dumps(about | {"flips": False}))
+    with pytest.raises(UserError, match="no mirrored images"):
+        Latents(folder, spec, name)
+    with pytest.raises(UserError, match="--extract-latents"):
+        Latents(tmp_path, spec, name)

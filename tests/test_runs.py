@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from files import UserError
+from router import Router
+from runs import Run, open_run
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(Run, "PATIENCE", 0.1)
+
+
+def save(run, step, **state):
+    return run.save(Router(4, 3), None, 0.1, step=step, opt={}, identity={}, **state)
+
+
+def test_runs_are_numbered_and_named(tmp_path):
+    names = [Run.new(tmp_path / "results", "DiT-S/2").folder.name for _ in range(2)]
+    assert names == ["000-DiT-S-2", "001-DiT-S-2"]
+    (tmp_path / "results" / "notes").mkdir()
+    assert Run.new(tmp_path / "results", "x").folder.name == "002-x"
+
+
+def test_a_run_is_held_by_one_at_a_time(tmp_path):
+    run = Run.new(tmp_path, "x")
+    with pytest.raises(UserError, match="is in use"):
+        Run(run.folder)
+    del run
+    Run(tmp_path / "000-x")
+
+
+def test_checkpoints_keep_the_newest_and_last(tmp_path):
+    run = Run.new(tmp_path, "x")
+    assert save(run, 0) == run.last
+    for step in (5, 10, 15, 20):
+        path = run.save(Router(4, 3), 2, 0.1, step=step, opt={}, identity={})
+    assert path.name == "0000020.pt"
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == [
+        "0000015.png",
+        "0000015.pt",
+        "0000020.png",
+        "0000020.pt",
+        "last.pt",
+    ]
+    assert torch.load(run.last, weights_only=True)["step"] == 20
+
+
+def test_the_log_is_cut_to_a_step_and_survives_a_half_written_line(tmp_path):
+    run = Run.new(tmp_path, "x")
+    for step in (10, 20, 30):
+        run.log({"step": step})
+    with run.metrics.open("a") as file:
+        file.write('{"step": 4')
+    assert [line["step"] for line in run.history(25)] == [10, 20]
+    run.set_history(run.history(25))
+    run.log({"step": 21})
+    assert [line["step"] for line in run.history(100)] == [10, 20, 21]
+
+
+def test_a_folder_or_its_newest_checkpoint_goes_on_in_place_and_an_older_one_in_a_new_folder(tmp_path):
+    run = Run.new(tmp_path, "x")
+    old, new = save(run, 10), save(run, 20)
+    for step in (5, 15, 25):
+        run.log({"step": step})
+    folder = run.folder
+    del run
+    for resume in (folder, new, folder / "checkpoints" / "last.pt"):
+        run, saved, lines = open_run(tmp_path, "x", str(resume), None)
+        assert run.folder == folder and saved["step"] == 20 and [line["step"] for line in lines] == [5, 15]
+        del run
+    run, saved, lines = open_run(tmp_path, "x", str(old), None)
+    assert run.folder.name == "001-x" and saved["step"] == 10 and [line["step"] for line in lines] == [5]
+    (tmp_path / "elsewhere.pt").write_bytes(new.read_bytes())
+    run, saved, lines = open_run(tmp_path, "x", str(tmp_path / "elsewhere.pt"), None)
+    assert run.folder.name == "002-x" and saved["step"] == 20 and not lines
+
+
+def test_auto_finds_the_newest_run_that_fits_and_is_free(tmp_path):
+    for kind in ("a", "b", "a", "b"):
+        save(Run.new(tmp_path, "x"), 3, kind=kind)
+    (Run.new(tmp_path, "x").checkpoints / "last.pt").write_bytes(b"cut off")
+    run, saved, _ = open_run(tmp_path, "x", "auto", lambda saved: saved["kind"] == "a")
+    assert run.folder.name == "002-x" and saved["step"] == 3
+    other, _, _ = open_run(tmp_path, "x", "auto", lambda saved: saved["kind"] == "a")
+    assert other.folder.name == "000-x"
+    new, saved, lines = open_run(tmp_path, "x", "auto", lambda saved: False)
+    assert new.folder.name == "005-x" and saved is None and lines == []
+
+
+def test_what_cannot_be_continued_is_refused(tmp_path):
+    Router(4, 3).save(tmp_path / "bare.pt")
+    with pytest.raises(UserError, match="cannot be continued"):
+        open_run(tmp_path, "x", str(tmp_path / "bare.pt"), None)
+    with pytest.raises(UserError, match="no such file"):
+        open_run(tmp_path, "x", str(tmp_path / "none.pt"), None)
+    with pytest.raises(UserError, match="last.pt"):
+        open_run(tmp_path, "x", str(tmp_path), None)
+    assert [p.name for p in tmp_path.iterdir()] == ["bare.pt"]
