@@ -40,34 +40,12 @@ def draw_samples(args, rows=8):
 
 
 def draw_routers(args, threshold=0.1):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import torch
-
-    from files import written_whole
+    from figures import save_heatmap
     from router import Router
 
-    routers = [Router.load(Path(args.ckpt) / f"DDIM{steps}_router.pt") for steps in (20, 50)]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 6), layout="constrained")
-    for axis, router in zip(axes, routers):
-        steps = list(reversed(router.trained_steps(router.steps)))
-        with torch.no_grad():
-            scores = torch.stack([router(i).flatten() for i in steps])
-        image = axis.imshow(scores, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-        # A cross marks what is skipped at the threshold.
-        rows, columns = (scores <= threshold).nonzero(as_tuple=True)
-        axis.scatter(columns, rows, marker="x", s=9, c="white", linewidths=0.7)
-        axis.set_yticks(range(len(steps)), steps, fontsize=7)
-        axis.set_xticks(range(0, 2 * router.depth, 2), range(router.depth))
-        axis.set(
-            title=f"DDIM-{router.steps}", xlabel="block (attention, MLP)", ylabel="step i; the odd ones run in full"
-        )
-    figure.colorbar(image, ax=axes, label=f"score; x: reused at threshold {threshold}")
-    with written_whole(args.out / "router.png") as part:
-        figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    routers = {f"DDIM-{steps}": Router.load(Path(args.ckpt) / f"DDIM{steps}_router.pt") for steps in (20, 50)}
+    scores = {title: router.scores() for title, router in routers.items()}
+    save_heatmap(scores, threshold, args.out / "router.png")
 
 
 def main(args):
