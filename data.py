@@ -8,6 +8,7 @@ the seed and k alone.
 import functools
 import hashlib
 import json
+import os
 from itertools import count
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class Images:
     Raises UserError where there is no such folder, it has no images, or as many classes as the model has not.
     """
 
-    latents = False
+    kind = "images"
 
     def __init__(self, path, spec):
         from torchvision.datasets import ImageFolder
@@ -83,7 +84,9 @@ class Images:
             raise UserError(
                 f"{path} has {len(folder.classes)} classes, the model {spec.num_classes}: name the model's own data"
             )
-        self.path, self.files, self.size = path, folder.samples, spec.image_size
+        self.path, self.files, self.size = str(path), folder.samples, spec.image_size
+        # The files are sorted by class: class c is self.starts[c] to self.starts[c + 1].
+        self.starts = np.searchsorted([label for _, label in self.files], range(len(folder.classes) + 1)).tolist()
 
     def __len__(self):
         return len(self.files)
@@ -91,24 +94,28 @@ class Images:
     def load(self, index, flip=False):
         """Image `index`, mirrored where `flip`, its label, and what could not be read in its place.
 
-        A file that cannot be decoded gives way to the next that can. Raises UserError where more than 1 % of all
-        files in a row cannot.
+        A file that cannot be decoded gives way to the next of its class. Raises UserError where those that cannot are
+        more than 1 % of all files, or all of the class.
         """
-        skipped = []
+        skipped, label = [], self.files[index][1]
+        start, end = self.starts[label : label + 2]
         while True:
-            path, label = self.files[(index + len(skipped)) % len(self)]
             try:
+                path = self.files[start + (index - start + len(skipped)) % (end - start)][0]
                 image = center_crop(load_image(path), self.size)
                 break
             except ValueError as error:
                 skipped.append(str(error))
                 check_skipped(skipped, self)
+                if len(skipped) == end - start:
+                    raise UserError(f"no image of class {label} can be read, the last was {error}") from error
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
         return (x.flip(-1) if flip else x), label, skipped
 
     def fingerprint(self):
         """A SHA-256 of the files' names and labels: tells one set of images from another."""
-        names = "\n".join(f"{Path(path).relative_to(self.path).as_posix()} {label}" for path, label in self.files)
+        root = len(self.path.rstrip(os.sep))
+        names = "\n".join(f"{path[root + 1 :].replace(os.sep, '/')} {label}" for path, label in self.files)
         return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
@@ -131,7 +138,7 @@ class Latents:
     mirrored images and the model wants them.
     """
 
-    latents = True
+    kind = "moments"
 
     def __init__(self, folder, spec, vae_fingerprint):
         self.folder = Path(folder)
@@ -166,10 +173,11 @@ class Latents:
     def shard_path(self, shard):
         return self.folder / f"{shard:06d}.npy"
 
-    @functools.cached_property
-    def _shard(self):
-        # A map of a file costs no memory of its own; opening one anew for each sample would cost time.
-        return functools.cache(lambda shard: np.load(self.shard_path(shard), mmap_mode="r", allow_pickle=False))
+    # A map of a file costs no memory of its own, opening one anew for each sample would cost time; each holds one of
+    # the process's open files, of which there may be 1024.
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def _shard(self, shard):
+        return np.load(self.shard_path(shard), mmap_mode="r", allow_pickle=False)
 
     def load(self, index, flip=False):
         """Moments (2C, h, w) of image `index`, mirrored where `flip`, its label, and no files that were skipped."""
@@ -205,11 +213,13 @@ def prepare_latents(images, spec, folder, vae_fingerprint):
             raise UserError(
                 f"{manifest} is of other latents, different in {', '.join(different)}: name another --extract-latents"
             )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds other files: name an empty or a new folder with --extract-latents")
     else:
-        with written_whole(folder / "labels.npy") as part, part.open("wb") as file:
-            np.save(file, np.array([label for _, label in images.files]))
         with written_whole(manifest) as part:
             part.write_text(json.dumps(about | {"complete": False}, indent=2) + "\n")
+    with written_whole(folder / "labels.npy") as part, part.open("wb") as file:
+        np.save(file, np.array([label for _, label in images.files]))
 
 
 def extract_latents(images, vae, spec, folder, rank=0, world=1, workers=0, batch_size=8):
@@ -217,7 +227,7 @@ def extract_latents(images, vae, spec, folder, rank=0, world=1, workers=0, batch
 
     Files of `SHARD` images, float16 [images, flips, 2C, h, w], each whole or not at all; those that are there are
     kept, so a second start goes on. Each process of `world` makes every world-th file; after all of them comes
-    `finish_latents`. Returns the images that could not be read, a list of str.
+    `finish_latents`. Raises UserError where more than 1 % of the images cannot be read.
     """
     from tqdm import tqdm
 
@@ -229,31 +239,44 @@ def extract_latents(images, vae, spec, folder, rank=0, world=1, workers=0, batch
         for s in shards
         for start in range(s * SHARD, min((s + 1) * SHARD, len(images)), batch_size)
     ]
-    loader = DataLoader(_Plain(images), batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_interrupts)
+    loader = DataLoader(_Plain(images), batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals)
     bar = tqdm(total=sum(map(len, batches)), unit="images", disable=None if rank == 0 else True)
-    parts, all_skipped = [], set()
+    parts, unread = [], []
     for batch, (x, skipped) in zip(batches, loader):
-        all_skipped.update(filter(None, "\n".join(skipped).split("\n")))
-        check_skipped(all_skipped, images)
+        unread += names_in(skipped)
+        check_skipped(unread, images)
         x = x.to(device)
         both = [encode(vae, view) for view in ((x, x.flip(-1)) if spec.horizontal_flip else (x,))]
         parts.append(torch.stack(both, dim=1).half().cpu().numpy())
         bar.update(len(batch))
         if batch.stop % SHARD == 0 or batch.stop == len(images):
-            with written_whole(folder / f"{batch.start // SHARD:06d}.npy") as part, part.open("wb") as file:
+            shard = folder / f"{batch.start // SHARD:06d}.npy"
+            if unread:
+                with written_whole(shard.with_suffix(".skipped.json")) as part:
+                    part.write_text(json.dumps(unread))
+            with written_whole(shard) as part, part.open("wb") as file:
                 np.save(file, np.concatenate(parts))
-            parts = []
+            parts, unread = [], []
     bar.close()
-    return sorted(all_skipped)
 
 
-def finish_latents(folder, skipped):
-    """Marks the latents in `folder` as complete and names the images whose place their neighbours took."""
+def finish_latents(images, folder):
+    """Marks the latents in `folder` as complete. Returns the images whose place others took, a list of str.
+
+    Raises UserError where they are more than 1 % of all.
+    """
     manifest = Path(folder) / "latents.json"
-    about = json.loads(manifest.read_text())
-    about = about | {"complete": True, "skipped": sorted({*skipped, *about.get("skipped", [])})}
+    skipped = {name for path in Path(folder).glob("*.skipped.json") for name in json.loads(path.read_text())}
+    check_skipped(skipped, images)
     with written_whole(manifest) as part:
+        about = json.loads(manifest.read_text()) | {"complete": True, "skipped": sorted(skipped)}
         part.write_text(json.dumps(about, indent=2) + "\n")
+    return sorted(skipped)
+
+
+def names_in(texts):
+    """The names in a batch's "skipped": one text a sample, a line a name."""
+    return [name for text in texts for name in text.splitlines()]
 
 
 @torch.no_grad()
@@ -298,14 +321,15 @@ class Samples(Dataset):
         return len(self.data)
 
     def __getitem__(self, key):
-        """x (image or moments), y (), posterior_noise and noise (C, h, w), skipped: names of unreadable files."""
+        """A dict: "images" (3, S, S) or "moments" (2C, h, w), y (), posterior_noise and noise (C, h, w), and skipped,
+        the names of unreadable files, a line each."""
         k, index = key
         random = stream("samples", self.seed, k)
         flip, drop = random.random(2) < (0.5 * self.flips, self.label_dropout)
         posterior_noise, noise = random.standard_normal((2, *self.shape), dtype=np.float32)
         x, label, skipped = self.data.load(index, bool(flip))
         return {
-            "x": x,
+            self.data.kind: x,
             "y": self.num_classes if drop else label,
             "posterior_noise": posterior_noise,
             "noise": noise,
@@ -342,8 +366,9 @@ class Batches:
             yield [(update * self.batch_size + s, int(order[start + s])) for s in self.part]
 
 
-def ignore_interrupts(worker):
-    """Ctrl-C reaches the data loading processes too; theirs to end is the main process."""
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM reach the data loading processes too; theirs to end is the main process."""
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 """The processes of a job: one alone, or those that torchrun started (the distributed engine: Gloo on CPUs, NCCL)."""
 
 import os
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -15,7 +16,7 @@ class Processes:
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
         # The launch tells a restart by torchrun, whose agent goes on, from another start of the same command.
-        self.launch = f"{os.uname().nodename} {os.getppid()}" if self.size > 1 else None
+        self.launch = f"{os.uname().nodename} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
     @property
@@ -25,33 +26,39 @@ class Processes:
     def connect(self, device):
         """Meets the others, for messages between tensors on `device`."""
         if self.size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # Hours, since others may wait for a download or for the slowest; one that dies is torchrun's to find.
+            timeout = timedelta(hours=12)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
 
     def disconnect(self):
         if self.size > 1:
             dist.destroy_process_group()
 
-    def first_of_machine_first(self, function):
-        """What `function` returns; the first process of each machine runs it before the others (it may fetch files)."""
-        if self.size > 1 and self.local:
+    def together(self, function, in_turn=False):
+        """What `function` returns here, after it ended everywhere; a UserError anywhere is raised in all, said by one.
+
+        in_turn: the first process of each machine runs it before the others (it may fetch files).
+        """
+        waits = in_turn and self.size > 1
+        if waits and self.local:
             dist.barrier()
-        result = function()
-        if self.size > 1 and not self.local:
+        result = message = None
+        try:
+            result = function()
+        except UserError as error:
+            message = str(error)
+        if waits and not self.local:
             dist.barrier()
+        messages = [text for text in self.gather(message) if text is not None]
+        if messages:
+            raise self.error(messages[0])
         return result
 
     def by_first(self, function):
-        """What `function` returns in the first process, for all. Its UserError is raised in all, and said by one."""
-        result = [None, None]
-        if self.first:
-            try:
-                result[0] = function()
-            except UserError as error:
-                result[1] = str(error)
+        """What `function` returns in the first process, for all. Its UserError is raised in all, said by one."""
+        result = [self.together(lambda: function() if self.first else None)]
         if self.size > 1:
             dist.broadcast_object_list(result)
-        if result[1] is not None:
-            raise self.error(result[1])
         return result[0]
 
     def error(self, message):

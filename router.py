@@ -18,21 +18,23 @@ from schedule import Schedule
 class Row(nn.Module):
     """The logits of one step, float32 (2*depth,): attention 0, MLP 0, attention 1, ..."""
 
-    def __init__(self, layers):
+    def __init__(self, layers, generator=None):
         super().__init__()
-        self.prob = nn.Parameter(torch.randn(layers))  # the released files' name; it holds logits
+        self.prob = nn.Parameter(torch.randn(layers, generator=generator))  # the released files' name; it holds logits
 
 
 class Router(nn.Module):
     """Scores in (0, 1) for every layer of a DiT of `depth` blocks at each of `steps` sampling steps.
 
-    Logits start from a unit normal, as in the released files.
+    Logits start from a unit normal, as in the released files, drawn from `generator`.
     """
 
-    def __init__(self, steps, depth):
+    LIMIT = 5.0  # of a logit in training: the sigmoid still has a gradient there
+
+    def __init__(self, steps, depth, generator=None):
         super().__init__()
         self.steps, self.depth = steps, depth
-        self.routers = nn.ModuleList(Row(2 * depth) for _ in range(steps))
+        self.routers = nn.ModuleList(Row(2 * depth, generator) for _ in range(steps))
 
     def forward(self, i):
         """The scores of step i, float32 [depth, 2], with their gradient."""
@@ -44,10 +46,10 @@ class Router(nn.Module):
         return torch.stack([self(i) for i in range(self.steps)]).cpu()
 
     @torch.no_grad()
-    def clamp_(self, limit=5.0):
-        """Logits back into [-limit, limit], where the sigmoid still has a gradient."""
+    def clamp_(self):
+        """Logits back into [-LIMIT, LIMIT]."""
         for row in self.routers:
-            row.prob.clamp_(-limit, limit)
+            row.prob.clamp_(-self.LIMIT, self.LIMIT)
 
     @staticmethod
     def trained_steps(steps):

@@ -21,7 +21,7 @@ class Run:
     """The folder of one training, held by this process until it ends, however it ends.
 
     Raises UserError where another process holds it, for longer than the data loading processes of one that was
-    killed live on (they look for it every 5 s, and have inherited its lock).
+    killed live on (they look for it every 5 s, and may have inherited its lock).
     """
 
     PATIENCE = 10.0  # seconds
@@ -39,6 +39,8 @@ class Run:
             raise UserError(f"{folder} is in use: wait for that training, or stop it with Ctrl-C") from error
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error.strerror}; continue a copy of it") from error
+        for part in self.checkpoints.glob(".*.part"):  # what a killed process was writing
+            part.unlink()
 
     @classmethod
     def new(cls, results_dir, name):
@@ -64,8 +66,8 @@ class Run:
                 if accepts(read_checkpoint(folder / "checkpoints" / "last.pt")):
                     run = cls(folder)
                     return run, read_checkpoint(run.last)
-            except UserError:
-                continue
+            except UserError as error:
+                print(f"passed over {folder}: {error}")
         return None, None
 
     def save(self, router, keep, threshold, *, step, **state):
@@ -74,13 +76,13 @@ class Run:
         Returns its path. The heatmap beside it marks what is reused at `threshold`. Step 0 is last.pt alone.
         """
         path = self.checkpoints / f"{step:07d}.pt" if step else self.last
+        for place in dict.fromkeys((path, self.last)):
+            router.save(place, step=step, **state)
         if step:
             save_heatmap({f"{self.folder.name}, update {step}": router.scores()}, threshold, path.with_suffix(".png"))
-            router.save(path, step=step, **state)
-        router.save(self.last, step=step, **state)
         for old in self.numbered()[: -keep if keep else 0]:
-            old.unlink()
             old.with_suffix(".png").unlink(missing_ok=True)
+            old.unlink()
         return path
 
     def numbered(self):
@@ -98,14 +100,8 @@ class Run:
         save_animation(frames, threshold, self.folder / "router.gif")
 
     def history(self, step):
-        """The lines of metrics.jsonl up to `step`, as dicts; what a kill left half written is no line."""
-        lines = []
-        for text in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
-        return [line for line in lines if line["step"] <= step]
+        """`read_history` of this run."""
+        return read_history(self.folder, step)
 
     def set_history(self, lines):
         """Makes `lines` all of metrics.jsonl."""
@@ -132,12 +128,12 @@ def read_checkpoint(path):
     return saved
 
 
-def open_run(results_dir, name, resume, accepts):
+def open_run(results_dir, name, resume, accepts, check):
     """The `Run` to write into, the checkpoint to continue from or None, and the lines of its log so far.
 
     resume: None starts anew; "auto" continues the newest run whose checkpoint `accepts`, if there is one;
     a run's folder continues there; so does its newest checkpoint, while an older one, or one from elsewhere, starts
-    a new folder: nothing is overwritten.
+    a new folder: nothing is overwritten. check: raises UserError where a checkpoint that was named does not fit.
     """
     if resume is None:
         return Run.new(results_dir, name), None, []
@@ -148,10 +144,23 @@ def open_run(results_dir, name, resume, accepts):
     if path.is_dir():
         path = path / "checkpoints" / "last.pt"
     saved = read_checkpoint(path)
+    check(saved)
     beside = path.parent / "last.pt"
-    if path.parent.name != "checkpoints" or not beside.is_file():
-        return Run.new(results_dir, name), saved, []
-    old = Run(path.parent.parent)
-    lines = old.history(saved["step"])
-    run = old if read_checkpoint(beside)["step"] <= saved["step"] else Run.new(results_dir, name)
-    return run, saved, lines
+    of_a_run = path.parent.name == "checkpoints" and beside.is_file()
+    if of_a_run and read_checkpoint(beside)["step"] <= saved["step"]:
+        run = Run(path.parent.parent)
+        return run, saved, run.history(saved["step"])
+    run = Run.new(results_dir, name)
+    # A branch is a run of its own for Weights & Biases too.
+    return run, saved | {"wandb": None}, read_history(path.parent.parent, saved["step"]) if of_a_run else []
+
+
+def read_history(folder, step):
+    """The lines of a run's metrics.jsonl up to `step`, as dicts; what a kill left half written is no line."""
+    metrics, lines = Path(folder) / "metrics.jsonl", []
+    for text in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return [line for line in lines if line["step"] <= step]

@@ -160,7 +160,7 @@ def main(args):
             f"PSNR of the {'images' if images else 'latents'} with and without the router: {figures['psnr_db']:.2f} dB"
         )
         if args.record:
-            write_record(args, device, figures)
+            sampling.write_record(args, device, figures)
 
 
 def compare(dit, schedule, times, batch):
@@ -192,37 +192,6 @@ def compare(dit, schedule, times, batch):
         "layers_run_per_step": schedule.compute.sum(dim=(1, 2)).tolist(),
         "g_multiply_adds_per_second": rates | {"matrix_product": sampling.matmul_rate(dit, batch) / 1e9},
     }
-
-
-def write_record(args, device, figures):
-    """Writes the figures of a comparison, and all that they depend on, as JSON to args.record."""
-    import json
-    import platform
-    import subprocess
-    from pathlib import Path
-
-    import torch
-
-    import sampling
-    from files import written_whole
-
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
-    record = {
-        "device": sampling.device_name(device),
-        "dtype": "tf32" if device.type == "cuda" else "float32",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit or None,
-        "flags": {name: value for name, value in vars(args).items() if name not in ("out", "record")},
-        **figures,
-    }
-    with written_whole(args.record) as part:
-        part.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"Record: {args.record}")
 
 
 if __name__ == "__main__":

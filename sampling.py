@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,12 +161,12 @@ def load_vae(spec, device):
     return vae
 
 
-def fingerprint(module):
-    """A SHA-256 that tells the weights of a model or VAE from others: of names, shapes and some values of each tensor.
+def fingerprint(module, config):
+    """A SHA-256 that tells a model or VAE from others: of its `config` (a dict) and of some values of each tensor.
 
     It does not prove that every weight is right; the hash of the file does (`download.py`).
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, value in module.state_dict().items():
         some = value.flatten()[:: max(1, value.numel() // 1024)].float().cpu()
         digest.update(f"{name} {list(value.shape)}".encode() + some.numpy().tobytes())
@@ -198,7 +199,7 @@ def pick_device(name):
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("the programs run on cpu and cuda")
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device  # with the index that "cuda" alone leaves open
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; pass --device cpu"
@@ -358,3 +359,24 @@ def matmul_rate(dit, samples, seconds=1.0):
         synchronize(device)
         count += 1
     return count * rows * sum(weight.numel() for weight in weights) / (time.perf_counter() - start)
+
+
+def write_record(args, device, figures):
+    """Writes `figures`, a dict that was measured on `device`, and all that they depend on, as JSON to args.record."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    record = {
+        "device": device_name(device),
+        "dtype": "tf32" if device.type == "cuda" else "float32",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit or None,
+        "flags": {name: value for name, value in vars(args).items() if name not in ("out", "record", "table")},
+        **figures,
+    }
+    with written_whole(args.record) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"Record: {args.record}")

@@ -35,8 +35,9 @@ PRESETS = {
 }
 
 # What a router depends on, beside the model and the data: --resume auto continues a run with the same.
-DETERMINING = ("num_sampling_steps", "global_batch_size", "draws_per_step", "global_seed", "l1", "lr", "thres")
-DETERMINING += ("ste_threshold", "target_cached", "dtype")
+DETERMINING = (
+    "num_sampling_steps global_batch_size draws_per_step global_seed l1 lr ste_threshold target_cached dtype".split()
+)
 
 
 def parse_args(argv=None):
@@ -162,6 +163,10 @@ def check_args(parser, args):
         parser.error(
             f"--global-batch-size {batch} does not divide among {world} processes: pass {-(-batch // step) * step}"
         )
+    if args.target_cached and not 0.01 <= args.thres <= 0.99:
+        parser.error(
+            f"--target-cached with --thres {args.thres}: scores lie between 0.007 and 0.993, pass 0.01 to 0.99"
+        )
     if args.target_cached and not (args.l1 and args.lr):
         parser.error("--target-cached starts from --l1 and moves with --lr: pass both above 0")
     cached_at_most = (args.num_sampling_steps // 2) / args.num_sampling_steps
@@ -191,22 +196,45 @@ def check_continues(saved, args, dit, identity):
         raise UserError(f"--resume {args.resume} has {saved['step']} updates already: pass a --max-steps above that")
 
 
+def prepare(args, processes, device):
+    """The model's spec, its DiT (None for --extract-latents), its VAE, the data, and the VAE's fingerprint."""
+    import data
+    import sampling
+    from models import DiT_models
+
+    spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+    source = processes.together(lambda: data.Images(args.data_path, spec)) if args.data_path else None
+
+    def load():
+        # What is missing is fetched; a wrong --ckpt is found before that.
+        dit = None if args.extract_latents else sampling.load_dit(spec, device)
+        return dit, sampling.load_vae(spec, device)
+
+    dit, vae = processes.together(load, in_turn=True)
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    identity = {"vae": sampling.fingerprint(vae, config)}
+    source = source or processes.together(lambda: data.Latents(args.latents, spec, identity["vae"]))
+    if dit:
+        if len(source) < args.global_batch_size:
+            raise processes.error(
+                f"{args.data_path or args.latents} has {len(source)} images, fewer than --global-batch-size "
+                f"{args.global_batch_size}"
+            )
+        size = spec.name if spec.name in DiT_models else ""  # a folder's name says nothing
+        identity |= {"model": sampling.fingerprint(dit, {"size": size, **spec.config}), "data": source.fingerprint()}
+    return spec, dit, vae, source, identity
+
+
 def main(args):
     import json
-    import resource
-    import shlex
-    import signal
-    import time
     from importlib.metadata import version
 
     import torch
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
 
     import data
     import sampling
     from diffusion import create_diffusion
-    from files import UserError, written_whole
+    from files import written_whole
     from processes import Processes
     from runs import open_run
     from updates import Training
@@ -220,26 +248,13 @@ def main(args):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    workers = min(args.num_workers, os.cpu_count() or 1)
-    spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
-    source = data.Images(args.data_path, spec) if args.data_path else None
     processes.connect(device)
-    # What is missing is fetched; a wrong --ckpt is found before that.
-    load_dit = (lambda: None) if args.extract_latents else (lambda: sampling.load_dit(spec, device))
-    dit, vae = processes.first_of_machine_first(lambda: (load_dit(), sampling.load_vae(spec, device)))
-    vae_fingerprint = sampling.fingerprint(vae)
+    spec, dit, vae, source, identity = prepare(args, processes, device)
     if args.extract_latents:
-        return extract(args, source, vae, spec, vae_fingerprint, processes, workers)
-    source = source or data.Latents(args.latents, spec, vae_fingerprint)
-    if len(source) < args.global_batch_size:
-        raise UserError(
-            f"{args.data_path or args.latents} has {len(source)} images, fewer than --global-batch-size "
-            f"{args.global_batch_size}"
-        )
-    identity = {"model": sampling.fingerprint(dit), "vae": vae_fingerprint, "data": source.fingerprint()}
+        return extract(args, source, vae, spec, identity["vae"], processes)
 
     def like_this(saved):
-        names = (*DETERMINING, "max_steps") if args.target_cached else DETERMINING
+        names = [*DETERMINING, "max_steps", "epochs", "thres"] if args.target_cached else DETERMINING
         same = all(saved["args"].get(name) == getattr(args, name) for name in names)
         return same and saved["identity"] == identity and (args.resume or saved["launch"] == processes.launch)
 
@@ -249,152 +264,185 @@ def main(args):
         nonlocal run
         # After a restart by torchrun's --max-restarts the same launch goes on by itself.
         resume = args.resume or ("auto" if processes.restarted else None)
-        run, saved, lines = open_run(args.results_dir, spec.name, resume, like_this)
-        if saved and not (resume == "auto" and saved["step"] >= args.max_steps):
-            check_continues(saved, args, dit, identity)
-        return saved, lines
+        check = lambda saved: check_continues(saved, args, dit, identity)  # noqa: E731
+        run, saved, lines = open_run(args.results_dir, spec.name, resume, like_this, check)
+        run.set_history(lines)
+        return saved
 
-    saved, lines = processes.by_first(open_folder)
+    saved = processes.by_first(open_folder)
     dit = sampling.set_precision(dit, args.dtype)
     dit.grad_checkpointing = args.grad_checkpointing
     if args.compile:
         sampling.compile_blocks(dit)
-    first = saved["step"] if saved else 0
     batches = data.Batches(
-        len(source), args.global_batch_size, args.global_seed, processes.rank, processes.size, first, args.epochs
+        len(source),
+        args.global_batch_size,
+        args.global_seed,
+        processes.rank,
+        processes.size,
+        saved["step"] if saved else 0,
+        args.epochs,
     )
-    training = Training(dit, vae, create_diffusion(args.num_sampling_steps), args, processes, batches.part)
+    updates = args.max_steps if args.epochs is None else min(args.max_steps, args.epochs * batches.per_epoch)
+    diffusion = create_diffusion(args.num_sampling_steps)
+    training = Training(dit, vae, diffusion, args, updates, processes, batches.part)
     if saved:
         training.load_state_dict(saved)
-    shape = (dit.in_channels, dit.input_size, dit.input_size)
-    loader = DataLoader(
-        data.Samples(
-            source, args.global_seed, shape, dit.num_classes, dit.y_embedder.dropout_prob, spec.horizontal_flip
-        ),
-        batch_sampler=batches,
-        num_workers=workers,
-        worker_init_fn=data.ignore_interrupts,
-        pin_memory=device.type == "cuda",
-    )
-    log = None
     if processes.first:
-        run.set_history(lines)
         with written_whole(run.folder / "args.json") as part:
             versions = {name: version(name) for name in ("torch", "diffusers", "numpy")}
             part.write_text(json.dumps({"args": vars(args), "versions": versions}, indent=2) + "\n")
-        log = start_wandb(args, run.folder, saved and saved["wandb"]) if args.wandb else None
-        bytes_each = 4 * (min(args.draws_per_step, len(training.trained)) * 2 * dit.depth + args.draws_per_step + 2)
-        print(
-            f"{run.folder}: {len(source)} images, {len(training.trained)} trained steps of {2 * dit.depth} layers; an "
-            f"update draws {args.draws_per_step} steps, each for {training.draw_size} images; processes: "
-            f"{processes.size}"
-            + (f", exchanging at most {bytes_each:,} bytes an update" if processes.size > 1 else ""),
-            flush=True,
-        )
-        if saved:
-            print(f"continues at update {first}", flush=True)
-            for name in DETERMINING:
-                was, now = saved["args"].get(name), getattr(args, name)
-                if was != now:
-                    print(f"note: --{name.replace('_', '-')} was {was} in that run, now it is {now}", flush=True)
+        introduce(args, run, source, training, saved, identity)
+    log = start_wandb(args, run.folder, saved and saved["wandb"]) if args.wandb and processes.first else None
+    kept = {"args": vars(args), "identity": identity, "launch": processes.launch}
+    kept["wandb"] = log.id if log else saved and saved["wandb"]
 
     def save():
-        path = run.save(
-            training.router,
-            args.keep,
-            args.thres,
-            **training.state_dict(),
-            args=vars(args),
-            identity=identity,
-            launch=processes.launch,
-            wandb=log and log.id,
-        )
+        """A checkpoint, by the first process."""
+        if not processes.first:
+            return
+        path = run.save(training.router, args.keep, args.thres, **training.state_dict(), **kept)
         if log and path.with_suffix(".png").exists():
             import wandb
 
             log.log({"heatmap": wandb.Image(str(path.with_suffix(".png")))}, step=training.step)
-        return path
 
-    # A process that is told to stop says so with its gradients, so that all stop after the same update.
-    stop = []
-    handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    updates = min(args.max_steps, (args.epochs or args.max_steps) * batches.per_epoch)
-    bar = tqdm(total=updates, initial=first, unit="update", disable=None if processes.first else True)
-    if processes.first and not saved:
+    if not saved:
         save()
-    told, skipped, since, timed = False, set(), time.perf_counter(), first
-    for batch in loader if first < updates else ():
-        skipped.update(filter(None, "\n".join(batch["skipped"]).split("\n")))
-        try:
-            told = training.update(batch, bool(stop))
-        except UserError:
-            if processes.first:
-                save()
-            raise
-        step = training.step
-        bar.update()
-        done = told or step == updates
-        if done or step % args.log_every == 0:
-            names = {name for names in processes.gather(skipped) for name in names} - training.skipped
-            training.skipped |= names
-            skipped = set()
-            if processes.first:
-                for name in sorted(names):
-                    bar.write(f"skipped {name}")
-                line = training.report() | {
-                    "epoch": batches.epoch(step - 1),
-                    "images_per_second": (step - timed) * args.global_batch_size / (time.perf_counter() - since),
-                    "memory_bytes": torch.cuda.max_memory_allocated(device)
-                    if cuda
-                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                }
-                run.log(line)
-                bar.write(describe(line))
-                if log:
-                    log.log({k: v for k, v in line.items() if not isinstance(v, dict | list)}, step=step)
-            data.check_skipped(training.skipped, source)
-            training.new_window()
-            since, timed = time.perf_counter(), step
-        if processes.first and (done or step % args.ckpt_every == 0):
-            save()
-        if done:
-            break
-    bar.close()
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+    told = train(args, processes, training, source, batches, spec.horizontal_flip, run, save, log)
     if processes.first:
-        path = (run.numbered() or [run.last])[-1]
-        if log:
-            log.finish()
-            if log.settings.mode == "offline":
-                print(f"Weights & Biases: offline; send it with: wandb sync {shlex.quote(log.settings.sync_dir)}")
-        if training.step < args.max_steps:
-            print(f"router: {path}; continue with the same command and --resume {shlex.quote(str(run.folder))}")
-        else:
-            run.save_pictures(training.router, args.thres)
-            share = training.router.schedule(args.thres).cached_share()
-            if args.target_cached and abs(share - args.target_cached) > 0.01:
-                print(f"note: {share:.1%} cached, not the {args.target_cached:.1%} asked for: give it more --max-steps")
-            print(f"router: {path}; how it came about: {run.folder / 'router.gif'}")
-            print(f"sample with it: {sample_command(args, path)}")
+        conclude(args, run, training, log)
     processes.disconnect()
     if told:
         raise KeyboardInterrupt
 
 
-def extract(args, images, vae, spec, vae_fingerprint, processes, workers):
+def introduce(args, run, source, training, saved, identity):
+    """Says what is trained, and where it goes on."""
+    rows, size, layers = len(training.trained), training.processes.size, 2 * training.dit.depth
+    message = 4 * (min(args.draws_per_step, rows) * layers + args.draws_per_step + 2)
+    print(
+        f"{run.folder}: {len(source)} images, {rows} trained steps of {layers} layers; an update draws "
+        f"{args.draws_per_step} steps, each for {training.draw_size} images; processes: {size}"
+        + (f", exchanging at most {message:,} bytes an update" if size > 1 else "")
+    )
+    if saved is None:
+        if args.resume == "auto":
+            print(f"--resume auto: no run in {args.results_dir} is like this one, so it starts anew")
+        return
+    print(f"continues at update {training.step} of {training.updates}")
+    for name in DETERMINING:
+        was, now = saved["args"].get(name), getattr(args, name)
+        if was != now:
+            print(f"note: --{name.replace('_', '-')} was {was} in that run, now it is {now}")
+    for name in ("data", "vae"):
+        if saved["identity"][name] != identity[name]:
+            print(f"note: that run was trained with other {'images' if name == 'data' else 'weights of the VAE'}")
+
+
+def train(args, processes, training, source, batches, flips, run, save, log):
+    """All updates that are left, with checkpoints and reports. Returns whether the process was told to stop."""
+    import resource
+    import signal
+    import sys
+    import time
+
+    import torch
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    import data
+    from files import UserError
+
+    dit, device = training.dit, training.device
+    shape = (dit.in_channels, dit.input_size, dit.input_size)
+    loader = DataLoader(
+        data.Samples(source, args.global_seed, shape, dit.num_classes, dit.y_embedder.dropout_prob, flips),
+        batch_sampler=batches,
+        num_workers=min(args.num_workers, os.cpu_count() or 1),
+        worker_init_fn=data.ignore_signals,
+        pin_memory=device.type == "cuda",
+    )
+    # A process that is told to stop says so with its gradients, so that all stop after the same update.
+    stop = []
+    handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=training.updates, initial=training.step, unit="update", disable=None if processes.first else True)
+    told, unread, since, timed = False, [], time.perf_counter(), training.step
+    try:
+        for batch in loader if training.step < training.updates else ():
+            unread += data.names_in(batch["skipped"])
+            told = training.update(batch, bool(stop))
+            step = training.step
+            bar.update()
+            done = told or step == training.updates
+            reports, saves = done or step % args.log_every == 0, done or step % args.ckpt_every == 0
+            if reports or saves:
+                names = {name for names in processes.gather(unread) for name in names} - training.skipped
+                training.skipped |= names
+                unread = []
+                for name in sorted(names) if processes.first else ():
+                    bar.write(f"skipped {name}")
+                processes.together(lambda: data.check_skipped(training.skipped, source))
+            if reports and processes.first:
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+                line = training.report() | {
+                    "epoch": batches.epoch(step - 1),
+                    "images_per_second": (step - timed) * args.global_batch_size / (time.perf_counter() - since),
+                    "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak,
+                }
+                run.log(line)
+                bar.write(describe(line))
+                if log:
+                    log.log({k: v for k, v in line.items() if not isinstance(v, dict | list)}, step=step)
+            if reports:
+                training.new_window()
+                since, timed = time.perf_counter(), step
+            if saves:
+                save()
+            if done:
+                break
+    except UserError:
+        save()
+        raise
+    finally:
+        bar.close()
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    return told
+
+
+def conclude(args, run, training, log):
+    """The pictures, and what to do next."""
+    import shlex
+
+    path = (run.numbered() or [run.last])[-1]
+    if log:
+        log.finish()
+        if log.settings.mode == "offline":
+            print(f"Weights & Biases: offline; send it with: wandb sync {shlex.quote(log.settings.sync_dir)}")
+    if training.step < training.updates:
+        print(f"router: {path}; continue with the same command and --resume {shlex.quote(str(run.folder))}")
+        return
+    run.save_pictures(training.router, args.thres)
+    share = training.router.schedule(args.thres).cached_share()
+    if args.target_cached and abs(share - args.target_cached) > 0.01:
+        print(f"note: {share:.1%} cached, not the {args.target_cached:.1%} asked for: give it more --max-steps")
+    print(f"router: {path}; how it came about: {run.folder / 'router.gif'}")
+    print(f"sample with it: {sample_command(args, path)}")
+
+
+def extract(args, images, vae, spec, vae_fingerprint, processes):
     """--extract-latents: encodes all images once, each process its share of the files."""
     import shlex
 
     import data
 
-    folder = args.extract_latents
+    folder, workers = args.extract_latents, min(args.num_workers, os.cpu_count() or 1)
     processes.by_first(lambda: data.prepare_latents(images, spec, folder, vae_fingerprint))
-    skipped = data.extract_latents(images, vae, spec, folder, processes.rank, processes.size, workers)
-    skipped = sorted({name for names in processes.gather(skipped) for name in names})
-    data.check_skipped(skipped, images)
+    rank, size = processes.rank, processes.size
+    processes.together(lambda: data.extract_latents(images, vae, spec, folder, rank, size, workers))
+    skipped = processes.by_first(lambda: data.finish_latents(images, folder))
     if processes.first:
-        data.finish_latents(folder, skipped)
         for name in skipped:
             print(f"skipped {name}")
         print(f"latents: {folder}; train with --latents {shlex.quote(folder)} instead of --data-path")

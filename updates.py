@@ -58,17 +58,18 @@ def response_time(lr, draws, rows):
 class Training:
     """A router in training: its scores, Adam's moments, the weight of the L1 term, and what was seen since a report.
 
-    Every process of the job holds one, and they stay equal. args: the flags of train_router.py; part: this process's
-    range of the batch, as `data.Batches` gives it.
+    Every process of the job holds one, and they stay equal. args: the flags of train_router.py; updates: how many there
+    will be; part: this process's range of the batch, as `data.Batches` gives it.
     """
 
-    def __init__(self, dit, vae, diffusion, args, processes, part):
+    def __init__(self, dit, vae, diffusion, args, updates, processes, part):
         self.dit, self.vae, self.diffusion, self.args, self.processes = dit, vae, diffusion, args, processes
+        self.updates = updates
         self.device = next(dit.parameters()).device
         self.draw_size = args.global_batch_size // args.draws_per_step
         self.pieces = pieces(part, self.draw_size)
-        torch.manual_seed(args.global_seed)  # the same initial scores everywhere
-        self.router = Router(diffusion.steps, dit.depth).to(self.device)
+        generator = torch.Generator().manual_seed(args.global_seed)  # the same initial scores everywhere
+        self.router = Router(diffusion.steps, dit.depth, generator).to(self.device)
         self.trained = list(self.router.trained_steps(diffusion.steps))
         self.layers = diffusion.steps * 2 * dit.depth
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=args.lr, weight_decay=0)
@@ -89,7 +90,7 @@ class Training:
         self.window = {"mse": [0.0] * steps, "draws": [0] * steps, "l1": 0.0, "updates": 0}
 
     def state_dict(self):
-        """Tensors and plain types."""
+        """What belongs into a router file beside its scores (`Router.save`): tensors and plain types."""
         return {
             "opt": self.optimizer.state_dict(),
             "step": self.step,
@@ -99,7 +100,7 @@ class Training:
         }
 
     def load_state_dict(self, state):
-        """Continues a checkpoint: "routers" and what `state_dict` gave. The learning rate stays the flag's."""
+        """Continues from a router file with what `state_dict` gave. The learning rate stays the flag's."""
         self.router.routers.load_state_dict(state["routers"])
         self.optimizer.load_state_dict(state["opt"])
         for group in self.optimizer.param_groups:
@@ -109,15 +110,18 @@ class Training:
             self.control.l1_weight = self.l1_weight = state["l1_weight"]
 
     def latents(self, batch, piece):
-        """x_start, y, noise of a piece of the batch, on the device."""
+        """x_start (N, C, h, w), y (N,), noise (N, C, h, w) of a piece of the batch, on the device."""
+        kind = "images" if "images" in batch else "moments"
         x, y, posterior_noise, noise = (
-            batch[name][piece].to(self.device, non_blocking=True) for name in ("x", "y", "posterior_noise", "noise")
+            batch[name][piece].to(self.device, non_blocking=True) for name in (kind, "y", "posterior_noise", "noise")
         )
-        moments = data.encode(self.vae, x) if x.shape[1] == 3 else x
+        moments = data.encode(self.vae, x) if kind == "images" else x
         return data.sample_posterior(moments, posterior_noise, self.vae.config.scaling_factor), y, noise
 
     def update(self, batch, stop=False):
-        """One update from this process's part of the batch. Returns whether any process was told to `stop`.
+        """One update from this process's part of the batch, as `data.Samples` and a loader make it.
+
+        Returns whether any process was told to `stop`.
 
         The loss is the mean over the draws; a draw's is its images' mean error plus the weighted sum of its scores.
         Raises UserError where it is not finite; nothing has changed then.
@@ -141,18 +145,20 @@ class Training:
             values[-2] += share * scores.detach().sum()
         if self.processes.size > 1:
             values, self.reduced_bytes = reduce_gradients(self.router, sorted(set(rows)), values)
-        *errors, l1, told = values.tolist()  # the one time in an update that waits for the device
-        for d, error in enumerate(errors):
+        norm = torch.stack([self.router.routers[i].prob.grad.norm() for i in sorted(set(rows))]).sum()
+        *errors, l1, told, norm = torch.cat([values, norm[None]]).tolist()  # the one wait for the device in an update
+        for d, error in enumerate([*errors, norm]):
             if not math.isfinite(error):
+                where = f"of draw {d}, step {rows[d] + 1}," if d < len(rows) else "or its gradient"
                 raise self.processes.error(
-                    f"the loss of update {self.step + 1} is not finite ({error}) in draw {d}, step {rows[d] + 1}: "
-                    "try --dtype fp32, a lower --lr, and look at the weights; the router of before is kept"
+                    f"the loss {where} in update {self.step + 1} is not finite ({error}): try --dtype fp32 or a lower "
+                    "--lr, and look at the weights; the router of before is kept"
                 )
         self.optimizer.step()
         self.router.clamp_()
         self.step += 1
         if self.control:
-            ahead = min(2, (args.max_steps - self.step) / self.control.response)
+            ahead = min(2, (self.updates - self.step) / self.control.response)
             self.control.update((self.heading(ahead) <= args.thres).sum().item() / self.layers)
             self.l1_weight = self.control.l1_weight
         for row, error in zip(rows, errors):
@@ -173,6 +179,7 @@ class Training:
                 mean = state["exp_avg"] / (1 - beta1 ** int(state["step"]))
                 square = state["exp_avg_sq"] / (1 - beta2 ** int(state["step"]))
                 logits = logits - 2 * ahead * mean / (square.sqrt() + self.optimizer.defaults["eps"])
+                logits = logits.clamp(-Router.LIMIT, Router.LIMIT)
             scores.append(logits.sigmoid())
         return torch.stack(scores)
 

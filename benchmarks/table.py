@@ -30,7 +30,9 @@ def table():
     """The Markdown text."""
     head = ["model", "steps", "images", "layers cached", "bound", "speed-up (of the bound)"]
     head += ["seconds: full, router", "G multiply-adds/s: full, router, plain products", "PSNR, dB"]
-    rows = [row(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    # Those of training updates have a table of their own: train_step.py --table.
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith("train-")]
+    rows = [row(json.loads(path.read_text())) for path in paths]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 

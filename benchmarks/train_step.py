@@ -267,7 +267,6 @@ def main(args):
 
     import sampling
     from files import check_writable
-    from sample import write_record
 
     device = sampling.pick_device(args.device)
     sampling.model_spec(args.model, args.image_size)  # an unknown name is refused here
@@ -282,7 +281,7 @@ def main(args):
     measured = figures(measure_times(args, device, names), memory, args.batch_size)
     print(table([{"flags": vars(args), "device": sampling.device_name(device), **measured}]))
     if args.record:
-        write_record(args, device, measured)
+        sampling.write_record(args, device, measured)
 
 
 if __name__ == "__main__":

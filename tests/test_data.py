@@ -58,10 +58,10 @@ def test_a_sample_is_the_same_in_any_worker_and_another_k_is_another(spec, image
     loader = torch.utils.data.DataLoader(again, batch_sampler=[keys[:20], keys[20:]], num_workers=2)
     first, second = loader
     for k in (0, 19):
-        assert all(np.array_equal(samples[keys[k]][name], first[name][k]) for name in ("x", "y", "noise"))
+        assert all(np.array_equal(samples[keys[k]][name], first[name][k]) for name in ("images", "y", "noise"))
     assert not torch.equal(first["noise"][0], first["noise"][1])
     assert not torch.equal(first["noise"], first["posterior_noise"])
-    both = torch.cat([first["x"], second["x"]])
+    both = torch.cat([first["images"], second["images"]])
     mirrored = sum(torch.equal(x, both[0].flip(-1)) for x in both)
     assert {x.numpy().tobytes() for x in both} == {both[0].numpy().tobytes(), both[0].flip(-1).numpy().tobytes()}
     assert 8 < mirrored < 32  # half of 40
@@ -71,7 +71,9 @@ def test_a_sample_is_the_same_in_any_worker_and_another_k_is_another(spec, image
 
 def test_without_flips_and_dropout_nothing_is_mirrored_or_dropped(spec, image_folder):
     samples = Samples(Images(image_folder, spec), 0, (4, 4, 4), 5, 0.0, False)
-    assert all(torch.equal(samples[k, 3]["x"], samples[0, 3]["x"]) and samples[k, 3]["y"] == 0 for k in range(20))
+    assert all(
+        torch.equal(samples[k, 3]["images"], samples[0, 3]["images"]) and samples[k, 3]["y"] == 0 for k in range(20)
+    )
 
 
 def test_the_middle_square_is_cut_and_scaled():
@@ -141,26 +143,37 @@ def test_an_unreadable_image_gives_way_to_the_next_and_is_named(spec, many):
     assert images.files[7][0] == str(broken)
     x, label, skipped = images.load(7)
     assert torch.equal(x, images.load(8)[0]) and label == 0
+    last = images.load(39)[0]  # the last of its class gives way to the first
+    (folder / "class0" / "195.png").write_bytes(b"")
+    broken.write_bytes((folder / "class0" / "030.png").read_bytes())
+    assert not torch.equal(images.load(39)[0], last) and torch.equal(images.load(39)[0], images.load(0)[0])
+    broken.write_bytes(b"")
     assert len(skipped) == 1 and str(broken) in skipped[0]
-    assert Samples(images, 0, (4, 4, 4), 5, 0.0, False)[0, 7]["skipped"] == skipped[0]
+    named = Samples(images, 0, (4, 4, 4), 5, 0.0, False)[0, 7]["skipped"]
+    assert data.names_in([named, ""]) == images.load(7)[2]
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(50)])
 def test_more_than_one_percent_unreadable_is_an_error(spec, many, content):
     folder, broken = many
+    data.check_skipped(["a", "b"], Images(folder, spec))
     for k in (40, 45):  # right behind it: three in a row of 200
         (folder / "class0" / f"{k:03d}.png").write_bytes(content)
     with pytest.raises(UserError, match="3 of 200 images cannot be read, more than 1 %"):
         Images(folder, spec).load(7)
-    data.check_skipped(["a", "b"], Images(folder, spec))
+    for path in sorted((folder / "class1").iterdir())[1:]:
+        path.unlink()
+    (folder / "class1" / "001.png").write_bytes(content)
+    with pytest.raises(UserError, match="no image of class 1 can be read"):
+        Images(folder, spec).load(40)
 
 
 def make_latents(spec, image_folder, folder):
     vae = sampling.load_vae(spec, torch.device("cpu"))
-    images, name = Images(image_folder, spec), sampling.fingerprint(vae)
+    images, name = Images(image_folder, spec), sampling.fingerprint(vae, {})
     data.prepare_latents(images, spec, folder, name)
     data.extract_latents(images, vae, spec, folder, batch_size=3)
-    data.finish_latents(folder, [])
+    assert data.finish_latents(images, folder) == []
     return images, vae, name
 
 
@@ -177,6 +190,29 @@ def test_latents_are_the_moments_of_both_flips_to_half_precision(spec, image_fol
             torch.testing.assert_close(moments, data.encode(vae, x[None])[0], rtol=1e-3, atol=1e-3)
     assert not torch.equal(latents.load(0, False)[0], latents.load(0, True)[0])
     assert latents.fingerprint() == images.fingerprint()
+
+
+def test_latents_take_the_place_of_an_unreadable_image_as_images_do(spec, many, tmp_path):
+    folder, broken = many
+    vae, images = sampling.load_vae(spec, torch.device("cpu")), Images(folder, spec)
+    data.prepare_latents(images, spec, tmp_path / "latents", "name")
+    data.extract_latents(images, vae, spec, tmp_path / "latents")
+    skipped = data.finish_latents(images, tmp_path / "latents")
+    assert len(skipped) == 1 and str(broken) in skipped[0]
+    latents = Latents(tmp_path / "latents", spec, "name")
+    assert torch.equal(latents.load(7)[0], latents.load(8)[0]) and latents.load(7)[1] == images.load(7)[1]
+
+
+def test_a_folder_of_other_files_takes_no_latents_and_lost_labels_come_back(spec, image_folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "labels.npy").write_bytes(b"mine")
+    with pytest.raises(UserError, match="holds other files"):
+        data.prepare_latents(Images(image_folder, spec), spec, tmp_path / "mine", "name")
+    assert (tmp_path / "mine" / "labels.npy").read_bytes() == b"mine"
+    _, _, name = make_latents(spec, image_folder, tmp_path / "latents")
+    (tmp_path / "latents" / "labels.npy").unlink()
+    make_latents(spec, image_folder, tmp_path / "latents")
+    assert len(Latents(tmp_path / "latents", spec, name)) == 16
 
 
 def test_a_posterior_sample_has_the_moments_it_was_given():

@@ -3,7 +3,6 @@ import torch
 from PIL import Image
 
 from figures import draw_scores, save_animation, save_heatmap
-from router import Router
 
 
 def test_the_heatmap_shows_trained_steps_in_running_order_and_marks_what_is_reused(tmp_path):
@@ -33,8 +32,3 @@ def test_the_animation_has_a_frame_a_step_and_at_most_as_many_as_asked(tmp_path)
                 colours.append(np.asarray(gif.convert("RGB"), float)[gif.height // 2 - 40, gif.width // 2 - 30])
         # viridis runs from violet to yellow: the first and the last frame are those of the history.
         assert colours[0][2] > colours[0][1] and colours[1][0] > colours[1][2]
-
-
-def test_scores_of_a_router_are_read_without_gradient():
-    router = Router(4, 3)
-    assert torch.equal(router.scores()[2], router(2).detach()) and not router.scores().requires_grad

@@ -181,6 +181,11 @@ def test_rows_that_were_not_drawn_do_not_move_nor_does_their_adam_state():
     assert all(p.grad is None for p in dit.parameters())
 
 
+def test_scores_of_all_steps_are_read_without_gradient():
+    router = Router(4, 3)
+    assert torch.equal(router.scores()[2], router(2).detach()) and not router.scores().requires_grad
+
+
 def test_logits_are_clamped():
     router = Router(2, 2)
     with torch.no_grad():

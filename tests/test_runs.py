@@ -11,6 +11,10 @@ def impatient(monkeypatch):
     monkeypatch.setattr(Run, "PATIENCE", 0.1)
 
 
+def fits(saved):
+    """Every checkpoint does."""
+
+
 def save(run, step, **state):
     return run.save(Router(4, 3), None, 0.1, step=step, opt={}, identity={}, **state)
 
@@ -66,13 +70,13 @@ def test_a_folder_or_its_newest_checkpoint_goes_on_in_place_and_an_older_one_in_
     folder = run.folder
     del run
     for resume in (folder, new, folder / "checkpoints" / "last.pt"):
-        run, saved, lines = open_run(tmp_path, "x", str(resume), None)
+        run, saved, lines = open_run(tmp_path, "x", str(resume), None, fits)
         assert run.folder == folder and saved["step"] == 20 and [line["step"] for line in lines] == [5, 15]
         del run
-    run, saved, lines = open_run(tmp_path, "x", str(old), None)
+    run, saved, lines = open_run(tmp_path, "x", str(old), None, fits)
     assert run.folder.name == "001-x" and saved["step"] == 10 and [line["step"] for line in lines] == [5]
     (tmp_path / "elsewhere.pt").write_bytes(new.read_bytes())
-    run, saved, lines = open_run(tmp_path, "x", str(tmp_path / "elsewhere.pt"), None)
+    run, saved, lines = open_run(tmp_path, "x", str(tmp_path / "elsewhere.pt"), None, fits)
     assert run.folder.name == "002-x" and saved["step"] == 20 and not lines
 
 
@@ -80,20 +84,49 @@ def test_auto_finds_the_newest_run_that_fits_and_is_free(tmp_path):
     for kind in ("a", "b", "a", "b"):
         save(Run.new(tmp_path, "x"), 3, kind=kind)
     (Run.new(tmp_path, "x").checkpoints / "last.pt").write_bytes(b"cut off")
-    run, saved, _ = open_run(tmp_path, "x", "auto", lambda saved: saved["kind"] == "a")
+    run, saved, _ = open_run(tmp_path, "x", "auto", lambda saved: saved["kind"] == "a", fits)
     assert run.folder.name == "002-x" and saved["step"] == 3
-    other, _, _ = open_run(tmp_path, "x", "auto", lambda saved: saved["kind"] == "a")
+    other, _, _ = open_run(tmp_path, "x", "auto", lambda saved: saved["kind"] == "a", fits)
     assert other.folder.name == "000-x"
-    new, saved, lines = open_run(tmp_path, "x", "auto", lambda saved: False)
+    new, saved, lines = open_run(tmp_path, "x", "auto", lambda saved: False, fits)
     assert new.folder.name == "005-x" and saved is None and lines == []
+
+
+def test_a_branch_is_another_run_for_wandb_and_leaves_nothing_where_it_is_refused(tmp_path):
+    run = Run.new(tmp_path, "x")
+    old = save(run, 10, wandb="abc")
+    save(run, 20, wandb="abc")
+
+    def misfit(saved):
+        raise UserError("of another model")
+
+    with pytest.raises(UserError, match="another model"):
+        open_run(tmp_path, "x", str(old), None, misfit)
+    assert [p.name for p in tmp_path.iterdir()] == ["000-x"]
+    # The branch reads the older run, which may still be held.
+    branch, saved, _ = open_run(tmp_path, "x", str(old), None, fits)
+    assert saved["wandb"] is None and branch.folder.name == "001-x"
+    folder = run.folder
+    del run
+    assert open_run(tmp_path, "x", str(folder), None, fits)[1]["wandb"] == "abc"
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path):
+    run = Run.new(tmp_path, "x")
+    part = run.checkpoints / ".last.pt.abc.part"
+    part.touch()
+    folder = run.folder
+    del run
+    Run(folder)
+    assert not part.exists()
 
 
 def test_what_cannot_be_continued_is_refused(tmp_path):
     Router(4, 3).save(tmp_path / "bare.pt")
     with pytest.raises(UserError, match="cannot be continued"):
-        open_run(tmp_path, "x", str(tmp_path / "bare.pt"), None)
+        open_run(tmp_path, "x", str(tmp_path / "bare.pt"), None, fits)
     with pytest.raises(UserError, match="no such file"):
-        open_run(tmp_path, "x", str(tmp_path / "none.pt"), None)
+        open_run(tmp_path, "x", str(tmp_path / "none.pt"), None, fits)
     with pytest.raises(UserError, match="last.pt"):
-        open_run(tmp_path, "x", str(tmp_path), None)
+        open_run(tmp_path, "x", str(tmp_path), None, fits)
     assert [p.name for p in tmp_path.iterdir()] == ["bare.pt"]

@@ -23,13 +23,13 @@ def make_training(dit=None, steps=6, batch=4, draws=2, **flags):
         global_batch_size=batch, draws_per_step=draws, global_seed=0, l1=1e-3, lr=0.05, thres=0.1, ste_threshold=None
     )
     args = SimpleNamespace(**(given | dict(target_cached=None, max_steps=1000) | flags))
-    return Training(dit or random_dit(), NoVae, create_diffusion(steps), args, Processes(), range(batch))
+    return Training(dit or random_dit(), NoVae, create_diffusion(steps), args, 1000, Processes(), range(batch))
 
 
 def make_batch(size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x, posterior_noise, noise = (torch.randn(size, c, 4, 4, generator=generator) for c in (8, 4, 4))
-    return {"x": x, "y": torch.arange(size) % 6, "posterior_noise": posterior_noise, "noise": noise}
+    return {"moments": x, "y": torch.arange(size) % 6, "posterior_noise": posterior_noise, "noise": noise}
 
 
 @pytest.mark.parametrize("world, draw_size", [(1, 3), (2, 3), (4, 3), (4, 12), (3, 2), (6, 4), (12, 12)])
@@ -46,7 +46,7 @@ def test_an_update_has_the_gradient_of_the_mean_over_its_draws():
     training = make_training(batch=6, draws=3)
     batch, dit, diffusion = make_batch(6), training.dit, training.diffusion
     rows = [training.trained[k] for k in data.draw_steps(0, 0, 3, 3)]
-    x_start = batch["x"][:, :4] + torch.exp(0.5 * batch["x"][:, 4:]) * batch["posterior_noise"]
+    x_start = batch["moments"][:, :4] + torch.exp(0.5 * batch["moments"][:, 4:]) * batch["posterior_noise"]
     loss = 0
     for d, row in enumerate(rows):
         part = slice(2 * d, 2 * d + 2)
@@ -122,9 +122,18 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_named():
     batch = make_batch(4)
     batch["noise"][2] = torch.nan  # of the second draw
     step = training.trained[data.draw_steps(0, 1, 2, 3)[1]] + 1
-    with pytest.raises(UserError, match=f"loss of update 2 is not finite .nan. in draw 1, step {step}:"):
+    with pytest.raises(UserError, match=f"the loss of draw 1, step {step}, in update 2 is not finite .nan."):
         training.update(batch)
     assert training.step == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, training.router.parameters()))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_either():
+    training = make_training()
+    training.l1_weight = float("inf")
+    before = [p.detach().clone() for p in training.router.parameters()]
+    with pytest.raises(UserError, match="or its gradient in update 1 is not finite"):
+        training.update(make_batch(4))
     assert all(torch.equal(a, b) for a, b in zip(before, training.router.parameters()))
 
 
