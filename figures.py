@@ -13,7 +13,9 @@ def draw_scores(axis, scores, threshold):
     """
     steps, depth, _ = scores.shape
     rows = list(reversed(Router.trained_steps(steps)))
-    image = axis.imshow(scores[rows].flatten(1), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    image = axis.imshow(
+        scores[rows].flatten(1).numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest"
+    )
     crosses = axis.scatter([], [], marker="x", s=9, c="white", linewidths=0.7)
     axis.set_yticks(range(len(rows)), rows, fontsize=7)
     axis.set_xticks(range(0, 2 * depth, 2), range(depth), fontsize=7 if depth > 16 else None)

@@ -123,7 +123,8 @@ def read_checkpoint(path):
     import argparse
 
     saved = load_tensors(path, allow=[argparse.Namespace])
-    if not isinstance(saved, dict) or not {"routers", "opt", "step", "identity"} <= saved.keys():
+    needed = {"routers", "opt", "step", "l1_weight", "window", "skipped", "args", "identity", "launch", "wandb"}
+    if not isinstance(saved, dict) or not needed <= saved.keys():
         raise UserError(f"{path} cannot be continued: name a checkpoint of this program, or a run's folder")
     return saved
 

@@ -236,7 +236,7 @@ def main(args):
     from diffusion import create_diffusion
     from files import written_whole
     from processes import Processes
-    from runs import open_run
+    from runs import Run, open_run
     from updates import Training
 
     processes = Processes()
@@ -256,16 +256,20 @@ def main(args):
     def like_this(saved):
         names = [*DETERMINING, "max_steps", "epochs", "thres"] if args.target_cached else DETERMINING
         same = all(saved["args"].get(name) == getattr(args, name) for name in names)
-        return same and saved["identity"] == identity and (args.resume or saved["launch"] == processes.launch)
+        return same and saved["identity"] == identity
 
     run = None
 
     def open_folder():
         nonlocal run
-        # After a restart by torchrun's --max-restarts the same launch goes on by itself.
-        resume = args.resume or ("auto" if processes.restarted else None)
-        check = lambda saved: check_continues(saved, args, dit, identity)  # noqa: E731
-        run, saved, lines = open_run(args.results_dir, spec.name, resume, like_this, check)
+        saved = None
+        if processes.restarted:
+            # torchrun's --max-restarts: what this launch began goes on, whatever --resume it began with.
+            run, saved = Run.newest(args.results_dir, lambda s: s["launch"] == processes.launch and like_this(s))
+            lines = run.history(saved["step"]) if run else []
+        if saved is None:
+            check = lambda saved: check_continues(saved, args, dit, identity)  # noqa: E731
+            run, saved, lines = open_run(args.results_dir, spec.name, args.resume, like_this, check)
         run.set_history(lines)
         return saved
 

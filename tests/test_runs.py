@@ -11,12 +11,15 @@ def impatient(monkeypatch):
     monkeypatch.setattr(Run, "PATIENCE", 0.1)
 
 
+STATE = dict.fromkeys(["opt", "l1_weight", "window", "skipped", "args", "identity", "launch", "wandb"])
+
+
 def fits(saved):
     """Every checkpoint does."""
 
 
 def save(run, step, **state):
-    return run.save(Router(4, 3), None, 0.1, step=step, opt={}, identity={}, **state)
+    return run.save(Router(4, 3), None, 0.1, step=step, **(STATE | state))
 
 
 def test_runs_are_numbered_and_named(tmp_path):
@@ -38,7 +41,7 @@ def test_checkpoints_keep_the_newest_and_last(tmp_path):
     run = Run.new(tmp_path, "x")
     assert save(run, 0) == run.last
     for step in (5, 10, 15, 20):
-        path = run.save(Router(4, 3), 2, 0.1, step=step, opt={}, identity={})
+        path = run.save(Router(4, 3), 2, 0.1, step=step, **STATE)
     assert path.name == "0000020.pt"
     assert sorted(p.name for p in run.checkpoints.iterdir()) == [
         "0000015.png",

@@ -183,7 +183,7 @@ def last_step(folder):
 
 
 def test_a_run_that_is_killed_ten_times_ends_with_the_router_of_an_unbroken_one(train, flags, tmp_path):
-    more = ["--max-steps", 1000, "--ckpt-every", 3, "--keep", 2, "--target-cached", 0.3]
+    more = ["--max-steps", 400, "--ckpt-every", 10, "--keep", 2, "--target-cached", 0.3]
     assert train(*more, "--results-dir", "whole").returncode == 0
     random.seed(0)
     steps, killed = 0, 0
@@ -198,7 +198,7 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_router_of_an_unbroken_one(
             killed += process.poll() is None
             os.killpg(process.pid, signal.SIGKILL)
         steps = last_step(folder)
-    assert killed == 10 and 0 < steps < 1000
+    assert killed == 10 and 0 < steps < 400
     result = train(*more, "--resume", "auto")
     assert result.returncode == 0, result.stderr
     assert f"continues at update {steps}" in result.stdout
