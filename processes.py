@@ -2,22 +2,32 @@
 
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from files import UserError
 
 
+def _agent():
+    """Names the torchrun that started this process: it lives on when it restarts them, and no two are alike."""
+    stat = Path(f"/proc/{os.getppid()}/stat")
+    started = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
+    return f"{os.uname().nodename} {os.getppid()} {started}".strip()
+
+
 class Processes:
-    """This process among its job's: `rank` of `size`, `local` on its machine; 0 of 1 without torchrun."""
+    """This process among its job's: `rank` of `size`, `local` on its machine; 0 of 1 without torchrun.
+
+    launch: tells a restart by torchrun from another start of the same command; None without torchrun.
+    """
 
     def __init__(self):
         self.rank, self.size, self.local = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
-        # The launch tells a restart by torchrun, whose agent goes on, from another start of the same command.
-        self.launch = f"{os.uname().nodename} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.launch = _agent() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
     def first(self):
@@ -28,7 +38,13 @@ class Processes:
         if self.size > 1:
             # Hours, since others may wait for a download or for the slowest; one that dies is torchrun's to find.
             timeout = timedelta(hours=12)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+            store, _, _ = next(rendezvous("env://", timeout=timeout))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # torchrun keeps its store over a restart, and with it the addresses of processes that are dead.
+                # (With several machines each counts its own restarts, so the count is no common name.)
+                store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 
     def disconnect(self):
         if self.size > 1:

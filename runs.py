@@ -66,8 +66,8 @@ class Run:
                 if accepts(read_checkpoint(folder / "checkpoints" / "last.pt")):
                     run = cls(folder)
                     return run, read_checkpoint(run.last)
-            except UserError as error:
-                print(f"passed over {folder}: {error}")
+            except UserError:
+                continue
         return None, None
 
     def save(self, router, keep, threshold, *, step, **state):

@@ -263,8 +263,8 @@ def main(args):
     def open_folder():
         nonlocal run
         saved = None
-        if processes.restarted:
-            # torchrun's --max-restarts: what this launch began goes on, whatever --resume it began with.
+        if processes.launch:
+            # After a restart (torchrun's --max-restarts) what this launch began goes on, whatever its --resume was.
             run, saved = Run.newest(args.results_dir, lambda s: s["launch"] == processes.launch and like_this(s))
             lines = run.history(saved["step"]) if run else []
         if saved is None:
