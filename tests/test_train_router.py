@@ -235,6 +235,14 @@ def test_a_run_that_is_stopped_saves_first_and_goes_on_in_its_folder(number, wor
     assert read(folder)["step"] == step + 2
 
 
+def test_a_resumed_run_is_the_same_run_of_weights_and_biases(train, tmp_path):
+    for steps in (2, 4):
+        result = train("--max-steps", steps, "--wandb", "--resume", "auto")
+        assert result.returncode == 0, result.stderr
+    folders = list((tmp_path / "results" / "000-tiny" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and len({folder.name.rpartition("-")[2] for folder in folders}) == 1
+
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2"]
 
 
