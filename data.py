@@ -151,7 +151,7 @@ class Latents:
                 f"{folder} is no folder of latents ({error}): write one with --extract-latents {folder}"
             ) from error
         missing = [p.name for p in map(self.shard_path, range(-(-about["images"] // SHARD))) if not p.is_file()]
-        if missing or not self.about.get("complete"):
+        if missing or len(labels) != about["images"] or not self.about.get("complete"):
             raise UserError(f"the latents in {folder} are not complete: start --extract-latents {folder} again")
         for name, wanted in (("image_size", spec.image_size), ("num_classes", spec.num_classes)):
             if about[name] != wanted:
