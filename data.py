@@ -146,7 +146,7 @@ class Latents:
             self.about = json.loads((self.folder / "latents.json").read_text())
             labels = np.load(self.folder / "labels.npy", allow_pickle=False)
             about = {name: self.about[name] for name in ("vae", "image_size", "num_classes", "flips", "images")}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{folder} is no folder of latents ({error}): write one with --extract-latents {folder}"
             ) from error
@@ -194,6 +194,8 @@ def prepare_latents(images, spec, folder, vae_fingerprint):
     Raises UserError where it holds the latents of other images or of another VAE, or cannot be written.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name another --extract-latents")
     about = {
         "vae": vae_fingerprint,
         "image_size": spec.image_size,

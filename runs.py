@@ -48,7 +48,8 @@ class Run:
         try:
             Path(results_dir).mkdir(parents=True, exist_ok=True)
             number = max(map(_number, Path(results_dir).iterdir()), default=-1) + 1
-            folder = Path(results_dir) / f"{number:03d}-{name.replace('/', '-')}"
+            while (folder := Path(results_dir) / f"{number:03d}-{name.replace('/', '-')}").exists():
+                number += 1  # another start was faster
             (folder / "checkpoints").mkdir(parents=True)
         except OSError as error:
             raise UserError(f"cannot write into {results_dir}: {error.strerror}; name another --results-dir") from error
@@ -97,6 +98,7 @@ class Run:
             scores = torch.ones(router.steps, router.depth, 2)
             scores[list(router.trained_steps(router.steps))] = torch.tensor(line["scores"]).unflatten(1, (-1, 2))
             frames.append((f"update {line['step']}: {line['cached_share']:.1%} of all layers cached", scores))
+        frames = frames or [("final", router.scores())]
         save_animation(frames, threshold, self.folder / "router.gif")
 
     def history(self, step):
@@ -115,7 +117,8 @@ class Run:
 
 
 def _number(path):
-    return int(path.name[:3]) if path.name[:3].isdecimal() and path.name[3:4] == "-" else -1
+    number, dash, _ = path.name.partition("-")
+    return int(number) if dash and number.isdecimal() else -1
 
 
 def read_checkpoint(path):
@@ -124,7 +127,9 @@ def read_checkpoint(path):
 
     saved = load_tensors(path, allow=[argparse.Namespace])
     needed = {"routers", "opt", "step", "l1_weight", "window", "skipped", "args", "identity", "launch", "wandb"}
-    if not isinstance(saved, dict) or not needed <= saved.keys():
+    dicts = ("routers", "opt", "window", "args", "identity")
+    fits = isinstance(saved, dict) and needed <= saved.keys() and all(isinstance(saved[name], dict) for name in dicts)
+    if not (fits and "0.prob" in saved["routers"] and isinstance(saved["step"], int)):
         raise UserError(f"{path} cannot be continued: name a checkpoint of this program, or a run's folder")
     return saved
 
@@ -148,12 +153,23 @@ def open_run(results_dir, name, resume, accepts, check):
     check(saved)
     beside = path.parent / "last.pt"
     of_a_run = path.parent.name == "checkpoints" and beside.is_file()
-    if of_a_run and read_checkpoint(beside)["step"] <= saved["step"]:
+    if of_a_run and saved["step"] >= _last_step(beside):
         run = Run(path.parent.parent)
+        # Whoever held the folder a moment ago may have saved once more.
+        if _last_step(run.last) > saved["step"]:
+            saved = read_checkpoint(run.last)
         return run, saved, run.history(saved["step"])
     run = Run.new(results_dir, name)
     # A branch is a run of its own for Weights & Biases too.
     return run, saved | {"wandb": None}, read_history(path.parent.parent, saved["step"]) if of_a_run else []
+
+
+def _last_step(path):
+    """The step of the checkpoint at `path`; -1 where it is damaged."""
+    try:
+        return read_checkpoint(path)["step"]
+    except UserError:
+        return -1
 
 
 def read_history(folder, step):

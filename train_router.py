@@ -162,6 +162,8 @@ def check_args(parser, args):
         parser.error("--extract-latents needs --data-path, and no --latents")
     if bool(args.latents) == bool(args.data_path):
         parser.error("name a folder of images with --data-path, or one of latents with --latents")
+    if args.extract_latents:
+        return  # what follows is about training
     if batch % draws:
         fits = f"--global-batch-size {-(-batch // draws) * draws}"
         others = [str(d) for d in range(1, batch + 1) if batch % d == 0]
@@ -189,8 +191,8 @@ def check_args(parser, args):
         )
 
 
-def check_continues(saved, args, dit, identity):
-    """Raises UserError where the checkpoint `saved` is of another model or step count, or is past --max-steps."""
+def check_continues(saved, args, updates, dit, identity):
+    """Raises UserError where the checkpoint `saved` is of another model or step count, or has all `updates`."""
     from files import UserError
 
     steps, depth = len(saved["routers"]), len(saved["routers"]["0.prob"]) // 2
@@ -204,8 +206,11 @@ def check_continues(saved, args, dit, identity):
             f"--resume {args.resume} was trained on another model ({depth} blocks; this one has {dit.depth}): "
             "name that model, or train anew without --resume"
         )
-    if saved["step"] >= args.max_steps:
-        raise UserError(f"--resume {args.resume} has {saved['step']} updates already: pass a --max-steps above that")
+    if saved["step"] >= updates:
+        raise UserError(
+            f"--resume {args.resume} has {saved['step']} updates already, of {updates}: pass a larger --max-steps"
+            + (" and --epochs" if args.epochs else "")
+        )
 
 
 def prepare(args, processes, device):
@@ -214,7 +219,9 @@ def prepare(args, processes, device):
     import sampling
     from models import DiT_models
 
-    spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+    spec = processes.together(
+        lambda: sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+    )
     source = processes.together(lambda: data.Images(args.data_path, spec)) if args.data_path else None
 
     def load():
@@ -265,10 +272,14 @@ def main(args):
     if args.extract_latents:
         return extract(args, source, vae, spec, identity["vae"], processes)
 
+    updates = args.max_steps
+    if args.epochs:
+        updates = min(updates, args.epochs * (len(source) // args.global_batch_size))
+
     def like_this(saved):
         names = [*DETERMINING, "max_steps", "epochs", "thres"] if args.target_cached else DETERMINING
         same = all(saved["args"].get(name) == getattr(args, name) for name in names)
-        return same and saved["identity"] == identity
+        return same and saved["identity"] == identity and saved["step"] <= updates
 
     run = None
 
@@ -280,7 +291,7 @@ def main(args):
             run, saved = Run.newest(args.results_dir, lambda s: s["launch"] == processes.launch and like_this(s))
             lines = run.history(saved["step"]) if run else []
         if saved is None:
-            check = lambda saved: check_continues(saved, args, dit, identity)  # noqa: E731
+            check = lambda saved: check_continues(saved, args, updates, dit, identity)  # noqa: E731
             run, saved, lines = open_run(args.results_dir, spec.name, args.resume, like_this, check)
         run.set_history(lines)
         return saved
@@ -289,7 +300,7 @@ def main(args):
     dit = sampling.set_precision(dit, args.dtype)
     dit.grad_checkpointing = args.grad_checkpointing
     if args.compile:
-        sampling.compile_blocks(dit)
+        processes.together(lambda: sampling.compile_blocks(dit))
     batches = data.Batches(
         len(source),
         args.global_batch_size,
@@ -299,7 +310,6 @@ def main(args):
         saved["step"] if saved else 0,
         args.epochs,
     )
-    updates = args.max_steps if args.epochs is None else min(args.max_steps, args.epochs * batches.per_epoch)
     diffusion = create_diffusion(args.num_sampling_steps)
     training = Training(dit, vae, diffusion, args, updates, processes, batches.part)
     if saved:
@@ -323,8 +333,8 @@ def main(args):
 
             log.log({"heatmap": wandb.Image(str(path.with_suffix(".png")))}, step=training.step)
 
-    if not saved:
-        save()
+    if processes.first and not run.last.exists():
+        save()  # so that a restart finds the run
     told = train(args, processes, training, source, batches, spec.horizontal_flip, run, save, log)
     if processes.first:
         conclude(args, run, training, log)
@@ -394,11 +404,12 @@ def train(args, processes, training, source, batches, flips, run, save, log):
             reports, saves = done or step % args.log_every == 0, done or step % args.ckpt_every == 0
             if reports or saves:
                 names = {name for names in processes.gather(unread) for name in names} - training.skipped
-                training.skipped |= names
-                unread = []
                 for name in sorted(names) if processes.first else ():
                     bar.write(f"skipped {name}")
-                processes.together(lambda: data.check_skipped(training.skipped, source))
+                # Before they are kept, so that who replaces the files can go on.
+                processes.together(lambda names=names: data.check_skipped(training.skipped | names, source))
+                training.skipped |= names
+                unread = []
             if reports and processes.first:
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
                 line = training.report() | {
@@ -417,7 +428,8 @@ def train(args, processes, training, source, batches, flips, run, save, log):
                 save()
             if done:
                 break
-    except UserError:
+    except (UserError, RuntimeError):
+        # Of this process, or (a message that fails) of one that is gone: the last update that all made is kept.
         save()
         raise
     finally:
@@ -442,7 +454,7 @@ def conclude(args, run, training, log):
     run.save_pictures(training.router, args.thres)
     share = training.router.schedule(args.thres).cached_share()
     if args.target_cached and abs(share - args.target_cached) > 0.01:
-        print(f"note: {share:.1%} cached, not the {args.target_cached:.1%} asked for: give it more --max-steps")
+        print(f"note: {share:.1%} cached, not the {args.target_cached:.1%} asked for: give it more updates")
     print(f"router: {path}; how it came about: {run.folder / 'router.gif'}")
     print(f"sample with it: {sample_command(args, path)}")
 

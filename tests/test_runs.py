@@ -11,7 +11,9 @@ def impatient(monkeypatch):
     monkeypatch.setattr(Run, "PATIENCE", 0.1)
 
 
-STATE = dict.fromkeys(["opt", "l1_weight", "window", "skipped", "args", "identity", "launch", "wandb"])
+STATE = dict.fromkeys(["l1_weight", "skipped", "launch", "wandb"]) | dict.fromkeys(
+    ["opt", "window", "args", "identity"], {}
+)
 
 
 def fits(saved):
@@ -27,6 +29,8 @@ def test_runs_are_numbered_and_named(tmp_path):
     assert names == ["000-DiT-S-2", "001-DiT-S-2"]
     (tmp_path / "results" / "notes").mkdir()
     assert Run.new(tmp_path / "results", "x").folder.name == "002-x"
+    (tmp_path / "results" / "999-x").mkdir()
+    assert [Run.new(tmp_path / "results", "x").folder.name for _ in range(2)] == ["1000-x", "1001-x"]
 
 
 def test_a_run_is_held_by_one_at_a_time(tmp_path):
@@ -124,8 +128,27 @@ def test_what_a_killed_process_was_writing_goes(tmp_path):
     assert not part.exists()
 
 
+def test_a_damaged_last_checkpoint_does_not_bar_a_good_one(tmp_path):
+    run = Run.new(tmp_path, "x")
+    good, folder = save(run, 10), run.folder
+    run.last.write_bytes(b"cut off")
+    del run
+    run, saved, _ = open_run(tmp_path, "x", str(good), None, fits)
+    assert run.folder == folder and saved["step"] == 10
+
+
+def test_a_run_without_a_log_has_pictures_too(tmp_path):
+    run = Run.new(tmp_path, "x")
+    run.save_pictures(Router(4, 3), 0.1)
+    assert (run.folder / "router.gif").exists() and (run.folder / "router.png").exists()
+
+
 def test_what_cannot_be_continued_is_refused(tmp_path):
     Router(4, 3).save(tmp_path / "bare.pt")
+    Router(4, 3).save(tmp_path / "odd.pt", step=1, **(STATE | {"args": None}))
+    with pytest.raises(UserError, match="cannot be continued"):
+        open_run(tmp_path, "x", str(tmp_path / "odd.pt"), None, fits)
+    (tmp_path / "odd.pt").unlink()
     with pytest.raises(UserError, match="cannot be continued"):
         open_run(tmp_path, "x", str(tmp_path / "bare.pt"), None, fits)
     with pytest.raises(UserError, match="no such file"):

@@ -329,6 +329,11 @@ def test_a_damaged_image_is_named_and_more_than_one_percent_are_refused(
     (folder / "class2" / "002.png").write_bytes(b"")
     result = call("train_router.py", *common, capfd=capfd)
     assert result.returncode == 1 and "2 of 120 images cannot be read, more than 1 %" in result.stderr.splitlines()[-1]
+    # Who replaces them can go on.
+    for name in ("class1/001.png", "class2/002.png"):
+        Image.new("RGB", (8, 8)).save(folder / name)
+    result = call("train_router.py", *common, "--resume", tmp_path / "results" / "002-tiny", capfd=capfd)
+    assert result.returncode == 0, result.stderr
     shutil.rmtree(folder / "class4")
     assert_refused(call("train_router.py", *common, capfd=capfd), "has 4 classes, the model 5")
 
@@ -383,6 +388,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(flag
         (["--ckpt", "no.pt", "--num-classes", 5], ["no.pt"]),
         (["--results-dir", "/proc/results"], ["/proc/results", "--results-dir"]),
         (["--extract-latents", "/proc/latents"], ["/proc/latents"]),
+        (["--extract-latents", "/proc/version"], ["/proc/version is no folder"]),
         (["--l2", 1], ["--l2"]),
     ],
 )
@@ -405,7 +411,7 @@ def test_a_router_of_another_model_or_step_count_is_not_continued(flags, model_f
     for more, words in (
         (["--num-sampling-steps", 4], ["for 6 steps, not 4", "--num-sampling-steps 6"]),
         (["--ckpt", other], ["another model"]),
-        (["--max-steps", 1], ["has 1 updates already", "--max-steps"]),
+        (["--max-steps", 1], ["has 1 updates already, of 1", "--max-steps"]),
         (["--resume", "results"], ["last.pt"]),
     ):
         result = call("train_router.py", *flags, *resume, *more, capfd=capfd)
