@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import json
+import re
 import signal
 import struct
 import sys
@@ -176,3 +177,26 @@ def test_the_shipped_router_caches_a_quarter_of_all_layers_and_changes_images_li
     assert sampling.psnr(full, full.flip(0), 255) < 15 < 20 < sampling.psnr(full, cached, 255)
     # Real images are black around the garment.
     assert full[:, :2].float().mean() < 8 < 30 < full.float().mean()
+
+
+def test_the_error_of_routers_is_none_where_nothing_is_reused_and_grows_with_what_is(
+    model_folder, image_folder, tmp_path, capfd
+):
+    for name, logit in (("none", 5.0), ("some", 0.0), ("all", -5.0)):
+        router = Router(4, 3)
+        with torch.no_grad():
+            for row in router.routers:
+                row.prob.fill_(logit)
+            if name == "some":
+                router.routers[0].prob[0] = -5.0
+        router.save(tmp_path / f"{name}.pt")
+    paths = [tmp_path / f"{name}.pt" for name in ("none", "some", "all")]
+    flags = ["--ckpt", model_folder, "--data-path", image_folder, "--samples", 16, "--batch-size", 5, "--device", "cpu"]
+    result = call("teacher_error.py", *paths, *flags, capfd=capfd)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    shares = [re.search(r"cached (\S+)% of all", line)[1] for line in lines]
+    assert shares == ["0.0", "4.2", "50.0"]  # 1 and 12 of 24
+    errors = [float(re.search(r"mean squared error (\S+) ", line)[1]) for line in lines]
+    assert errors[0] == 0 < errors[1] < errors[2]
+    assert_refused(call("teacher_error.py", *paths, *flags, "--samples", 17, capfd=capfd), "16 images", "--samples 17")
