@@ -294,6 +294,16 @@ def sample_posterior(moments, noise, scaling_factor):
     return (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise) * scaling_factor
 
 
+def clean_latents(batch, vae, device):
+    """A batch of `Samples`, or part of one, to x_start (N, C, h, w), y (N,) and noise (N, C, h, w) on the device."""
+    kind = "images" if "images" in batch else "moments"
+    x, y, posterior_noise, noise = (
+        batch[name].to(device, non_blocking=True) for name in (kind, "y", "posterior_noise", "noise")
+    )
+    moments = encode(vae, x) if kind == "images" else x
+    return sample_posterior(moments, posterior_noise, vae.config.scaling_factor), y, noise
+
+
 class _Plain(Dataset):
     """Images in their own order, with what was skipped as a text, for `extract_latents`."""
 

@@ -368,16 +368,14 @@ def introduce(args, run, source, training, saved, identity):
 
 def train(args, processes, training, source, batches, flips, run, save, log):
     """All updates that are left, with checkpoints and reports. Returns whether the process was told to stop."""
-    import resource
     import signal
-    import sys
     import time
 
-    import torch
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
     import data
+    import sampling
     from files import UserError
 
     dit, device = training.dit, training.device
@@ -411,11 +409,10 @@ def train(args, processes, training, source, batches, flips, run, save, log):
                 training.skipped |= names
                 unread = []
             if reports and processes.first:
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
                 line = training.report() | {
                     "epoch": batches.epoch(step - 1),
                     "images_per_second": (step - timed) * args.global_batch_size / (time.perf_counter() - since),
-                    "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak,
+                    "memory_bytes": sampling.peak_memory(device),
                 }
                 run.log(line)
                 bar.write(describe(line))

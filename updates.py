@@ -41,13 +41,13 @@ class TargetShare:
 
     GAIN, MOST = 60.0, 0.1  # a gain in a response time; the largest difference that counts
 
-    def __init__(self, target, l1_weight, response):
-        self.target, self.l1_weight, self.response = target, l1_weight, response
+    def __init__(self, target, response):
+        self.target, self.response = target, response
 
-    def update(self, share):
-        """Sets `l1_weight` for the next update, from the share of all layers that the last one left heading for 0."""
+    def adjust(self, l1_weight, share):
+        """The weight for the next update, from this one's and the share of all layers that it left heading for 0."""
         missing = min(self.MOST, max(-self.MOST, self.target - share))
-        self.l1_weight *= math.exp(self.GAIN / self.response * missing)
+        return l1_weight * math.exp(self.GAIN / self.response * missing)
 
 
 def response_time(lr, draws, rows):
@@ -77,7 +77,7 @@ class Training:
         self.l1_weight = args.l1
         if args.target_cached:
             response = response_time(args.lr, args.draws_per_step, len(self.trained))
-            self.control = TargetShare(args.target_cached, args.l1, response)
+            self.control = TargetShare(args.target_cached, response)
         self.step = 0
         self.skipped = set()  # images that could not be read
         self.reduced_bytes = 0
@@ -107,16 +107,7 @@ class Training:
             group["lr"] = self.args.lr
         self.step, self.window, self.skipped = state["step"], state["window"], set(state["skipped"])
         if self.control:
-            self.control.l1_weight = self.l1_weight = state["l1_weight"]
-
-    def latents(self, batch, piece):
-        """x_start (N, C, h, w), y (N,), noise (N, C, h, w) of a piece of the batch, on the device."""
-        kind = "images" if "images" in batch else "moments"
-        x, y, posterior_noise, noise = (
-            batch[name][piece].to(self.device, non_blocking=True) for name in (kind, "y", "posterior_noise", "noise")
-        )
-        moments = data.encode(self.vae, x) if kind == "images" else x
-        return data.sample_posterior(moments, posterior_noise, self.vae.config.scaling_factor), y, noise
+            self.l1_weight = state["l1_weight"]
 
     def update(self, batch, stop=False):
         """One update from this process's part of the batch, as `data.Samples` and a loader make it.
@@ -131,21 +122,23 @@ class Training:
             self.trained[k]
             for k in data.draw_steps(args.global_seed, self.step, args.draws_per_step, len(self.trained))
         ]
+        drawn = sorted(set(rows))
         # What the processes tell each other beside the gradients: each draw's error, the L1 term, a wish to stop.
         values = torch.zeros(len(rows) + 2, device=self.device)
         values[-1] = stop
         self.optimizer.zero_grad(set_to_none=True)
         for d, piece in self.pieces:
             scores = self.router(rows[d])
-            x_start, y, noise = self.latents(batch, piece)
+            part = {name: values[piece] for name, values in batch.items()}
+            x_start, y, noise = data.clean_latents(part, self.vae, self.device)
             mse = router_loss(self.dit, self.diffusion, scores, rows[d] + 1, x_start, y, noise, args.ste_threshold)
             share = len(mse) / args.global_batch_size
             (share * (mse.mean() + self.l1_weight * scores.sum())).backward()
             values[d] += mse.detach().sum() / self.draw_size
             values[-2] += share * scores.detach().sum()
         if self.processes.size > 1:
-            values, self.reduced_bytes = reduce_gradients(self.router, sorted(set(rows)), values)
-        norm = torch.stack([self.router.routers[i].prob.grad.norm() for i in sorted(set(rows))]).sum()
+            values, self.reduced_bytes = reduce_gradients(self.router, drawn, values)
+        norm = torch.stack([self.router.routers[i].prob.grad.norm() for i in drawn]).sum()
         *errors, l1, told, norm = torch.cat([values, norm[None]]).tolist()  # the one wait for the device in an update
         for d, error in enumerate([*errors, norm]):
             if not math.isfinite(error):
@@ -159,8 +152,8 @@ class Training:
         self.step += 1
         if self.control:
             ahead = min(2, (self.updates - self.step) / self.control.response)
-            self.control.update((self.heading(ahead) <= args.thres).sum().item() / self.layers)
-            self.l1_weight = self.control.l1_weight
+            share = (self.heading(ahead) <= args.thres).sum().item() / self.layers
+            self.l1_weight = self.control.adjust(self.l1_weight, share)
         for row, error in zip(rows, errors):
             self.window["mse"][row] += error
             self.window["draws"][row] += 1

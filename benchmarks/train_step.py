@@ -136,8 +136,8 @@ class Updates:
         self.routers, self.optimizers = {}, {}
         dit = self.models[names[0]]
         for name in names:
-            torch.manual_seed(SEED)  # the same initial scores for all
-            self.routers[name] = Router(self.diffusion.steps, dit.depth).to(device)
+            generator = torch.Generator().manual_seed(SEED)  # the same initial scores for all
+            self.routers[name] = Router(self.diffusion.steps, dit.depth, generator).to(device)
             self.optimizers[name] = torch.optim.AdamW(self.routers[name].parameters(), lr=LR, weight_decay=0)
         rows = Router.trained_steps(self.diffusion.steps)
         self.row = rows[len(rows) // 2]
@@ -176,24 +176,14 @@ def measure_memory(args, name):
 
     What tensors took on a GPU; else the resident set. The process must be a fresh one.
     """
-    import resource
-
-    import torch
-
     import sampling
 
     device = sampling.pick_device(args.device)
-
-    def used():
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-    base = used()
+    base = sampling.peak_memory(device)
     updates = Updates(args, device, [name])
     for _ in range(2):  # the second finds the gradients that the first left
         updates.run(name)
-    return {"base": base, "peak": used()}
+    return {"base": base, "peak": sampling.peak_memory(device)}
 
 
 def measure_times(args, device, names):

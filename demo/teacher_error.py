@@ -60,8 +60,7 @@ def main(args):
     batches = [keys[start : start + args.batch_size] for start in range(0, len(keys), args.batch_size)]
     with torch.inference_mode():
         for batch in DataLoader(samples, batch_sampler=batches):
-            x, y, posterior_noise, noise = (batch[n].to(device) for n in ("images", "y", "posterior_noise", "noise"))
-            x_start = data.sample_posterior(data.encode(vae, x), posterior_noise, vae.config.scaling_factor)
+            x_start, y, noise = data.clean_latents(batch, vae, device)
             for row, i in enumerate(trained):
                 for path, compute in schedules.items():
                     errors[path][row] += router_loss(dit, diffusion, compute[i], i + 1, x_start, y, noise).sum().item()

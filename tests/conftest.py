@@ -103,6 +103,16 @@ def image_folder(tmp_path_factory):
     return folder
 
 
+def plain_images(folder, count):
+    """`count` PNGs of 8x8 pixels, each of one grey, in five class folders of `folder`."""
+    from PIL import Image
+
+    for k in range(count):
+        path = folder / f"class{k % 5}" / f"{k:03d}.png"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (8, 8), (k, k, k)).save(path)
+
+
 def run(*command, cwd, processes=None, **environment):
     """Runs a program of the repository from `cwd`, under torchrun where `processes` are given."""
     program, *rest = map(str, command)

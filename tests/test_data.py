@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import plain_images
 from PIL import Image
 
 import data
@@ -128,10 +129,7 @@ def test_tiny_and_narrow_pictures_load(tmp_path, spec, size):
 def many(tmp_path, image_folder):
     """200 images, of which 100 a damaged one would be 1 %; the 8th file is cut off."""
     folder = tmp_path / "many"
-    for k in range(200):
-        path = folder / f"class{k % 5}" / f"{k:03d}.png"
-        path.parent.mkdir(exist_ok=True, parents=True)
-        Image.new("RGB", (8, 8), (k, k, k)).save(path)
+    plain_images(folder, 200)
     broken = folder / "class0" / "035.png"
     broken.write_bytes(broken.read_bytes()[:45])
     return folder, broken

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, call, run
+from conftest import ROOT, assert_refused, call, plain_images, run
 from PIL import Image
 
 import data
@@ -313,10 +313,7 @@ def test_a_damaged_image_is_named_and_more_than_one_percent_are_refused(
     flags, model_folder, image_folder, tmp_path, capfd
 ):
     folder = tmp_path / "images"
-    for k in range(120):
-        path = folder / f"class{k % 5}" / f"{k:03d}.png"
-        path.parent.mkdir(exist_ok=True, parents=True)
-        Image.new("RGB", (8, 8), (k, k, k)).save(path)
+    plain_images(folder, 120)
     broken = folder / "class1" / "001.png"
     broken.write_bytes(b"no picture")
     common = [*flags, "--data-path", folder, "--results-dir", tmp_path / "results", "--epochs", 1]

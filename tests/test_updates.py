@@ -164,16 +164,18 @@ def test_the_controller_reaches_its_target_where_layers_matter_by_decades(start,
     generator = torch.Generator().manual_seed(0)
     importance = 10 ** (torch.rand(10, 24, generator=generator) * 3 - 6)
     training = make_training(random_dit(depth=12, hidden_size=4, num_heads=1), steps=20, lr=0.1, target_cached=target)
-    control = TargetShare(target, start, response_time(0.1, 8, 10))
+    control = TargetShare(target, response_time(0.1, 8, 10))
+    l1_weight = start
     for step in range(1, 301):
         training.optimizer.zero_grad(set_to_none=True)
         for row in set(data.draw_steps(0, step, 8, 10)):
             scores = training.router(2 * row).flatten()
             noisy = importance[row] * torch.exp(torch.randn((), generator=generator))
-            (noisy * (1 - scores) ** 2 + control.l1_weight * scores).sum().backward()
+            (noisy * (1 - scores) ** 2 + l1_weight * scores).sum().backward()
         training.optimizer.step()
         training.router.clamp_()
-        control.update((training.heading(min(2, (300 - step) / control.response)) <= 0.1).sum().item() / 480)
+        share = (training.heading(min(2, (300 - step) / control.response)) <= 0.1).sum().item() / 480
+        l1_weight = control.adjust(l1_weight, share)
     assert abs(training.router.schedule(0.1).cached_share() - target) < 0.01
 
 
