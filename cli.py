@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import signal
 import sys
 
 
@@ -65,11 +66,45 @@ def add_model_arguments(parser, vae):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
 
 
+def add_sampling_arguments(parser, cfg_scale):
+    """The flags that say how to sample; cfg_scale: the published guidance of the program."""
+    parser.add_argument(
+        "--cfg-scale",
+        type=finite,
+        help=f"guidance, 1 is none; without it {cfg_scale}, or what a model folder recommends",
+    )
+    parser.add_argument("--num-sampling-steps", type=sampling_steps, default=250, help="denoising steps, at most 1000")
+    parser.add_argument(
+        "--accelerate-method", choices=["dynamiclayer"], help="dynamiclayer: skip what the router of --path says"
+    )
+    parser.add_argument("--path", help="router file; a released one that is not there is fetched")
+    parser.add_argument(
+        "--thres", type=fraction, default=0.1, help="layers whose score is at most this are skipped, 0 to 1"
+    )
+    sampler = parser.add_mutually_exclusive_group()
+    sampler.add_argument(
+        "--ddim-sample", action="store_true", help="DDIM, eta 0; this is also meant without a sampler flag"
+    )
+    sampler.add_argument("--p-sample", action="store_true", help="ancestral sampling (DDPM)")
+
+
+def check_sampling_arguments(parser, args):
+    """Refuses a method without its router, and a router without its method."""
+    if args.accelerate_method and not args.path:
+        parser.error("--accelerate-method dynamiclayer needs the router file: add --path")
+    if args.path and not args.accelerate_method:
+        parser.error("--path is a router file: add --accelerate-method dynamiclayer to use it")
+
+
 def run(main, args):
-    """Calls main(args) and exits: 1 with one line for a `UserError`, 130 for Ctrl-C; a bug keeps its traceback."""
+    """Calls main(args) and exits: 1 with one line for a `UserError`, 130 for Ctrl-C and SIGTERM.
+
+    The latter two raise KeyboardInterrupt; where main adds a text to it, that is said too. A bug keeps its traceback.
+    """
     from files import UserError
 
     program = os.path.basename(sys.argv[0])
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(args)
     except UserError as error:
@@ -78,6 +113,9 @@ def run(main, args):
         # A data loading process hands its error on below a traceback: the last line says it.
         text = str(error).rpartition("UserError: ")[2]
         sys.exit(f"{program}: error: {' '.join(text.split())}")
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{program}: interrupted{''.join(f': {text}' for text in interrupt.args)}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)

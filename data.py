@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from files import UserError, written_whole
 
-PURPOSES = ("order", "draws", "samples")
+PURPOSES = ("order", "draws", "samples", "images")
 
 
 def stream(purpose, seed, number):

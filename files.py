@@ -9,6 +9,10 @@ import tempfile
 import warnings
 from pathlib import Path
 
+# It can only be asked for by setting it, which threads must not do at the same time.
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 
 class UserError(ValueError):
     """The input is at fault, not the program: the message names the value, the rule and the way out."""
@@ -46,9 +50,7 @@ def written_whole(path):
     try:
         yield part
         # mkstemp makes files that only their owner reads; what we leave follows the user's umask.
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
+        part.chmod(0o666 & ~UMASK)
         with part.open("rb+") as written:
             os.fsync(written.fileno())
         part.replace(path)

@@ -43,7 +43,8 @@ class Processes:
                 # torchrun keeps its store over a restart, and with it the addresses of processes that are dead.
                 # (With several machines each counts its own restarts, so the count is no common name.)
                 store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-            backend = "nccl" if device.type == "cuda" else "gloo"
+            # Where both are there, tensors on a GPU go by NCCL and texts by Gloo, which notices a process that died.
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 
     def disconnect(self):

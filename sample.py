@@ -10,29 +10,14 @@ The time is that of the diffusion loop: without loading, without decoding.
 
 import cli
 
+CFG_SCALE = 4.0  # as published for pictures
+
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Sample a picture from a DiT, with or without a router, and time it.")
     cli.add_model_arguments(parser, vae="mse")
-    parser.add_argument(
-        "--cfg-scale", type=cli.finite, help="guidance, 1 is none; without it 4.0, or what a model folder recommends"
-    )
-    parser.add_argument(
-        "--num-sampling-steps", type=cli.sampling_steps, default=250, help="denoising steps, at most 1000"
-    )
+    cli.add_sampling_arguments(parser, cfg_scale=CFG_SCALE)
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise")
-    parser.add_argument(
-        "--accelerate-method", choices=["dynamiclayer"], help="dynamiclayer: skip what the router of --path says"
-    )
-    parser.add_argument("--path", help="router file; a released one that is not there is fetched")
-    parser.add_argument(
-        "--thres", type=cli.fraction, default=0.1, help="layers whose score is at most this are skipped, 0 to 1"
-    )
-    sampler = parser.add_mutually_exclusive_group()
-    sampler.add_argument(
-        "--ddim-sample", action="store_true", help="DDIM, eta 0; this is also meant without a sampler flag"
-    )
-    sampler.add_argument("--p-sample", action="store_true", help="ancestral sampling (DDPM)")
     parser.add_argument("--out", help="picture to write; without it Sample_NFE{n}_Method_{method}.png")
     parser.add_argument(
         "--class-labels",
@@ -54,10 +39,7 @@ def parse_args(argv=None):
         "--random-weights", action="store_true", help="weights drawn from the seed: for timing only, no picture"
     )
     args = parser.parse_args(argv)
-    if args.accelerate_method and not args.path:
-        parser.error("--accelerate-method dynamiclayer needs the router file: add --path")
-    if args.path and not args.accelerate_method:
-        parser.error("--path is a router file: add --accelerate-method dynamiclayer to use it")
+    cli.check_sampling_arguments(parser, args)
     if args.compare and not args.path:
         parser.error("--compare needs a router to compare with: add --accelerate-method dynamiclayer --path ROUTER")
     if args.record and not (args.compare and args.record.endswith(".json")):
@@ -107,7 +89,7 @@ def main(args):
     vae = None if args.random_weights else sampling.load_vae(spec, device)
 
     diffusion = create_diffusion(args.num_sampling_steps)
-    cfg_scale = spec.cfg_scale if args.cfg_scale is None else args.cfg_scale
+    cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: the same noise on every device
     z = torch.randn(len(labels), dit.in_channels, dit.input_size, dit.input_size, generator=generator).to(device)
     y = torch.tensor(labels, device=device)
@@ -118,9 +100,12 @@ def main(args):
         """Latents and the seconds of their loop."""
         # The ancestral noise continues the stream of the seed, and is the same in every repeat.
         noise = torch.Generator(device).manual_seed(args.seed + 1)
+        randn_like = lambda x: torch.randn(x.shape, generator=noise, device=device)  # noqa: E731
         sampling.synchronize(device)
         start = time.perf_counter()
-        latents = sampling.sample_latents(dit, diffusion, z, y, cfg_scale, schedule, args.p_sample, noise, progress)
+        latents = sampling.sample_latents(
+            dit, diffusion, z, y, cfg_scale, schedule, args.p_sample, randn_like, progress
+        )
         sampling.synchronize(device)
         return latents, time.perf_counter() - start
 
@@ -136,7 +121,7 @@ def main(args):
         label = f" ({name})" if args.compare else ""
         print(f"Sampling time: {statistics.mean(times[name]):.3f}±{spread:.3f}{label}")
 
-    images = {} if args.random_weights else {name: sampling.decode(vae, latents[name]) for name in runs}
+    images = {} if args.random_weights else {name: sampling.decode(vae, latents[name]).cpu() for name in runs}
     if images:
         columns = min(len(labels), 10) if args.compare else 4 if len(labels) <= 8 else 10
         sampling.save_picture(list(images.values()), out, columns)

@@ -11,10 +11,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 import download
+from data import stream
 from files import UserError, written_whole
 from models import DiT, DiT_models
 
@@ -27,7 +29,7 @@ class ModelSpec:
     """Where a model comes from and how it is meant to be used; nothing of it is loaded yet.
 
     name: of `DiT_models`, or of a model folder; config: arguments of `DiT` (beyond those of the name).
-    image_size: pixels a side; class_names: one a class, or None; cfg_scale: recommended guidance.
+    image_size: pixels a side; class_names: one a class, or None; cfg_scale: recommended guidance, or None.
     vae: "ema" or "mse" for a released one, or a folder.
     weights: a file, or a name that `download.find_model` knows; None where there are no released ones.
     horizontal_flip: whether mirrored training images are images too.
@@ -38,13 +40,17 @@ class ModelSpec:
     image_size: int
     vae: str
     class_names: tuple | None = None
-    cfg_scale: float = 4.0
+    cfg_scale: float | None = None
     horizontal_flip: bool = True
     weights: str | None = None
 
     @property
     def num_classes(self):
         return self.config["num_classes"]
+
+    def guidance(self, asked, published):
+        """The guidance scale: the one that was asked for, else what the model folder recommends, else the published."""
+        return next(scale for scale in (asked, self.cfg_scale, published) if scale is not None)
 
     @property
     def default_labels(self):
@@ -84,7 +90,7 @@ def _folder_spec(folder):
             image_size=int(config["image_size"]),
             vae=str(folder / config["vae"]),
             class_names=tuple(config["class_names"]) if config.get("class_names") else None,
-            cfg_scale=float(config.get("cfg_scale", 4.0)),
+            cfg_scale=float(config["cfg_scale"]) if "cfg_scale" in config else None,
             horizontal_flip=bool(config.get("horizontal_flip", True)),
             weights=str(folder / "dit.safetensors"),
         )
@@ -163,14 +169,11 @@ def load_vae(spec, device):
 
 
 def fingerprint(module, config):
-    """A SHA-256 that tells a model or VAE from others: of its `config` (a dict) and of some values of each tensor.
-
-    It does not prove that every weight is right; the hash of the file does (`download.py`).
-    """
+    """The SHA-256 of a model, VAE or router: of its `config` (a dict) and of every value of its tensors as float32."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, value in module.state_dict().items():
-        some = value.flatten()[:: max(1, value.numel() // 1024)].float().cpu()
-        digest.update(f"{name} {list(value.shape)}".encode() + some.numpy().tobytes())
+        digest.update(f"{name} {list(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -192,20 +195,35 @@ def compile_blocks(dit):
         block.compile(fullgraph=True)
 
 
-def pick_device(name):
-    """torch.device of "auto" (CUDA where there is one), "cpu", "cuda:1". Raises UserError where it cannot be used."""
+def pick_device(name, processes=None):
+    """torch.device of "auto" (CUDA where there is one), "cpu", "cuda:1". Raises UserError where it cannot be used.
+
+    processes: where they are several, each takes the GPU of its number on its machine, and makes it its default.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes and processes.size > 1 and name.startswith("cuda"):
+        name = f"cuda:{processes.local}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("the programs run on cpu and cuda")
         device = torch.empty(0, device=device).device  # with the index that "cuda" alone leaves open
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; pass --device cpu"
         ) from error
     return device
+
+
+def make_deterministic(device):
+    """The same numbers each time from the same calls on `device`; before anything ran there."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def device_name(device):
@@ -253,25 +271,62 @@ def make_denoiser(dit, diffusion, y, cfg_scale, schedule=None):
 
 
 @torch.inference_mode()
-def sample_latents(dit, diffusion, z, y, cfg_scale, schedule=None, ancestral=False, generator=None, progress=None):
+def sample_latents(
+    dit, diffusion, z, y, cfg_scale, schedule=None, ancestral=False, randn_like=torch.randn_like, progress=None
+):
     """Latents (N, C, H, W) sampled from noise z (N, C, H, W) for labels y (N,), on their device.
 
     cfg_scale: guidance; 1 means none, and then the batch is not doubled.
-    ancestral: DDPM instead of DDIM, its noise from `generator`.
+    ancestral: DDPM instead of DDIM, its noise from `randn_like`, which gets both halves of a guidance batch.
     schedule, progress: as in `make_denoiser` and `GaussianDiffusion.ddim_loop`.
     """
     denoise = make_denoiser(dit, diffusion, y, cfg_scale, schedule)
     x = z if cfg_scale == 1.0 else torch.cat([z, z])
     loop = diffusion.ancestral_loop if ancestral else diffusion.ddim_loop
-    return loop(denoise, x, generator=generator, progress=progress)[: len(z)]
+    return loop(denoise, x, randn_like=randn_like, progress=progress)[: len(z)]
+
+
+class ImageDraws:
+    """What is random about the images of numbers `indices` of a set: each has a stream of its own, drawn on the CPU.
+
+    Image k follows (seed, k) alone, whatever batch it is in. shape: of a latent, (C, h, w).
+    y: labels int64 (N,), uniform over range(num_classes), or k modulo num_classes where `balanced`.
+    z: the noise that sampling starts from, float32 (N, C, h, w), the same with either kind of labels.
+    """
+
+    def __init__(self, seed, indices, shape, num_classes, balanced=False):
+        self._streams, self._shape = [stream("images", seed, k) for k in indices], shape
+        drawn = [random.integers(num_classes) for random in self._streams]
+        self.y = torch.tensor([k % num_classes for k in indices] if balanced else drawn)
+        self.z = self._noise()
+
+    def _noise(self):
+        return torch.from_numpy(
+            np.stack([random.standard_normal(self._shape, dtype=np.float32) for random in self._streams])
+        )
+
+    def randn_like(self, x):
+        """The next noise of every image, like x (N, C, h, w), or (2N, C, h, w) with both halves alike."""
+        noise = self._noise().to(x.device, x.dtype)
+        return noise.repeat(len(x) // len(noise), 1, 1, 1)
+
+
+# Pixels that are decoded at a time: 8 images of 256 pixels, for which the VAE of the released models takes about 3 GB.
+DECODE_PIXELS = 8 * 256**2
 
 
 @torch.inference_mode()
-def decode(vae, latents, batch_size=32):
-    """Latents (N, C, H, W) -> uint8 images (N, H, W, 3) on the CPU, `batch_size` at a time."""
-    parts = [vae.decode(part / vae.config.scaling_factor).sample for part in latents.split(batch_size)]
-    pixels = torch.cat([((part + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu() for part in parts])
-    return pixels.permute(0, 2, 3, 1).contiguous()
+def decode(vae, latents):
+    """Latents (N, C, h, w) -> uint8 images (N, H, W, 3) on their device, as many at a time as `DECODE_PIXELS` allow.
+
+    Quantised as the published samples: clamp(127.5 x + 128, 0, 255), cut to whole numbers.
+    """
+    pixels = latents[0, 0].numel() * 4 ** (len(vae.config.block_out_channels) - 1)  # of an image
+    parts = [
+        vae.decode(part / vae.config.scaling_factor).sample.mul_(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
+        for part in latents.split(max(1, DECODE_PIXELS // pixels))
+    ]
+    return torch.cat(parts).permute(0, 2, 3, 1).contiguous()
 
 
 def psnr(a, b, peak):
@@ -380,7 +435,7 @@ def write_record(args, device, figures):
         commit = ""
     record = {
         "device": device_name(device),
-        "dtype": "tf32" if device.type == "cuda" else "float32",
+        "dtype": "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "float32",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit or None,

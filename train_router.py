@@ -248,8 +248,6 @@ def main(args):
     import json
     from importlib.metadata import version
 
-    import torch
-
     import data
     import sampling
     from diffusion import create_diffusion
@@ -259,14 +257,8 @@ def main(args):
     from updates import Training
 
     processes = Processes()
-    cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    device = sampling.pick_device(f"cuda:{processes.local}" if cuda and processes.size > 1 else args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        # The same gradients each time, so that a resumed run ends where the unbroken one does.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    device = sampling.pick_device(args.device, processes)
+    sampling.make_deterministic(device)  # so that a resumed run ends where the unbroken one does
     processes.connect(device)
     spec, dit, vae, source, identity = prepare(args, processes, device)
     if args.extract_latents:

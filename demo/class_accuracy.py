@@ -59,7 +59,7 @@ def main(args):
         schedules[f"with {args.path}"] = schedule = router.schedule(args.thres)
         print(sampling.describe_schedule(schedule, dit.multiply_adds()))
     diffusion = create_diffusion(args.num_sampling_steps)
-    cfg_scale = spec.cfg_scale if args.cfg_scale is None else args.cfg_scale
+    cfg_scale = spec.guidance(args.cfg_scale, 4.0)
     noise = torch.randn(
         args.samples,
         dit.in_channels,
@@ -73,7 +73,7 @@ def main(args):
         images = []
         for z, y in zip(tqdm(noise.split(args.batch_size), desc=name, disable=None), labels.split(args.batch_size)):
             latents = sampling.sample_latents(dit, diffusion, z.to(device), y.to(device), cfg_scale, schedule)
-            images.append(sampling.decode(vae, latents))
+            images.append(sampling.decode(vae, latents).cpu())
         share = accuracy(classifier, torch.cat(images).permute(0, 3, 1, 2), labels, device)
         print(
             f"{args.samples} samples, {args.num_sampling_steps} steps, guidance {cfg_scale}, {name}: "

@@ -95,24 +95,24 @@ class GaussianDiffusion:
         mean, _ = self._posterior(self._predict_start(x, i, predicted), x, i)
         return mean + torch.exp(0.5 * self._model_log_variance(variance, i)) * noise if i > 0 else mean
 
-    def ddim_loop(self, denoise, x, eta=0.0, generator=None, progress=None):
+    def ddim_loop(self, denoise, x, eta=0.0, randn_like=torch.randn_like, progress=None):
         """Sample from noise x (N, C, H, W) with DDIM.
 
-        denoise: function (x, i) -> model output (N, 2C, H, W). generator: of the noise, where eta > 0.
+        denoise: function (x, i) -> model output (N, 2C, H, W). randn_like: draws noise like x, where eta > 0.
         progress: wraps the iterable of steps (tqdm, say); None shows nothing.
         """
         for i in self._countdown(progress):
-            noise = torch.randn(x.shape, generator=generator, device=x.device) if eta > 0 else None
+            noise = randn_like(x) if eta > 0 else None
             x = self.ddim_step(denoise(x, i), x, i, eta, noise)
         return x
 
-    def ancestral_loop(self, denoise, x, generator=None, progress=None):
+    def ancestral_loop(self, denoise, x, randn_like=torch.randn_like, progress=None):
         """Sample from noise x (N, C, H, W) with DDPM; arguments as in `ddim_loop`.
 
         One draw like x per step, the last included: the random stream of the published samples.
         """
         for i in self._countdown(progress):
-            noise = torch.randn(x.shape, generator=generator, device=x.device)
+            noise = randn_like(x)
             x = self.ancestral_step(denoise(x, i), x, i, noise)
         return x
 

@@ -1,0 +1,271 @@
+"""Sample the images of an evaluation (50,000 for FID) into one .npz, by any number of processes, in several starts.
+
+    torchrun --nnodes=1 --nproc_per_node=8 --master_port 12345 sample_ddp.py --model DiT-XL/2 --num-sampling-steps 50 \\
+        --ddim-sample --accelerate-method dynamiclayer --path ckpt/DDIM50_router.pt --thres 0.1
+    python sample_ddp.py --ckpt ckpt/fashion_mnist --num-sampling-steps 20 --ddim-sample --num-fid-samples 500 \\
+        --accelerate-method dynamiclayer --path ckpt/fashion_mnist/DDIM20_router.pt
+
+Image k follows --global-seed and k alone. Finished images stay, so the same command continues what was stopped, with
+whatever number of processes and batch size; several machines need a folder that they share (docs/clusters.md).
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+import cli
+
+CFG_SCALE = 1.5  # as published for FID
+DETERMINISTIC_BATCH = 8  # images of a batch with --deterministic, each always at the same place in it
+FORMAT = 1  # of the manifest; raised where the same flags no longer make the same images
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(description="Sample the images of an evaluation into one .npz.")
+    cli.add_model_arguments(parser, vae="ema")
+    cli.add_sampling_arguments(parser, cfg_scale=CFG_SCALE)
+    parser.add_argument("--sample-dir", default="samples", help="folder for the .npz and what it is made from")
+    parser.add_argument("--num-fid-samples", type=cli.positive, default=50000, help="images, all processes together")
+    parser.add_argument(
+        "--per-proc-batch-size", type=cli.positive, default=32, help="images that a process samples at a time"
+    )
+    parser.add_argument("--global-seed", type=cli.seed, default=0, help="an image follows it and its number alone")
+    parser.add_argument(
+        "--balanced-labels",
+        action="store_true",
+        help="image k is of class k modulo the classes; without it classes are drawn uniformly",
+    )
+    parser.add_argument(
+        "--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on a GPU; a CPU has none"
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="not a bit depends on processes or batch size: the model always runs on "
+        f"{DETERMINISTIC_BATCH} images, whatever --per-proc-batch-size, and on a CPU in one thread a process",
+    )
+    parser.add_argument("--save-to-disk", action="store_true", help="also write each image as NNNNNN.png")
+    parser.add_argument("--keep-shards", action="store_true", help="leave the parts of the .npz where they are")
+    parser.add_argument("--record", metavar="JSON", help="file to write the times and their circumstances to")
+    args = parser.parse_args(argv)
+    cli.check_sampling_arguments(parser, args)
+    return args
+
+
+def load(args, device, processes):
+    """The model's spec, its DiT, its VAE, and its router or None."""
+    import download
+    import sampling
+    from router import Router
+
+    spec = processes.together(
+        lambda: sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+    )
+
+    def read():
+        # What is missing is fetched; a wrong --path is found before the weights are read.
+        router = Router.load(download.find(args.path)) if args.path else None
+        dit = sampling.load_dit(spec, device)
+        if router:
+            router.check_fits(args.path, args.num_sampling_steps, dit.depth)
+        return router, dit, sampling.load_vae(spec, device)
+
+    router, dit, vae = processes.together(read, in_turn=True)
+    return spec, sampling.set_precision(dit, "tf32" if args.tf32 else "fp32"), vae, router
+
+
+def describe(args, spec, dit, vae, router, device):
+    """The manifest: all that determines the images, as JSON types."""
+    import torch
+
+    import sampling
+
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "model": sampling.fingerprint(dit, spec.config),
+        "vae": sampling.fingerprint(vae, {"scaling_factor": vae.config.scaling_factor}),
+        "router": router and sampling.fingerprint(router, {}),
+        "threshold": router and args.thres,
+        "images": args.num_fid_samples,
+        "image_size": spec.image_size,
+        "num_classes": spec.num_classes,
+        "cfg_scale": spec.guidance(args.cfg_scale, CFG_SCALE),
+        "sampler": "ddpm" if args.p_sample else "ddim",
+        "steps": args.num_sampling_steps,
+        "seed": args.global_seed,
+        "labels": "balanced" if args.balanced_labels else "uniform",
+        "tf32": args.tf32,
+        "deterministic": kind if args.deterministic else False,
+    }
+
+
+def set_name(args, spec, manifest):
+    """The name of the set: the original's rule, and what else tells runs apart. Paths in it may hold anything."""
+    folder = args.ckpt and os.path.isdir(args.ckpt)
+    parts = [spec.name]
+    parts += [] if folder else [Path(args.ckpt).stem if args.ckpt else "pretrained"]
+    parts += [f"size-{spec.image_size}"]
+    parts += [] if folder else [f"vae-{spec.vae}"]
+    parts += [f"cfg-{manifest['cfg_scale']}", f"seed-{args.global_seed}"]
+    parts += [f"{manifest['sampler']}-{args.num_sampling_steps}"]
+    if args.path:
+        # Of many trainings the checkpoints are named alike.
+        parts += [args.accelerate_method, Path(args.path).stem, manifest["router"][:8], f"thres-{args.thres}"]
+    parts += ["balanced"] if args.balanced_labels else []
+    parts += ["deterministic"] if args.deterministic else []
+    parts += [f"n-{args.num_fid_samples}"]
+    return "-".join(re.sub(r"[^\w.]+", "-", part, flags=re.ASCII)[:60] for part in parts)
+
+
+def begin(images, processes, batch_size):
+    """The ranges (start, stop) of images that are left to sample; the processes check those that are there together."""
+    processes.together(lambda: images.hold(processes.rank))
+    finished = processes.by_first(images.finished)
+    bad = [r for part in processes.gather(images.damaged(finished[processes.rank :: processes.size])) for r in part]
+
+    def missing():
+        images.remove(bad)
+        for start, stop in bad:
+            print(f"the shard of images {start} to {stop - 1} is damaged: they are sampled again")
+        left = images.missing(batch_size)
+        there = images.count - sum(stop - start for start, stop in left)
+        if there:
+            print(f"{there} of {images.count} images are there from earlier starts")
+        images.check_space()
+        return left
+
+    return processes.by_first(missing)
+
+
+def main(args):
+    import time
+    from functools import partial
+
+    import torch
+    from tqdm import tqdm
+
+    import sampling
+    from diffusion import create_diffusion
+    from files import UserError, check_writable
+    from pipeline import Pipeline
+    from processes import Processes
+    from shards import SampleSet
+
+    processes = Processes()
+    device = sampling.pick_device(args.device, processes)
+    if args.deterministic:
+        sampling.make_deterministic(device)
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # a sum depends on how many threads share it
+    processes.connect(device)
+    if args.record:
+        processes.by_first(lambda: check_writable(args.record))
+    spec, dit, vae, router = load(args, device, processes)
+    schedule = router.schedule(args.thres) if router else None
+    manifest = describe(args, spec, dit, vae, router, device)
+    for rank, other in enumerate(processes.gather(manifest)):
+        different = [name for name in manifest if other[name] != manifest[name]]
+        if different:
+            raise processes.error(f"process {rank} has another {', '.join(different)} than process {processes.rank}")
+    images = SampleSet(args.sample_dir, set_name(args, spec, manifest), manifest, args.save_to_disk, args.keep_shards)
+    if processes.by_first(images.open):
+        if processes.first:
+            images.complete_pngs()
+            print(f"{images.npz} is there already, complete")
+        return processes.disconnect()
+    batch_size = DETERMINISTIC_BATCH if args.deterministic else args.per_proc_batch_size
+    ranges = begin(images, processes, batch_size)
+    if processes.first:
+        if not (args.ddim_sample or args.p_sample):
+            print("Neither --ddim-sample nor --p-sample: DDIM is meant")
+        if schedule:
+            print(sampling.describe_schedule(schedule, dit.multiply_adds()))
+    # From here on no process waits for a message from another, which may be dead.
+    processes.disconnect()
+
+    diffusion = create_diffusion(args.num_sampling_steps)
+    shape = dit.in_channels, dit.input_size, dit.input_size
+
+    def sample(start, stop):
+        size = batch_size if args.deterministic else stop - start  # beyond the set, images are sampled and dropped
+        draws = sampling.ImageDraws(
+            args.global_seed, range(start, start + size), shape, spec.num_classes, args.balanced_labels
+        )
+        z, y = draws.z.to(device, non_blocking=True), draws.y.to(device, non_blocking=True)
+        cfg_scale, randn_like = manifest["cfg_scale"], draws.randn_like
+        return sampling.sample_latents(dit, diffusion, z, y, cfg_scale, schedule, args.p_sample, randn_like), draws.y
+
+    # In a log file a line a minute is enough, and none for what is done before.
+    often = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60}
+    bar = partial(tqdm, smoothing=0, disable=not processes.first, **often)
+    shown = bar(total=images.count, initial=images.count_finished() if processes.first else 0, unit="image")
+
+    def show():
+        if processes.first:
+            shown.update(images.count_finished() - shown.n)
+
+    pipeline, since = Pipeline(sample, vae, images.write, device), time.perf_counter()
+    try:
+        pipeline.run(ranges[processes.rank :: processes.size], show)
+        if not processes.first:
+            return
+        pipeline.run(wait_for_others(images, processes, batch_size, show), show)
+        seconds = time.perf_counter() - since
+        shown.close()
+        digest = images.assemble(partial(bar, desc="assembling", unit="shard"))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{device} has too little memory for {batch_size} images at a time: pass a smaller --per-proc-batch-size"
+        ) from error
+    except (UserError, KeyboardInterrupt) as error:
+        shown.close()
+        told = f"{images.count_finished()} of {images.count} images are finished, the same command continues"
+        raise type(error)("; ".join([*map(str, error.args), told])) from None
+    figures = summarise(pipeline, sum(stop - start for start, stop in ranges), seconds, processes)
+    figures["assembly_seconds"] = time.perf_counter() - since - seconds
+    print(f"Samples: {images.npz} ({images.count} images, SHA-256 of arr_0 {digest})")
+    if args.record:
+        sampling.write_record(args, device, figures)
+
+
+def wait_for_others(images, processes, batch_size, show):
+    """Returns when every image is finished: []; or when the other processes are gone: the ranges they left."""
+    import time
+
+    while images.missing(batch_size):
+        if not images.others_live(processes.size):
+            images.refresh()
+            left = images.missing(batch_size)
+            if left:
+                print("other processes ended early: their images are sampled by this one")
+            return left
+        show()
+        time.sleep(0.2)
+    return []
+
+
+def summarise(pipeline, images, seconds, processes):
+    """Says where the time went, and returns it as a dict; images: how many this start sampled."""
+    shares = {name: spent / seconds for name, spent in pipeline.seconds.items()}
+    beside = shares["decoding"] if pipeline.overlaps else 0.0
+    shares["other"] = 1 - sum(shares.values()) + beside
+    print(
+        f"{images} images in {seconds:.1f} s, {images / seconds:.2f} images/s, processes: {processes.size}; "
+        f"process 0: {shares['sampling']:.1%} sampling, {shares['decoding']:.1%} decoding"
+        f"{' (beside it)' if beside else ''}, {shares['disk']:.1%} waiting for the disk, {shares['other']:.1%} other"
+    )
+    return {
+        "processes": processes.size,
+        "images": images,
+        "seconds": seconds,
+        "images_per_second": images / seconds,
+        "shares": shares,
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

@@ -1,0 +1,310 @@
+"""A set of sampled images on disk: finished parts, whatever process made them, until they become one .npz.
+
+SAMPLE_DIR/NAME.npz                        the set: arr_0 uint8 (N, H, W, 3), labels int64 (N,), manifest (JSON)
+SAMPLE_DIR/NAME/NNNNNN.png                 its images one by one, where they are wanted
+SAMPLE_DIR/NAME/shards/START-STOP.npz      images START to STOP-1, finished; gone when the set is complete
+SAMPLE_DIR/NAME/shards/manifest.json       everything that determines the images
+SAMPLE_DIR/NAME/shards/process-R.lock      held by process R while it lives
+
+Knows no model, and no torch.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from files import UserError, written_whole
+from npz import read_parts, write_npz
+
+ROWS = 64  # images read at a time: 12.6 MB at 256 pixels
+
+
+class SampleSet:
+    """The set of `manifest["images"]` square images of `manifest["image_size"]` pixels that `manifest` determines.
+
+    name: of the set, unique in the folder sample_dir. manifest: JSON types; the images follow from it alone.
+    pngs: whether each image is written as NNNNNN.png too; keep_shards: whether the shards stay beside the .npz.
+    """
+
+    PATIENCE = 10.0  # seconds: until the processes of a start that was just killed are gone
+
+    def __init__(self, sample_dir, name, manifest, pngs=False, keep_shards=False):
+        self.folder, self.npz = Path(sample_dir) / name, Path(sample_dir) / f"{name}.npz"
+        self.shards = self.folder / "shards"
+        self.manifest, self.pngs, self.keep_shards = manifest, pngs, keep_shards
+        self.count, self.size = manifest["images"], manifest["image_size"]
+        self._lock = None
+
+    def open(self):
+        """Finds or begins the set, for the first process of a start. Returns whether it is complete.
+
+        Raises UserError where another start is at work on it, what is there was made otherwise, or nothing can be
+        written there.
+        """
+        if self._is_complete() and not self.shards.exists():
+            return True
+        self.hold(0)
+        for path in self.shards.glob("process-*.lock"):
+            if path != self._lock_path(0) and not _is_free(path, self.PATIENCE):
+                raise self._in_use()
+        if self._is_complete():  # by the start that we waited for, or by one that was killed right after
+            if not self.keep_shards:
+                self._clear()
+            return True
+        manifest = self.shards / "manifest.json"
+        if manifest.exists():
+            self._compare(manifest, manifest.read_text())
+        else:
+            with written_whole(manifest) as part:
+                part.write_text(json.dumps(self.manifest, indent=2) + "\n")
+        # What a killed process was writing.
+        for folder, pattern in (
+            (self.shards, ".*.part"),
+            (self.folder, ".*.part"),
+            (self.npz.parent, f".{self.npz.name}.*.part"),
+        ):
+            for part in folder.glob(pattern):
+                part.unlink()
+        return False
+
+    def _is_complete(self):
+        if not self.npz.exists():
+            return False
+        try:
+            with np.load(self.npz, allow_pickle=False) as arrays:
+                text = str(arrays["manifest"])
+        except Exception as error:  # as in _images
+            raise UserError(
+                f"{self.npz} is there and was not made by this program, or is damaged: move it away, or name another "
+                "--sample-dir"
+            ) from error
+        self._compare(self.npz, text)
+        return True
+
+    def _compare(self, path, text):
+        """Raises UserError where the manifest `text`, found in `path`, is not this one."""
+        try:
+            there = dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged: remove {path.parent}, or name another --sample-dir") from error
+        told = [
+            f"{name} was {_short(there.get(name))}, now it is {_short(self.manifest.get(name))}"
+            for name in sorted(there.keys() | self.manifest.keys())
+            if there.get(name) != self.manifest.get(name)
+        ]
+        if told:
+            raise UserError(
+                f"{path} was made otherwise: {'; '.join(told)}; use the same again, or name another --sample-dir"
+            )
+
+    def _in_use(self):
+        return UserError(f"{self.folder} is in use: wait for the start that is at work on it, or stop that one")
+
+    def _lock_path(self, rank):
+        return self.shards / f"process-{rank}.lock"
+
+    def hold(self, rank):
+        """Marks process `rank` as alive until it ends, however it ends. Raises UserError where another one is it."""
+        if self._lock:
+            return
+        try:
+            self.shards.mkdir(parents=True, exist_ok=True)
+            # The system drops the lock with the process, even one that was killed.
+            lock = FileLock(self._lock_path(rank))
+            lock.acquire(timeout=self.PATIENCE)
+        except Timeout as error:
+            raise self._in_use() from error
+        except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
+            raise UserError(
+                f"cannot write into {self.folder}: {getattr(error, 'strerror', error)}; name another --sample-dir"
+            ) from error
+        self._lock = lock
+
+    def refresh(self):
+        """Makes a network file system show what other machines wrote: a client that changes a folder reads it anew."""
+        with contextlib.suppress(OSError):
+            probe = self.shards / ".refresh"
+            probe.touch()
+            probe.unlink()
+
+    def others_live(self, size):
+        """Whether any process but the first of a start with `size` of them is still at work."""
+        return not all(_is_free(self._lock_path(rank), 0) for rank in range(1, size))
+
+    def finished(self):
+        """The ranges (start, stop) of the shards, sorted, none overlapping."""
+        ranges, covered = [], 0
+        names = (re.fullmatch(r"(\d{7,})-(\d{7,})\.npz", path.name) for path in self.shards.iterdir())
+        for start, stop in sorted(tuple(map(int, name.groups())) for name in names if name):
+            if start >= covered:
+                ranges.append((start, stop))
+                covered = stop
+        return ranges
+
+    def count_finished(self):
+        return sum(stop - start for start, stop in self.finished())
+
+    def missing(self, batch_size):
+        """The ranges (start, stop) without a shard, cut at the multiples of `batch_size`."""
+        ranges, covered = [], 0
+        for start, stop in [*self.finished(), (self.count, self.count)]:
+            while covered < start:
+                end = min(start, (covered // batch_size + 1) * batch_size)
+                ranges.append((covered, end))
+                covered = end
+            covered = stop
+        return ranges
+
+    def _images(self, start, stop):
+        """The images of a shard, uint8 (n, H, W, 3) at a time. Raises ValueError where it is damaged."""
+        path, count = self._shard(start, stop), 0
+        try:
+            for images in read_parts(path, "images", ROWS):
+                if images.shape[1:] != (self.size, self.size, 3) or images.dtype != np.uint8:
+                    raise ValueError(f"images {images.dtype} {images.shape}")
+                count += len(images)
+                yield images
+            if count != stop - start:
+                raise ValueError(f"{count} images")
+        except Exception as error:  # NumPy and zipfile raise whatever a damaged file leads them to
+            raise ValueError(f"{path} is damaged ({error})") from error
+
+    def _labels(self, start, stop):
+        """The labels of a shard, int64 (N,). Raises ValueError where it is damaged."""
+        path = self._shard(start, stop)
+        try:
+            (labels,) = read_parts(path, "labels", stop - start)
+            if labels.shape != (stop - start,) or labels.dtype != np.int64:
+                raise ValueError(f"labels {labels.dtype} {labels.shape}")
+        except Exception as error:  # as above
+            raise ValueError(f"{path} is damaged ({error})") from error
+        return labels
+
+    def check_space(self):
+        """Says so where the disk seems too small for what is left to write: shards, and the .npz made from them."""
+        needed = (2 * self.count - self.count_finished()) * 3 * self.size**2
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            print(f"note: {self.folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB will be written")
+
+    def damaged(self, ranges):
+        """Those of the finished `ranges` whose shards are not what was written."""
+        bad = []
+        for start, stop in ranges:
+            try:
+                for _ in self._images(start, stop):
+                    pass
+                self._labels(start, stop)
+            except ValueError:
+                bad.append((start, stop))
+        return bad
+
+    def remove(self, ranges):
+        """Removes the shards of `ranges`."""
+        for start, stop in ranges:
+            self._shard(start, stop).unlink()
+
+    def write(self, start, images, labels):
+        """Writes images uint8 (N, H, W, 3) and labels int64 (N,) from number `start` on: PNGs first, then the shard.
+
+        Raises UserError where they cannot be written.
+        """
+        if self.pngs:
+            self._write_pngs(start, images)
+        with written_whole(self._shard(start, start + len(images))) as part, part.open("wb") as file:
+            write_npz(file, images=images, labels=labels)
+
+    def _shard(self, start, stop):
+        return self.shards / f"{start:07d}-{stop:07d}.npz"
+
+    def _write_pngs(self, start, images):
+        """Those of `images`, from number `start` on, that are not there."""
+        from PIL import Image
+
+        def save(image, path):
+            with written_whole(path) as part:
+                Image.fromarray(image).save(part, format="png")
+
+        paths = [self.folder / f"{number:06d}.png" for number in range(start, start + len(images))]
+        left = [(image, path) for image, path in zip(images, paths) if not path.exists()]
+        # Pillow lets other threads run while it compresses.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            list(pool.map(save, *zip(*left)) if left else ())
+
+    def assemble(self, progress=None):
+        """Writes the .npz from the shards of all images, whole or not at all, then removes them.
+
+        Holds `ROWS` images at a time. progress: wraps the iterable of ranges (tqdm, say).
+        Returns the SHA-256 of the bytes of arr_0. Raises UserError where images are missing, a shard is damaged
+        (which is removed), or the file cannot be written.
+        """
+        ranges = self.finished()
+        missing = self.count - sum(stop - start for start, stop in ranges)
+        if missing:
+            raise UserError(f"{missing} images are missing in {self.shards}: start again")
+        digest, labels = hashlib.sha256(), []
+
+        def parts():
+            for start, stop in progress(ranges) if progress else ranges:
+                try:
+                    labels.append(self._labels(start, stop))
+                    at = start
+                    for images in self._images(start, stop):
+                        if self.pngs:
+                            self._write_pngs(at, images)
+                        digest.update(images)
+                        yield images
+                        at += len(images)
+                except UserError:
+                    raise
+                except ValueError as error:
+                    self.remove([(start, stop)])
+                    raise UserError(f"{error} and was removed: the same command samples it again") from error
+
+        arr_0 = (self.count, self.size, self.size, 3), np.uint8, parts()
+        # They are known when the images are written.
+        all_labels = (self.count,), np.int64, (np.concatenate(labels) for _ in range(1))
+        with written_whole(self.npz) as part, part.open("wb") as file:
+            write_npz(file, arr_0=arr_0, labels=all_labels, manifest=np.array(json.dumps(self.manifest)))
+        if not self.keep_shards:
+            self._clear()
+        return digest.hexdigest()
+
+    def _clear(self):
+        """Removes the shards' folder, and the one above where no PNGs are in it."""
+        self.remove(self.finished())
+        for path in (self.shards / "manifest.json", *self.shards.glob("process-*.lock")):
+            path.unlink(missing_ok=True)
+        for folder in (self.shards, self.folder):
+            try:
+                folder.rmdir()
+            except OSError:  # it holds PNGs, or something of the user's
+                break
+
+    def complete_pngs(self):
+        """Writes the PNGs that a complete set has not."""
+        for number, images in enumerate(read_parts(self.npz, "arr_0", ROWS)):
+            self._write_pngs(number * ROWS, images)
+
+
+def _short(value):
+    """A value of a manifest for a message: hashes cut."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}...{text[-3:]}"
+
+
+def _is_free(path, patience):
+    """Whether nobody holds the lock at `path`, or gives it back within `patience` seconds."""
+    try:
+        with FileLock(path).acquire(timeout=patience):
+            return True
+    except Timeout:
+        return False
