@@ -78,6 +78,8 @@ def load(args, device, processes):
 
 def describe(args, spec, dit, vae, router, device):
     """The manifest: all that determines the images, as JSON types."""
+    from importlib.metadata import version
+
     import torch
 
     import sampling
@@ -85,7 +87,7 @@ def describe(args, spec, dit, vae, router, device):
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "format": FORMAT,
-        "torch": torch.__version__,
+        **{name: version(name) for name in ("torch", "diffusers", "timm", "numpy")},
         "model": sampling.fingerprint(dit, spec.config),
         "vae": sampling.fingerprint(vae, {"scaling_factor": vae.config.scaling_factor}),
         "router": router and sampling.fingerprint(router, {}),
@@ -118,7 +120,7 @@ def set_name(args, spec, manifest):
     parts += ["balanced"] if args.balanced_labels else []
     parts += ["deterministic"] if args.deterministic else []
     parts += [f"n-{args.num_fid_samples}"]
-    return "-".join(re.sub(r"[^\w.]+", "-", part, flags=re.ASCII)[:60] for part in parts)
+    return "-".join(re.sub(r"[^\w.]+", "-", part, flags=re.ASCII)[:60].strip("-") for part in parts)
 
 
 def begin(images, processes, batch_size):

@@ -150,6 +150,9 @@ class SampleSet:
         return ranges
 
     def count_finished(self):
+        """How many images are finished."""
+        if self.npz.exists():
+            return self.count
         return sum(stop - start for start, stop in self.finished())
 
     def missing(self, batch_size):
@@ -218,23 +221,26 @@ class SampleSet:
         Raises UserError where they cannot be written.
         """
         if self.pngs:
-            self._write_pngs(start, images)
+            self._write_pngs(start, images, anew=True)
         with written_whole(self._shard(start, start + len(images))) as part, part.open("wb") as file:
             write_npz(file, images=images, labels=labels)
 
     def _shard(self, start, stop):
         return self.shards / f"{start:07d}-{stop:07d}.npz"
 
-    def _write_pngs(self, start, images):
-        """Those of `images`, from number `start` on, that are not there."""
+    def _png(self, number):
+        return self.folder / f"{number:06d}.png"
+
+    def _write_pngs(self, start, images, anew=False):
+        """Writes `images`, from number `start` on, as PNGs: all of them `anew`, or those that are not there."""
         from PIL import Image
 
         def save(image, path):
             with written_whole(path) as part:
                 Image.fromarray(image).save(part, format="png")
 
-        paths = [self.folder / f"{number:06d}.png" for number in range(start, start + len(images))]
-        left = [(image, path) for image, path in zip(images, paths) if not path.exists()]
+        paths = map(self._png, range(start, start + len(images)))
+        left = [(image, path) for image, path in zip(images, paths) if anew or not path.exists()]
         # Pillow lets other threads run while it compresses.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             list(pool.map(save, *zip(*left)) if left else ())
@@ -290,7 +296,9 @@ class SampleSet:
                 break
 
     def complete_pngs(self):
-        """Writes the PNGs that a complete set has not."""
+        """Writes those PNGs of a complete set that are wanted and not there."""
+        if not self.pngs or all(self._png(number).exists() for number in range(self.count)):
+            return
         for number, images in enumerate(read_parts(self.npz, "arr_0", ROWS)):
             self._write_pngs(number * ROWS, images)
 

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_dit
@@ -44,7 +45,7 @@ def test_nothing_is_read_from_the_device_inside_the_denoising_loop(ancestral):
     denoise = sampling.make_denoiser(dit, diffusion, y, 2.0, random_schedule(6, 3))
     loop = diffusion.ancestral_loop if ancestral else diffusion.ddim_loop
     with NoDeviceRead():
-        loop(denoise, torch.cat([z, z]), generator=torch.Generator().manual_seed(0))
+        loop(denoise, torch.cat([z, z]))
 
 
 @pytest.mark.parametrize("ancestral", [False, True])
@@ -113,13 +114,50 @@ def test_odd_step_counts_sample():
     assert sampling.sample_latents(dit, diffusion, z, y, 2.0, random_schedule(5, 3)).isfinite().all()
 
 
-def test_ancestral_sampling_follows_its_generator():
+def test_ancestral_sampling_follows_the_noise_it_is_given():
     dit, diffusion, z, y = setup()
-    draw = lambda seed: sampling.sample_latents(  # noqa: E731
-        dit, diffusion, z, y, 2.0, ancestral=True, generator=torch.Generator().manual_seed(seed)
-    )
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        randn_like = lambda x: torch.randn(x.shape, generator=generator)  # noqa: E731
+        return sampling.sample_latents(dit, diffusion, z, y, 2.0, ancestral=True, randn_like=randn_like)
+
     assert torch.equal(draw(1), draw(1))
     assert not torch.allclose(draw(1), draw(2))
+
+
+def drawn(indices, **more):
+    """The labels, the first noise and two further ones of the images `indices`."""
+    draws = sampling.ImageDraws(3, indices, (4, 2, 2), 5, **more)
+    return draws.y, draws.z, draws.randn_like(draws.z), draws.randn_like(torch.cat([draws.z, draws.z]))
+
+
+def test_an_image_draws_the_same_in_every_batch():
+    y, z, first, second = drawn(range(10))
+    assert torch.equal(second[:10], second[10:])  # both halves of a guidance batch
+    for indices in ([7], [9, 2], range(4, 10)):
+        y_again, z_again, first_again, second_again = drawn(indices)
+        rows = list(indices)
+        assert torch.equal(y_again, y[rows]) and torch.equal(z_again, z[rows])
+        assert torch.equal(first_again, first[rows]) and torch.equal(second_again[: len(rows)], second[rows])
+
+
+def test_draws_are_uniform_labels_and_independent_normal_noise():
+    y, z, first, second = drawn(range(4000))
+    counts = torch.bincount(y, minlength=5)
+    assert counts.sum() == 4000 and ((counts - 800).abs() < 5 * 800**0.5).all()
+    noise = torch.stack([z, first, second[:4000]]).flatten(2).double()
+    assert noise.mean().abs() < 5 / noise.numel() ** 0.5 and (noise.var() - 1).abs() < 5 * (2 / noise.numel()) ** 0.5
+    correlation = torch.corrcoef(noise.permute(0, 2, 1).flatten(0, 1))
+    assert (correlation - torch.eye(48)).abs().max() < 6 / 4000**0.5
+    other = sampling.ImageDraws(4, range(4000), (4, 2, 2), 5)
+    assert (other.z * z).mean().abs() < 5 / z.numel() ** 0.5
+
+
+def test_balanced_labels_take_turns_and_leave_the_noise_as_it_is():
+    y, *noise = drawn(range(3, 15), balanced=True)
+    assert y.tolist() == [3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+    assert all(torch.equal(a, b) for a, b in zip(noise, drawn(range(3, 15))[1:]))
 
 
 def test_a_schedule_for_another_sampler_is_refused():
@@ -159,10 +197,11 @@ def test_two_trajectories_in_a_row_equal_two_fresh_processes():
     assert process(1, 2) == one + two
 
 
-def test_pixels_are_rounded_clamped_and_channels_last():
+def test_pixels_are_rounded_clamped_and_channels_last(monkeypatch):
     class Identity:
         class config:
             scaling_factor = 0.5
+            block_out_channels = (1,)
 
         @staticmethod
         def decode(latents):
@@ -170,10 +209,46 @@ def test_pixels_are_rounded_clamped_and_channels_last():
 
     latents = torch.tensor([-1.2, -1.0, 0.0, 1.0, 9.0]).reshape(1, 1, 1, 5).repeat(2, 3, 1, 1) * 0.5
     latents[1, 2] = 0.5 * (10 / 127.5 - 1)
-    images = sampling.decode(Identity, latents, batch_size=1)
+    monkeypatch.setattr(sampling, "DECODE_PIXELS", 5)  # one image at a time
+    images = sampling.decode(Identity, latents)
     assert (images.dtype, images.shape) == (torch.uint8, (2, 1, 5, 3))
     assert images[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
     assert images[1, 0, :, 2].tolist() == [10] * 5
+
+
+def test_every_level_is_quantised_as_published():
+    """Against the formula in double precision: clamp(127.5 x + 128, 0, 255), cut."""
+
+    class Given:
+        class config:
+            scaling_factor = 1.0
+            block_out_channels = (1,)
+
+        @staticmethod
+        def decode(latents):
+            return type("Decoded", (), {"sample": latents.clone()})
+
+    x = torch.linspace(-1.1, 1.1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    expected = np.clip(127.5 * x.double().numpy() + 128, 0, 255)
+    safe = np.abs(expected - np.round(expected)) > 1e-4  # where float32 cannot fall on the other side
+    got = sampling.decode(Given, x).permute(0, 3, 1, 2).numpy()
+    assert safe.mean() > 0.9 and np.array_equal(got[safe], np.floor(expected)[safe])
+    assert set(np.unique(got)) == set(range(256))
+
+
+def test_the_hash_of_a_model_follows_every_weight_and_its_configuration():
+    one, config = random_dit(), {"depth": 3}
+    first = sampling.fingerprint(one, config)
+    assert first == sampling.fingerprint(random_dit(), config) and len(first) == 64
+    assert first != sampling.fingerprint(one, {"depth": 4})
+    one.blocks[1].mlp.fc2.weight[5, 7] += 1e-6
+    assert first != sampling.fingerprint(one, config)
+
+
+def test_guidance_is_what_was_asked_then_what_the_folder_recommends_then_the_published(model_folder):
+    folder, name = sampling.model_spec(ckpt=str(model_folder)), sampling.model_spec("DiT-S/8")
+    assert folder.guidance(None, 1.5) == 2.0 and folder.guidance(0.0, 1.5) == 0.0
+    assert name.guidance(None, 1.5) == 1.5 and name.guidance(3.0, 1.5) == 3.0
 
 
 def test_psnr_of_a_known_error():
