@@ -1,6 +1,7 @@
 """The edge of every program: arguments refused in one line, faults reported in one line."""
 
 import argparse
+import contextlib
 import math
 import os
 import signal
@@ -53,6 +54,23 @@ not_negative = number(float, lambda value: 0 <= value < math.inf, "a finite numb
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32-1")
 
 
+def json_file(text):
+    """An argparse type: a path that ends in .json."""
+    if not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"{text} does not end in .json")
+    return text
+
+
+def add_record_argument(parser, only=""):
+    """The flag of programs that measure; only: when it means anything."""
+    parser.add_argument(
+        "--record",
+        metavar="JSON",
+        type=json_file,
+        help=f"{only}file to write the figures and their circumstances to",
+    )
+
+
 def add_model_arguments(parser, vae):
     """The flags that say which model; with a model folder --ckpt says it all. vae: the default of --vae."""
     only = "; not used with a model folder"
@@ -96,15 +114,27 @@ def check_sampling_arguments(parser, args):
         parser.error("--path is a router file: add --accelerate-method dynamiclayer to use it")
 
 
-def run(main, args):
-    """Calls main(args) and exits: 1 with one line for a `UserError`, 130 for Ctrl-C and SIGTERM.
+@contextlib.contextmanager
+def sigterm_interrupts():
+    """In this block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that what is under way can be ended in order.
 
-    The latter two raise KeyboardInterrupt; where main adds a text to it, that is said too. A bug keeps its traceback.
+    Not where a process may wait for another one: such a wait hears no signal that Python handles.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(main, args):
+    """Calls main(args) and exits: 1 with one line for a `UserError`, 130 for Ctrl-C; a bug keeps its traceback.
+
+    A KeyboardInterrupt may hold a text of main's, which is said too.
     """
     from files import UserError
 
     program = os.path.basename(sys.argv[0])
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(args)
     except UserError as error:
@@ -117,5 +147,3 @@ def run(main, args):
         if os.environ.get("RANK", "0") == "0":
             print(f"\n{program}: interrupted{''.join(f': {text}' for text in interrupt.args)}", file=sys.stderr)
         sys.exit(130)
-    finally:
-        signal.signal(signal.SIGTERM, before)

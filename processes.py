@@ -1,6 +1,8 @@
 """The processes of a job: one alone, or those that torchrun started (the distributed engine: Gloo on CPUs, NCCL)."""
 
 import os
+import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,6 +25,8 @@ class Processes:
     launch: tells a restart by torchrun from another start of the same command; None without torchrun.
     """
 
+    PATIENCE = 600  # seconds for all processes to arrive, which torchrun starts together
+
     def __init__(self):
         self.rank, self.size, self.local = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -39,13 +43,42 @@ class Processes:
             # Hours, since others may wait for a download or for the slowest; one that dies is torchrun's to find.
             timeout = timedelta(hours=12)
             store, _, _ = next(rendezvous("env://", timeout=timeout))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # torchrun keeps its store over a restart, and with it the addresses of processes that are dead.
-                # (With several machines each counts its own restarts, so the count is no common name.)
-                store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+            store = self._meet(store)
             # Where both are there, tensors on a GPU go by NCCL and texts by Gloo, which notices a process that died.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+
+    def _meet(self, store):
+        """The part of `store` that belongs to the processes which are there now, once they all are.
+
+        torchrun keeps its store over a restart, and with it the addresses of processes that are dead. So the first
+        process draws a name for each start, and answers those who call it by that name.
+        """
+        me, since = uuid.uuid4().hex, time.monotonic()
+        if self.first:
+            name, missing = me, set(range(1, self.size))
+            store.set("start", name)
+        else:
+            name, missing = None, {0}
+        while missing:
+            if self.first:
+                for rank in [rank for rank in missing if store.check([f"{name} {rank}"])]:
+                    store.set(f"{name} {rank} answer", store.get(f"{name} {rank}"))
+                    missing.remove(rank)
+            elif store.check(["start"]):
+                if (now := store.get("start").decode()) != name:  # at first, or an older start's was there before
+                    name = now
+                    store.set(f"{name} {self.rank}", me)
+                elif store.check([answer := f"{name} {self.rank} answer"]) and store.get(answer).decode() == me:
+                    missing.clear()
+            if time.monotonic() - since > self.PATIENCE:
+                names = ", ".join(map(str, sorted(missing)))
+                raise UserError(
+                    f"process {self.rank} has waited {self.PATIENCE} s for {names}: start all again; with "
+                    "several machines and --max-restarts torchrun needs --rdzv_backend=c10d"
+                )
+            time.sleep(0.02)
+        return dist.PrefixStore(name, store)
 
     def disconnect(self):
         if self.size > 1:

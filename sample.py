@@ -32,9 +32,7 @@ def parse_args(argv=None):
         action="store_true",
         help="also sample without the router, in turn, from the same noise; the picture shows those above",
     )
-    parser.add_argument(
-        "--record", metavar="JSON", help="with --compare: file to write the figures and their circumstances to"
-    )
+    cli.add_record_argument(parser, only="with --compare: ")
     parser.add_argument(
         "--random-weights", action="store_true", help="weights drawn from the seed: for timing only, no picture"
     )
@@ -42,8 +40,8 @@ def parse_args(argv=None):
     cli.check_sampling_arguments(parser, args)
     if args.compare and not args.path:
         parser.error("--compare needs a router to compare with: add --accelerate-method dynamiclayer --path ROUTER")
-    if args.record and not (args.compare and args.record.endswith(".json")):
-        parser.error(f"--record {args.record}: it keeps the figures of --compare in a file that ends in .json")
+    if args.record and not args.compare:
+        parser.error("--record keeps the figures of --compare: add that")
     if args.random_weights and args.ckpt and args.ckpt.endswith((".pt", ".safetensors")):
         parser.error("--random-weights draws the weights: leave out --ckpt, or name a model folder")
     return args

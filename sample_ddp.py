@@ -48,7 +48,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--save-to-disk", action="store_true", help="also write each image as NNNNNN.png")
     parser.add_argument("--keep-shards", action="store_true", help="leave the parts of the .npz where they are")
-    parser.add_argument("--record", metavar="JSON", help="file to write the times and their circumstances to")
+    cli.add_record_argument(parser)
     args = parser.parse_args(argv)
     cli.check_sampling_arguments(parser, args)
     return args
@@ -127,7 +127,8 @@ def begin(images, processes, batch_size):
     """The ranges (start, stop) of images that are left to sample; the processes check those that are there together."""
     processes.together(lambda: images.hold(processes.rank))
     finished = processes.by_first(images.finished)
-    bad = [r for part in processes.gather(images.damaged(finished[processes.rank :: processes.size])) for r in part]
+    bad = processes.together(lambda: images.damaged(finished[processes.rank :: processes.size]))
+    bad = [damaged for part in processes.gather(bad) for damaged in part]
 
     def missing():
         images.remove(bad)
@@ -151,7 +152,6 @@ def main(args):
     from tqdm import tqdm
 
     import sampling
-    from diffusion import create_diffusion
     from files import UserError, check_writable
     from pipeline import Pipeline
     from processes import Processes
@@ -189,18 +189,6 @@ def main(args):
     # From here on no process waits for a message from another, which may be dead.
     processes.disconnect()
 
-    diffusion = create_diffusion(args.num_sampling_steps)
-    shape = dit.in_channels, dit.input_size, dit.input_size
-
-    def sample(start, stop):
-        size = batch_size if args.deterministic else stop - start  # beyond the set, images are sampled and dropped
-        draws = sampling.ImageDraws(
-            args.global_seed, range(start, start + size), shape, spec.num_classes, args.balanced_labels
-        )
-        z, y = draws.z.to(device, non_blocking=True), draws.y.to(device, non_blocking=True)
-        cfg_scale, randn_like = manifest["cfg_scale"], draws.randn_like
-        return sampling.sample_latents(dit, diffusion, z, y, cfg_scale, schedule, args.p_sample, randn_like), draws.y
-
     # In a log file a line a minute is enough, and none for what is done before.
     often = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60}
     bar = partial(tqdm, smoothing=0, disable=not processes.first, **often)
@@ -210,15 +198,17 @@ def main(args):
         if processes.first:
             shown.update(images.count_finished() - shown.n)
 
+    sample = batch_sampler(args, dit, schedule, manifest["cfg_scale"], batch_size, device)
     pipeline, since = Pipeline(sample, vae, images.write, device), time.perf_counter()
     try:
-        pipeline.run(ranges[processes.rank :: processes.size], show)
-        if not processes.first:
-            return
-        pipeline.run(wait_for_others(images, processes, batch_size, show), show)
-        seconds = time.perf_counter() - since
-        shown.close()
-        digest = images.assemble(partial(bar, desc="assembling", unit="shard"))
+        with cli.sigterm_interrupts():
+            pipeline.run(ranges[processes.rank :: processes.size], show)
+            if not processes.first:
+                return
+            pipeline.run(wait_for_others(images, processes, batch_size, show), show)
+            seconds = time.perf_counter() - since
+            shown.close()
+            digest = images.assemble(partial(bar, desc="assembling", unit="shard"))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{device} has too little memory for {batch_size} images at a time: pass a smaller --per-proc-batch-size"
@@ -227,11 +217,32 @@ def main(args):
         shown.close()
         told = f"{images.count_finished()} of {images.count} images are finished, the same command continues"
         raise type(error)("; ".join([*map(str, error.args), told])) from None
-    figures = summarise(pipeline, sum(stop - start for start, stop in ranges), seconds, processes)
-    figures["assembly_seconds"] = time.perf_counter() - since - seconds
+    spent = pipeline.seconds | {"assembling": time.perf_counter() - since - seconds}
+    figures = summarise(sum(stop - start for start, stop in ranges), seconds, spent, pipeline.overlaps, processes.size)
     print(f"Samples: {images.npz} ({images.count} images, SHA-256 of arr_0 {digest})")
     if args.record:
         sampling.write_record(args, device, figures)
+
+
+def batch_sampler(args, dit, schedule, cfg_scale, batch_size, device):
+    """A function (start, stop) -> latents of these images on the device, and their labels on the CPU."""
+    import sampling
+    from diffusion import create_diffusion
+
+    diffusion = create_diffusion(args.num_sampling_steps)
+    shape = dit.in_channels, dit.input_size, dit.input_size
+
+    def sample(start, stop):
+        if args.deterministic:
+            stop = start + batch_size  # a batch of fewer is filled up with images beyond it, which are dropped
+        draws = sampling.ImageDraws(args.global_seed, range(start, stop), shape, dit.num_classes, args.balanced_labels)
+        z, y = draws.z.to(device, non_blocking=True), draws.y.to(device, non_blocking=True)
+        latents = sampling.sample_latents(
+            dit, diffusion, z, y, cfg_scale, schedule, ancestral=args.p_sample, randn_like=draws.randn_like
+        )
+        return latents, draws.y
+
+    return sample
 
 
 def wait_for_others(images, processes, batch_size, show):
@@ -250,18 +261,23 @@ def wait_for_others(images, processes, batch_size, show):
     return []
 
 
-def summarise(pipeline, images, seconds, processes):
-    """Says where the time went, and returns it as a dict; images: how many this start sampled."""
-    shares = {name: spent / seconds for name, spent in pipeline.seconds.items()}
-    beside = shares["decoding"] if pipeline.overlaps else 0.0
-    shares["other"] = 1 - sum(shares.values()) + beside
+def summarise(images, seconds, spent, overlaps, processes):
+    """Says where the time of this process went, and returns it as a dict.
+
+    images: how many this start sampled, in `seconds`; spent: seconds by what they were spent on, assembling included;
+    overlaps: whether images were decoded beside the sampling of others.
+    """
+    total = seconds + spent["assembling"]
+    shares = {name: part / total for name, part in spent.items()}
+    shares["other"] = 1 - sum(shares.values()) + (shares["decoding"] if overlaps else 0)
     print(
-        f"{images} images in {seconds:.1f} s, {images / seconds:.2f} images/s, processes: {processes.size}; "
+        f"{images} images in {seconds:.1f} s, {images / seconds:.2f} images/s, processes: {processes}; "
         f"process 0: {shares['sampling']:.1%} sampling, {shares['decoding']:.1%} decoding"
-        f"{' (beside it)' if beside else ''}, {shares['disk']:.1%} waiting for the disk, {shares['other']:.1%} other"
+        f"{' (beside it)' if overlaps else ''}, {shares['disk']:.1%} waiting for the disk, "
+        f"{shares['assembling']:.1%} assembling, {shares['other']:.1%} other"
     )
     return {
-        "processes": processes.size,
+        "processes": processes,
         "images": images,
         "seconds": seconds,
         "images_per_second": images / seconds,

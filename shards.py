@@ -27,6 +27,10 @@ from npz import read_parts, write_npz
 ROWS = 64  # images read at a time: 12.6 MB at 256 pixels
 
 
+class Damaged(ValueError):
+    """A shard that is not what was written."""
+
+
 class SampleSet:
     """The set of `manifest["images"]` square images of `manifest["image_size"]` pixels that `manifest` determines.
 
@@ -81,7 +85,7 @@ class SampleSet:
         try:
             with np.load(self.npz, allow_pickle=False) as arrays:
                 text = str(arrays["manifest"])
-        except Exception as error:  # as in _images
+        except Exception as error:  # as in _unreadable
             raise UserError(
                 f"{self.npz} is there and was not made by this program, or is damaged: move it away, or name another "
                 "--sample-dir"
@@ -115,18 +119,10 @@ class SampleSet:
         """Marks process `rank` as alive until it ends, however it ends. Raises UserError where another one is it."""
         if self._lock:
             return
-        try:
-            self.shards.mkdir(parents=True, exist_ok=True)
-            # The system drops the lock with the process, even one that was killed.
-            lock = FileLock(self._lock_path(rank))
-            lock.acquire(timeout=self.PATIENCE)
-        except Timeout as error:
-            raise self._in_use() from error
-        except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
-            raise UserError(
-                f"cannot write into {self.folder}: {getattr(error, 'strerror', error)}; name another --sample-dir"
-            ) from error
-        self._lock = lock
+        # The system drops the lock with the process, even one that was killed.
+        self._lock = _acquire(self._lock_path(rank), self.PATIENCE)
+        if not self._lock:
+            raise self._in_use()
 
     def refresh(self):
         """Makes a network file system show what other machines wrote: a client that changes a folder reads it anew."""
@@ -167,7 +163,7 @@ class SampleSet:
         return ranges
 
     def _images(self, start, stop):
-        """The images of a shard, uint8 (n, H, W, 3) at a time. Raises ValueError where it is damaged."""
+        """The images of a shard, uint8 (n, H, W, 3) at a time. Raises as `_unreadable` says."""
         path, count = self._shard(start, stop), 0
         try:
             for images in read_parts(path, "images", ROWS):
@@ -177,18 +173,18 @@ class SampleSet:
                 yield images
             if count != stop - start:
                 raise ValueError(f"{count} images")
-        except Exception as error:  # NumPy and zipfile raise whatever a damaged file leads them to
-            raise ValueError(f"{path} is damaged ({error})") from error
+        except Exception as error:
+            raise _unreadable(path, error) from error
 
     def _labels(self, start, stop):
-        """The labels of a shard, int64 (N,). Raises ValueError where it is damaged."""
+        """The labels of a shard, int64 (N,). Raises as `_unreadable` says."""
         path = self._shard(start, stop)
         try:
             (labels,) = read_parts(path, "labels", stop - start)
             if labels.shape != (stop - start,) or labels.dtype != np.int64:
                 raise ValueError(f"labels {labels.dtype} {labels.shape}")
-        except Exception as error:  # as above
-            raise ValueError(f"{path} is damaged ({error})") from error
+        except Exception as error:
+            raise _unreadable(path, error) from error
         return labels
 
     def check_space(self):
@@ -206,7 +202,7 @@ class SampleSet:
                 for _ in self._images(start, stop):
                     pass
                 self._labels(start, stop)
-            except ValueError:
+            except Damaged:
                 bad.append((start, stop))
         return bad
 
@@ -269,9 +265,7 @@ class SampleSet:
                         digest.update(images)
                         yield images
                         at += len(images)
-                except UserError:
-                    raise
-                except ValueError as error:
+                except Damaged as error:
                     self.remove([(start, stop)])
                     raise UserError(f"{error} and was removed: the same command samples it again") from error
 
@@ -286,9 +280,9 @@ class SampleSet:
 
     def _clear(self):
         """Removes the shards' folder, and the one above where no PNGs are in it."""
-        self.remove(self.finished())
-        for path in (self.shards / "manifest.json", *self.shards.glob("process-*.lock")):
-            path.unlink(missing_ok=True)
+        for pattern in ("*-*.npz", ".*.part", "manifest.json", "process-*.lock"):
+            for path in self.shards.glob(pattern):
+                path.unlink()
         for folder in (self.shards, self.folder):
             try:
                 folder.rmdir()
@@ -309,10 +303,35 @@ def _short(value):
     return text if len(text) <= 40 else f"{text[:12]}...{text[-3:]}"
 
 
+def _unreadable(path, error):
+    """What to raise for an `error` in reading `path`: `Damaged`, or a UserError where the file may be whole."""
+    if isinstance(error, OSError | MemoryError):
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        return UserError(f"cannot read {path}: {reason}; if that does not pass, remove the file")
+    # NumPy and zipfile raise whatever the bytes of a damaged file lead them to.
+    return Damaged(f"{path} is damaged ({error})")
+
+
+def _acquire(path, patience):
+    """The lock at `path`, ours, or None where somebody else holds it for longer than `patience` seconds.
+
+    Raises UserError where there can be no lock.
+    """
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=patience)
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write into {path.parent}: {reason}; name another --sample-dir") from error
+    return lock
+
+
 def _is_free(path, patience):
     """Whether nobody holds the lock at `path`, or gives it back within `patience` seconds."""
-    try:
-        with FileLock(path).acquire(timeout=patience):
-            return True
-    except Timeout:
-        return False
+    lock = _acquire(path, patience)
+    if lock:
+        lock.release()
+    return lock is not None

@@ -7,6 +7,16 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+def read_records(pattern):
+    """The records in results/ whose names, without .json, match `pattern`, by name."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{pattern}.json"))]
+
+
+def markdown(head, rows):
+    """A Markdown table of texts."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
 def row(record):
     """The cells of one record that sample.py --compare --record wrote."""
     flags, rates = record["flags"], record["g_multiply_adds_per_second"]
@@ -30,10 +40,7 @@ def table():
     """The Markdown text."""
     head = ["model", "steps", "images", "layers cached", "bound", "speed-up (of the bound)"]
     head += ["seconds: full, router", "G multiply-adds/s: full, router, plain products", "PSNR, dB"]
-    # Those of training updates have a table of their own: train_step.py --table.
-    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith("train-")]
-    rows = [row(json.loads(path.read_text())) for path in paths]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+    return markdown(head, [row(record) for record in read_records("*") if "speedup" in record])
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ Memory: two updates of one variant in a fresh process of its own. On a CPU the p
 tensors took, for which the base is 0.
 """
 
-import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from table import markdown, read_records  # noqa: E402
+
 import cli  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 VARIANTS = {
     "original": "original: model not frozen, gradient through the teacher",
     "ours": "ours",
@@ -43,12 +43,9 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=cli.positive, default=3, help="timed updates of each variant")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile of the blocks")
-    parser.add_argument("--record", metavar="JSON", help="file to write the figures and their circumstances to")
+    cli.add_record_argument(parser)
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table of results/train-*.json")
-    args = parser.parse_args(argv)
-    if args.record and not args.record.endswith(".json"):
-        parser.error(f"--record {args.record}: the figures are kept in a file that ends in .json")
-    return args
+    return parser.parse_args(argv)
 
 
 def plain_modulate(x, shift, scale):
@@ -244,12 +241,12 @@ def table(records):
                     f"{record['above_base_ratio'][name]:.3f}",
                 ]
             )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+    return markdown(head, rows)
 
 
 def main(args):
     if args.table:
-        print(table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("train-*.json"))]))
+        print(table(read_records("train-*")))
         return
 
     from concurrent.futures import ProcessPoolExecutor

@@ -71,7 +71,9 @@ def test_what_is_missing_is_cut_at_multiples_of_the_batch_size(tmp_path):
     assert samples.finished() == [(0, 4), (5, 9)] and samples.missing(8) == [(4, 5), (9, 10)]
     fill(samples, (4, 5), (9, 10))
     assert samples.missing(3) == []
+    (samples.shards / ".0000000-0000004.npz.abc.part").touch()  # of a process that was killed meanwhile
     samples.assemble()
+    assert names(tmp_path) == ["set.npz"]
     assert np.array_equal(np.load(samples.npz)["arr_0"], IMAGES)
 
 
@@ -243,6 +245,22 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(FileLock, "acquire", acquire)
     with pytest.raises(UserError, match="no flock here"):
         SampleSet(tmp_path, "set", MANIFEST).open()
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError()])
+def test_a_shard_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch, error):
+    samples = begin(tmp_path)
+    fill(samples, (0, 10))
+
+    def fail(*arguments):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "read_parts", fail)
+        for read in (samples.assemble, lambda: samples.damaged([(0, 10)])):
+            with pytest.raises(UserError, match="cannot read .*0000000-0000010.npz"):
+                read()
+    assert samples.damaged([(0, 10)]) == [] and samples.missing(10) == []
 
 
 def test_assembling_holds_a_few_images_and_needs_no_torch(tmp_path):
