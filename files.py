@@ -60,6 +60,30 @@ def written_whole(path):
         part.unlink(missing_ok=True)
 
 
+def lock_file(path, patience):
+    """A lock on the file at `path`, which the system drops with this process, even one that is killed.
+
+    None where another process holds it for longer than `patience` seconds. Raises OSError where there can be none.
+    """
+    import errno
+
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lock.acquire(timeout=patience)
+    except Timeout:
+        return None
+    except NotImplementedError as error:
+        raise OSError(errno.ENOLCK, "its file system has no locks") from error
+    if isinstance(lock, SoftFileLock):  # what newer versions fall back to; it would outlive a process that is killed
+        lock.release()
+        raise OSError(errno.ENOLCK, "its file system has no locks")
+    return lock
+
+
 def load_tensors(path, allow=()):
     """What `torch.save` or safetensors wrote to `path`, on the CPU: tensors, plain types and `allow`ed classes.
 

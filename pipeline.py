@@ -35,10 +35,12 @@ class Pipeline:
 
         def wait():
             since = time.perf_counter()
-            waiting.popleft().result()
-            self.seconds["disk"] += time.perf_counter() - since
+            arrived = waiting.popleft().result()
+            self.seconds["disk"] += time.perf_counter() - max(since, arrived)
 
-        with ThreadPoolExecutor(1) as writer:  # leaving, it waits for what was handed over
+        # Each thread has a current GPU of its own. Leaving, the executor waits for what was handed over.
+        setup = {"initializer": torch.cuda.set_device, "initargs": [self._device]} if self._side else {}
+        with ThreadPoolExecutor(1, **setup) as writer:
             for start, stop in ranges:
                 waiting.append(writer.submit(self._finish, start, *self._batch(start, stop)))
                 while len(waiting) > AHEAD or waiting and waiting[0].done():
@@ -62,12 +64,14 @@ class Pipeline:
         return images, labels[: stop - start], marks
 
     def _finish(self, start, images, labels, marks):
-        """Writes a batch, in the writer's thread."""
+        """Writes a batch, in the writer's thread. Returns when its images were there to be written."""
         if self._side:
-            marks[-1].synchronize()  # the images have arrived
+            marks[-1].synchronize()
+        arrived = time.perf_counter()
         self.seconds["sampling"] += _seconds(*marks[:2])
         self.seconds["decoding"] += _seconds(*marks[2:])
         self._write(start, images.numpy(), labels.numpy())
+        return arrived
 
     def _mark(self):
         """This moment, on a GPU that of the current stream."""

@@ -11,10 +11,9 @@ import math
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from figures import save_animation, save_heatmap
-from files import UserError, load_tensors, written_whole
+from files import UserError, load_tensors, lock_file, written_whole
 
 
 class Run:
@@ -31,14 +30,12 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.last = self.checkpoints / "last.pt"
         self.metrics = self.folder / "metrics.jsonl"
-        # The system drops the lock with the process, even one that was killed.
-        self._lock = FileLock(self.folder / ".lock")
         try:
-            self._lock.acquire(timeout=self.PATIENCE)
-        except Timeout as error:
-            raise UserError(f"{folder} is in use: wait for that training, or stop it with Ctrl-C") from error
+            self._lock = lock_file(self.folder / ".lock", self.PATIENCE)
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error.strerror}; continue a copy of it") from error
+        if not self._lock:
+            raise UserError(f"{folder} is in use: wait for that training, or stop it with Ctrl-C")
         for part in self.checkpoints.glob(".*.part"):  # what a killed process was writing
             part.unlink()
 

@@ -47,7 +47,11 @@ def parse_args(argv=None):
         f"{DETERMINISTIC_BATCH} images, whatever --per-proc-batch-size, and on a CPU in one thread a process",
     )
     parser.add_argument("--save-to-disk", action="store_true", help="also write each image as NNNNNN.png")
-    parser.add_argument("--keep-shards", action="store_true", help="leave the parts of the .npz where they are")
+    parser.add_argument(
+        "--keep-shards",
+        action="store_true",
+        help="leave the parts of the .npz where they are, until a start without this flag",
+    )
     cli.add_record_argument(parser)
     args = parser.parse_args(argv)
     cli.check_sampling_arguments(parser, args)
@@ -80,11 +84,8 @@ def describe(args, spec, dit, vae, router, device):
     """The manifest: all that determines the images, as JSON types."""
     from importlib.metadata import version
 
-    import torch
-
     import sampling
 
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "format": FORMAT,
         **{name: version(name) for name in ("torch", "diffusers", "timm", "numpy")},
@@ -101,7 +102,7 @@ def describe(args, spec, dit, vae, router, device):
         "seed": args.global_seed,
         "labels": "balanced" if args.balanced_labels else "uniform",
         "tf32": args.tf32,
-        "deterministic": kind if args.deterministic else False,
+        "deterministic": sampling.device_model(device) if args.deterministic else False,
     }
 
 
@@ -120,7 +121,7 @@ def set_name(args, spec, manifest):
     parts += ["balanced"] if args.balanced_labels else []
     parts += ["deterministic"] if args.deterministic else []
     parts += [f"n-{args.num_fid_samples}"]
-    return "-".join(re.sub(r"[^\w.]+", "-", part, flags=re.ASCII)[:60].strip("-") for part in parts)
+    return "-".join(re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII)[:40].strip("-") for part in parts)
 
 
 def begin(images, processes, batch_size):
@@ -177,7 +178,7 @@ def main(args):
     if processes.by_first(images.open):
         if processes.first:
             images.complete_pngs()
-            print(f"{images.npz} is there already, complete")
+            print(f"{images.npz} is there already, complete" + ("; nothing to record" if args.record else ""))
         return processes.disconnect()
     batch_size = DETERMINISTIC_BATCH if args.deterministic else args.per_proc_batch_size
     ranges = begin(images, processes, batch_size)
@@ -209,14 +210,16 @@ def main(args):
             seconds = time.perf_counter() - since
             shown.close()
             digest = images.assemble(partial(bar, desc="assembling", unit="shard"))
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{device} has too little memory for {batch_size} images at a time: pass a smaller --per-proc-batch-size"
-        ) from error
-    except (UserError, KeyboardInterrupt) as error:
+    except (UserError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
         shown.close()
-        told = f"{images.count_finished()} of {images.count} images are finished, the same command continues"
-        raise type(error)("; ".join([*map(str, error.args), told])) from None
+        texts = [str(text) for text in error.args]
+        if not isinstance(error, UserError | KeyboardInterrupt):
+            if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
+                raise
+            smaller = "" if args.deterministic else ": pass a smaller --per-proc-batch-size"
+            texts = [f"{device} has too little memory for {batch_size} images at a time{smaller}"]
+        texts.append(f"{images.count_finished()} of {images.count} images are finished, the same command continues")
+        raise (KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError)("; ".join(texts)) from None
     spent = pipeline.seconds | {"assembling": time.perf_counter() - since - seconds}
     figures = summarise(sum(stop - start for start, stop in ranges), seconds, spent, pipeline.overlaps, processes.size)
     print(f"Samples: {images.npz} ({images.count} images, SHA-256 of arr_0 {digest})")
@@ -235,12 +238,13 @@ def batch_sampler(args, dit, schedule, cfg_scale, batch_size, device):
     def sample(start, stop):
         if args.deterministic:
             stop = start + batch_size  # a batch of fewer is filled up with images beyond it, which are dropped
-        draws = sampling.ImageDraws(args.global_seed, range(start, stop), shape, dit.num_classes, args.balanced_labels)
-        z, y = draws.z.to(device, non_blocking=True), draws.y.to(device, non_blocking=True)
-        latents = sampling.sample_latents(
-            dit, diffusion, z, y, cfg_scale, schedule, ancestral=args.p_sample, randn_like=draws.randn_like
+        draws = sampling.ImageDraws(
+            args.global_seed, range(start, stop), shape, dit.num_classes, device, args.balanced_labels
         )
-        return latents, draws.y
+        latents = sampling.sample_latents(
+            dit, diffusion, draws.z, draws.y, cfg_scale, schedule, args.p_sample, draws.randn_like
+        )
+        return latents, draws.labels
 
     return sample
 
@@ -269,7 +273,7 @@ def summarise(images, seconds, spent, overlaps, processes):
     """
     total = seconds + spent["assembling"]
     shares = {name: part / total for name, part in spent.items()}
-    shares["other"] = 1 - sum(shares.values()) + (shares["decoding"] if overlaps else 0)
+    shares["other"] = max(0.0, 1 - sum(shares.values()) + (shares["decoding"] if overlaps else 0))
     print(
         f"{images} images in {seconds:.1f} s, {images / seconds:.2f} images/s, processes: {processes}; "
         f"process 0: {shares['sampling']:.1%} sampling, {shares['decoding']:.1%} decoding"

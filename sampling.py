@@ -227,13 +227,18 @@ def make_deterministic(device):
 
 
 def device_name(device):
-    """What a record of times says about the hardware: the GPU's name, or the processor's with the threads in use."""
+    """What a record of times says about the hardware: its model, on a CPU with the threads in use."""
+    return device_model(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+
+
+def device_model(device):
+    """The name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def check_labels(labels, num_classes):
@@ -290,24 +295,29 @@ class ImageDraws:
     """What is random about the images of numbers `indices` of a set: each has a stream of its own, drawn on the CPU.
 
     Image k follows (seed, k) alone, whatever batch it is in. shape: of a latent, (C, h, w).
-    y: labels int64 (N,), uniform over range(num_classes), or k modulo num_classes where `balanced`.
-    z: the noise that sampling starts from, float32 (N, C, h, w), the same with either kind of labels.
+    labels: int64 (N,) on the CPU, uniform over range(num_classes), or k modulo num_classes where `balanced`.
+    y, z: on the device, the labels and the noise that sampling starts from, float32 (N, C, h, w); the noise is the same
+    with either kind of labels.
     """
 
-    def __init__(self, seed, indices, shape, num_classes, balanced=False):
-        self._streams, self._shape = [stream("images", seed, k) for k in indices], shape
+    def __init__(self, seed, indices, shape, num_classes, device, balanced=False):
+        self._streams, self._shape, self._device = [stream("images", seed, k) for k in indices], shape, device
         drawn = [random.integers(num_classes) for random in self._streams]
-        self.y = torch.tensor([k % num_classes for k in indices] if balanced else drawn)
-        self.z = self._noise()
+        self.labels = torch.tensor([k % num_classes for k in indices] if balanced else drawn)
+        self.y, self.z = self._put(self.labels), self._noise()
+
+    def _put(self, values):
+        # From other memory than this the copy would wait until all that the GPU was given is done.
+        values = values.pin_memory() if self._device.type == "cuda" else values
+        return values.to(self._device, non_blocking=True)
 
     def _noise(self):
-        return torch.from_numpy(
-            np.stack([random.standard_normal(self._shape, dtype=np.float32) for random in self._streams])
-        )
+        noise = [random.standard_normal(self._shape, dtype=np.float32) for random in self._streams]
+        return self._put(torch.from_numpy(np.stack(noise)))
 
     def randn_like(self, x):
         """The next noise of every image, like x (N, C, h, w), or (2N, C, h, w) with both halves alike."""
-        noise = self._noise().to(x.device, x.dtype)
+        noise = self._noise()
         return noise.repeat(len(x) // len(noise), 1, 1, 1)
 
 

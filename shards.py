@@ -19,9 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from files import UserError, written_whole
+from files import UserError, lock_file, written_whole
 from npz import read_parts, write_npz
 
 ROWS = 64  # images read at a time: 12.6 MB at 256 pixels
@@ -55,9 +54,14 @@ class SampleSet:
         """
         if self._is_complete() and not self.shards.exists():
             return True
-        self.hold(0)
+        try:
+            self.hold(0)
+        except UserError:
+            if self._is_complete():  # by the start that we waited for, which removed the folder
+                return True
+            raise
         for path in self.shards.glob("process-*.lock"):
-            if path != self._lock_path(0) and not _is_free(path, self.PATIENCE):
+            if path != self._lock_path(0) and not self._is_free(path, self.PATIENCE):
                 raise self._in_use()
         if self._is_complete():  # by the start that we waited for, or by one that was killed right after
             if not self.keep_shards:
@@ -65,7 +69,7 @@ class SampleSet:
             return True
         manifest = self.shards / "manifest.json"
         if manifest.exists():
-            self._compare(manifest, manifest.read_text())
+            self._compare_shards()
         else:
             with written_whole(manifest) as part:
                 part.write_text(json.dumps(self.manifest, indent=2) + "\n")
@@ -76,7 +80,7 @@ class SampleSet:
             (self.npz.parent, f".{self.npz.name}.*.part"),
         ):
             for part in folder.glob(pattern):
-                part.unlink()
+                part.unlink(missing_ok=True)
         return False
 
     def _is_complete(self):
@@ -84,21 +88,28 @@ class SampleSet:
             return False
         try:
             with np.load(self.npz, allow_pickle=False) as arrays:
-                text = str(arrays["manifest"])
+                there = dict(json.loads(str(arrays["manifest"])))
+        except OSError as error:
+            raise UserError(f"cannot read {self.npz}: {error.strerror}") from error
         except Exception as error:  # as in _unreadable
             raise UserError(
                 f"{self.npz} is there and was not made by this program, or is damaged: move it away, or name another "
                 "--sample-dir"
             ) from error
-        self._compare(self.npz, text)
+        self._compare(self.npz, there)
         return True
 
-    def _compare(self, path, text):
-        """Raises UserError where the manifest `text`, found in `path`, is not this one."""
+    def _compare_shards(self):
+        """Raises UserError where the shards were made otherwise, or their manifest cannot be read."""
+        manifest = self.shards / "manifest.json"
         try:
-            there = dict(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged: remove {path.parent}, or name another --sample-dir") from error
+            there = dict(json.loads(manifest.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{manifest} is damaged: remove {self.shards}, or name another --sample-dir") from error
+        self._compare(manifest, there)
+
+    def _compare(self, path, there):
+        """Raises UserError where the manifest `there`, found in `path`, is not this one."""
         told = [
             f"{name} was {_short(there.get(name))}, now it is {_short(self.manifest.get(name))}"
             for name in sorted(there.keys() | self.manifest.keys())
@@ -119,10 +130,28 @@ class SampleSet:
         """Marks process `rank` as alive until it ends, however it ends. Raises UserError where another one is it."""
         if self._lock:
             return
-        # The system drops the lock with the process, even one that was killed.
-        self._lock = _acquire(self._lock_path(rank), self.PATIENCE)
+        if rank and not (self.shards / "manifest.json").exists():
+            raise UserError(
+                f"process {rank} finds nothing of what process 0 began in {self.shards.resolve()}: --sample-dir must "
+                "be one folder that all machines share"
+            )
+        try:
+            self.shards.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(self._lock_path(rank), self.PATIENCE)
+        except OSError as error:
+            raise UserError(f"cannot write into {self.folder}: {error.strerror}; name another --sample-dir") from error
         if not self._lock:
             raise self._in_use()
+
+    def _is_free(self, path, patience):
+        """Whether nobody holds the lock at `path`, or gives it back within `patience` seconds."""
+        try:
+            lock = lock_file(path, patience)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; name another --sample-dir") from error
+        if lock:
+            lock.release()
+        return lock is not None
 
     def refresh(self):
         """Makes a network file system show what other machines wrote: a client that changes a folder reads it anew."""
@@ -133,12 +162,15 @@ class SampleSet:
 
     def others_live(self, size):
         """Whether any process but the first of a start with `size` of them is still at work."""
-        return not all(_is_free(self._lock_path(rank), 0) for rank in range(1, size))
+        return not all(self._is_free(self._lock_path(rank), 0) for rank in range(1, size))
 
     def finished(self):
         """The ranges (start, stop) of the shards, sorted, none overlapping."""
         ranges, covered = [], 0
-        names = (re.fullmatch(r"(\d{7,})-(\d{7,})\.npz", path.name) for path in self.shards.iterdir())
+        try:
+            names = [re.fullmatch(r"(\d{7,})-(\d{7,})\.npz", name) for name in os.listdir(self.shards)]
+        except OSError as error:
+            raise UserError(f"cannot read {self.shards}: {error.strerror}") from error
         for start, stop in sorted(tuple(map(int, name.groups())) for name in names if name):
             if start >= covered:
                 ranges.append((start, stop))
@@ -209,7 +241,7 @@ class SampleSet:
     def remove(self, ranges):
         """Removes the shards of `ranges`."""
         for start, stop in ranges:
-            self._shard(start, stop).unlink()
+            self._shard(start, stop).unlink(missing_ok=True)
 
     def write(self, start, images, labels):
         """Writes images uint8 (N, H, W, 3) and labels int64 (N,) from number `start` on: PNGs first, then the shard.
@@ -228,21 +260,21 @@ class SampleSet:
         return self.folder / f"{number:06d}.png"
 
     def _write_pngs(self, start, images, anew=False):
-        """Writes `images`, from number `start` on, as PNGs: all of them `anew`, or those that are not there."""
+        """Writes `images`, from number `start` on, as PNGs: all of them `anew`, or those that do not show them yet."""
         from PIL import Image
 
         def save(image, path):
-            with written_whole(path) as part:
-                Image.fromarray(image).save(part, format="png")
+            if anew or not _shows(path, image):
+                with written_whole(path) as part:
+                    Image.fromarray(image).save(part, format="png")
 
         paths = map(self._png, range(start, start + len(images)))
-        left = [(image, path) for image, path in zip(images, paths) if anew or not path.exists()]
         # Pillow lets other threads run while it compresses.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            list(pool.map(save, *zip(*left)) if left else ())
+            list(pool.map(save, images, paths))
 
     def assemble(self, progress=None):
-        """Writes the .npz from the shards of all images, whole or not at all, then removes them.
+        """Writes the .npz of a set that was opened here from its shards, whole or not at all, then removes them.
 
         Holds `ROWS` images at a time. progress: wraps the iterable of ranges (tqdm, say).
         Returns the SHA-256 of the bytes of arr_0. Raises UserError where images are missing, a shard is damaged
@@ -280,9 +312,10 @@ class SampleSet:
 
     def _clear(self):
         """Removes the shards' folder, and the one above where no PNGs are in it."""
-        for pattern in ("*-*.npz", ".*.part", "manifest.json", "process-*.lock"):
+        self._lock.release()  # an open file could not be removed for good from a network file system
+        for pattern in ("*-*.npz", ".*.part", ".refresh", "manifest.json", "process-*.lock"):
             for path in self.shards.glob(pattern):
-                path.unlink()
+                path.unlink(missing_ok=True)
         for folder in (self.shards, self.folder):
             try:
                 folder.rmdir()
@@ -290,17 +323,33 @@ class SampleSet:
                 break
 
     def complete_pngs(self):
-        """Writes those PNGs of a complete set that are wanted and not there."""
-        if not self.pngs or all(self._png(number).exists() for number in range(self.count)):
+        """Writes those PNGs of a complete set that are wanted and not there. Raises UserError where it is damaged."""
+        if not self.pngs:
             return
-        for number, images in enumerate(read_parts(self.npz, "arr_0", ROWS)):
-            self._write_pngs(number * ROWS, images)
+        try:
+            for number, images in enumerate(read_parts(self.npz, "arr_0", ROWS)):
+                self._write_pngs(number * ROWS, images)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{self.npz} cannot be read ({error}): move it away, it is made again") from error
 
 
 def _short(value):
     """A value of a manifest for a message: hashes cut."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:12]}...{text[-3:]}"
+
+
+def _shows(path, image):
+    """Whether the picture at `path` is the uint8 image (H, W, 3)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return np.array_equal(np.asarray(picture), image)
+    except (OSError, SyntaxError, ValueError):  # there is none, or a damaged one
+        return False
 
 
 def _unreadable(path, error):
@@ -310,28 +359,3 @@ def _unreadable(path, error):
         return UserError(f"cannot read {path}: {reason}; if that does not pass, remove the file")
     # NumPy and zipfile raise whatever the bytes of a damaged file lead them to.
     return Damaged(f"{path} is damaged ({error})")
-
-
-def _acquire(path, patience):
-    """The lock at `path`, ours, or None where somebody else holds it for longer than `patience` seconds.
-
-    Raises UserError where there can be no lock.
-    """
-    lock = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=patience)
-    except Timeout:
-        return None
-    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write into {path.parent}: {reason}; name another --sample-dir") from error
-    return lock
-
-
-def _is_free(path, patience):
-    """Whether nobody holds the lock at `path`, or gives it back within `patience` seconds."""
-    lock = _acquire(path, patience)
-    if lock:
-        lock.release()
-    return lock is not None

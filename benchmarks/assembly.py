@@ -111,6 +111,7 @@ def measure(original, folder, images, size):
 
     assembled = sample_set(folder, images, size)
     npz = folder / "original.npz" if original else assembled.npz
+    assembled.open()
     base, since = peak_memory(), time.perf_counter()
     if original:
         original_assembly(assembled.shards, npz)
@@ -284,7 +285,8 @@ def main(args):
     try:
         # All that takes memory is done by other processes: on Linux a process inherits the highest resident set of the
         # one it came from, so this one stays small until they ended.
-        measured = {"measurements": measure_all(args, work)}
+        with cli.sigterm_interrupts():
+            measured = {"measurements": measure_all(args, work)}
     finally:
         shutil.rmtree(work, ignore_errors=True)  # what cannot be removed is a mount point, empty then
 

@@ -128,7 +128,8 @@ def test_ancestral_sampling_follows_the_noise_it_is_given():
 
 def drawn(indices, **more):
     """The labels, the first noise and two further ones of the images `indices`."""
-    draws = sampling.ImageDraws(3, indices, (4, 2, 2), 5, **more)
+    draws = sampling.ImageDraws(3, indices, (4, 2, 2), 5, torch.device("cpu"), **more)
+    assert torch.equal(draws.y, draws.labels)
     return draws.y, draws.z, draws.randn_like(draws.z), draws.randn_like(torch.cat([draws.z, draws.z]))
 
 
@@ -150,7 +151,7 @@ def test_draws_are_uniform_labels_and_independent_normal_noise():
     assert noise.mean().abs() < 5 / noise.numel() ** 0.5 and (noise.var() - 1).abs() < 5 * (2 / noise.numel()) ** 0.5
     correlation = torch.corrcoef(noise.permute(0, 2, 1).flatten(0, 1))
     assert (correlation - torch.eye(48)).abs().max() < 6 / 4000**0.5
-    other = sampling.ImageDraws(4, range(4000), (4, 2, 2), 5)
+    other = sampling.ImageDraws(4, range(4000), (4, 2, 2), 5, torch.device("cpu"))
     assert (other.z * z).mean().abs() < 5 / z.numel() ** 0.5
 
 

@@ -1,14 +1,17 @@
 """The folder of a set of samples: what counts as finished, what is refused, what comes out."""
 
+import errno
+import fcntl
 import hashlib
+import io
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from filelock import FileLock
 from PIL import Image
 
 import shards
@@ -112,11 +115,11 @@ def test_other_settings_are_refused_by_name(tmp_path):
     assert np.array_equal(np.load(samples.npz)["arr_0"], IMAGES)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "7"])
-def test_a_damaged_manifest_is_refused(tmp_path, text):
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"7", b"\xff\xfe{}"])
+def test_a_damaged_manifest_is_refused(tmp_path, content):
     release(begin(tmp_path))
-    (tmp_path / "set" / "shards" / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match="manifest.json is damaged"):
+    (tmp_path / "set" / "shards" / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match="manifest.json is damaged: remove .*/set/shards, or"):
         SampleSet(tmp_path, "set", MANIFEST).open()
 
 
@@ -127,7 +130,9 @@ def test_a_file_of_the_name_that_is_not_ours_or_cut_off_is_left_alone(tmp_path):
     whole = samples.npz.read_bytes()
     np.savez(tmp_path / "set.npz", arr_0=IMAGES)
     theirs = (tmp_path / "set.npz").read_bytes()
-    for content in (theirs, whole[: len(whole) // 2], b""):
+    other = io.BytesIO()
+    np.savez(other, arr_0=IMAGES, manifest=np.array("no JSON"))
+    for content in (theirs, whole[: len(whole) // 2], b"", other.getvalue()):
         (tmp_path / "set.npz").write_bytes(content)
         with pytest.raises(UserError, match="move it away"):
             SampleSet(tmp_path, "set", MANIFEST).open()
@@ -201,6 +206,7 @@ def test_a_shard_that_is_damaged_while_assembling_is_removed_and_no_file_is_left
 def test_pngs_hold_the_pixels_of_the_set(tmp_path):
     samples = begin(tmp_path, pngs=True)
     fill(samples, (0, 4))
+    before = (tmp_path / "set" / "000003.png").stat()
     (tmp_path / "set" / "000002.png").unlink()  # as in a set that was begun without PNGs
     Image.new("RGB", (4, 4)).save(tmp_path / "set" / "000006.png")  # of a batch that was killed before its shard
     fill(samples, (4, 10))
@@ -212,8 +218,10 @@ def test_pngs_hold_the_pixels_of_the_set(tmp_path):
             assert np.array_equal(np.asarray(Image.open(tmp_path / "set" / f"{k:06d}.png")), IMAGES[k])
 
     check()
-    for k in (0, 9):
-        (tmp_path / "set" / f"{k:06d}.png").unlink()
+    assert (tmp_path / "set" / "000003.png").stat() == before  # it was right already
+    (tmp_path / "set" / "000000.png").unlink()
+    (tmp_path / "set" / "000003.png").write_bytes(b"damaged")
+    Image.fromarray(IMAGES[0]).save(tmp_path / "set" / "000009.png")  # of an older set of this name
     again = SampleSet(tmp_path, "set", MANIFEST, pngs=True)
     assert again.open() is True
     again.complete_pngs()
@@ -238,13 +246,42 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
             SampleSet(place, "set", MANIFEST).open()
 
 
-def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
-    def acquire(self, timeout):
-        raise NotImplementedError("no flock here")
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, recwarn):
+    def flock(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(FileLock, "acquire", acquire)
-    with pytest.raises(UserError, match="no flock here"):
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="its file system has no locks; name another --sample-dir"):
         SampleSet(tmp_path, "set", MANIFEST).open()
+    assert not recwarn.list and not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_start_that_waited_for_another_to_complete_finds_the_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(SampleSet, "PATIENCE", 10)
+    program = f"""
+import sys, time
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
+import test_shards
+samples = test_shards.begin({str(tmp_path)!r})
+print("begun", flush=True)
+sys.stdin.readline()
+test_shards.fill(samples, (0, 10))
+samples.assemble()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    assert process.stdout.readline() == "begun\n"
+    threading.Timer(0.3, lambda: process.communicate("go\n")).start()
+    assert SampleSet(tmp_path, "set", MANIFEST).open() is True
+    assert process.wait(20) == 0 and names(tmp_path) == ["set.npz"]
+
+
+def test_other_machines_must_see_the_same_folder(tmp_path):
+    begin(tmp_path / "one")
+    SampleSet(tmp_path / "one", "set", MANIFEST).hold(1)
+    with pytest.raises(UserError, match="process 1 finds nothing .* one folder that all machines share"):
+        SampleSet(tmp_path / "other", "set", MANIFEST).hold(1)
+    assert names(tmp_path / "one") and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError()])
