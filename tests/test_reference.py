@@ -14,10 +14,10 @@ def guidance_batch(reference):
 
 
 def sample(reference, schedule, ancestral):
-    noise = torch.Generator().manual_seed(7)
+    torch.manual_seed(7)
     scale = float(reference["cfg_scale"])
     return sample_latents(
-        reference.dit, reference.diffusion, reference["z"], reference["y"], scale, schedule, ancestral, noise
+        reference.dit, reference.diffusion, reference["z"], reference["y"], scale, schedule, ancestral
     )
 
 
