@@ -89,20 +89,30 @@ class Processes:
 
         in_turn: the first process of each machine runs it before the others (it may fetch files).
         """
-        waits = in_turn and self.size > 1
-        if waits and self.local:
-            dist.barrier()
         result = message = None
-        try:
-            result = function()
-        except UserError as error:
-            message = str(error)
-        if waits and not self.local:
-            dist.barrier()
-        messages = [text for text in self.gather(message) if text is not None]
-        if messages:
-            raise self.error(messages[0])
+
+        def attempt():
+            nonlocal result, message
+            try:
+                result = function()
+            except UserError as error:
+                message = str(error)
+
+        later = in_turn and self.local > 0
+        if not later:
+            attempt()
+        if in_turn:
+            self._raise_first(self.gather(message))
+        if later:
+            attempt()
+        self._raise_first(self.gather(message))
         return result
+
+    def _raise_first(self, messages):
+        """Raises the first text of `messages` that is not None."""
+        for message in messages:
+            if message is not None:
+                raise self.error(message)
 
     def by_first(self, function):
         """What `function` returns in the first process, for all. Its UserError is raised in all, said by one."""
