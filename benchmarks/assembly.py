@@ -158,7 +158,7 @@ def answer(connection, function, args):
     except KeyboardInterrupt:
         pass
     except MemoryError:
-        connection.send((None, "too little memory: pass a smaller --original-images"))
+        connection.send((None, "too little memory: measure less (--help lists the flags)"))
     except (UserError, OSError) as error:
         connection.send((None, str(error)))
 
@@ -180,7 +180,9 @@ def alone(function, *args):
     except EOFError:
         process.join()
         if process.exitcode == -signal.SIGKILL:
-            raise UserError("a measurement was killed: for want of memory, pass a smaller --original-images") from None
+            raise UserError(
+                "a measurement was killed: for want of memory, measure less (--help lists the flags)"
+            ) from None
         raise RuntimeError(f"{function.__name__} failed, exit code {process.exitcode}") from None
     except KeyboardInterrupt:
         process.terminate()
