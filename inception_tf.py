@@ -8,7 +8,8 @@ import os
 import torch
 
 from files import UserError
-from inception import FED, POOL, SPATIAL, WEIGHTS, Extractor, read_bytes, read_nodes
+from graph_file import read_bytes, read_nodes
+from inception import FED, POOL, SPATIAL, WEIGHTS, Extractor
 
 
 def _tensorflow():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from inception import message_classes
+from graph_file import message_classes
 
 FLOAT, INT, UINT8, STRING = 1, 3, 4, 7  # TensorFlow's numbers of the types that occur
 NUMBERS = {"float32": FLOAT, "int32": INT}

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import inception
 import inception_tf
 from files import UserError
-from inception import Graph, exact_float32, load_graph, message_classes, read_nodes
+from graph_file import message_classes, read_nodes
+from inception import Graph, exact_float32, load_graph
 
 HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
 needs_tensorflow = pytest.mark.skipif(not HAS_TENSORFLOW, reason="TensorFlow is not installed: pip install tensorflow")
