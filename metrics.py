@@ -144,7 +144,7 @@ def _p_log_p(p):
     return p * np.log(np.where(p > 0, p, 1))
 
 
-def precision_recall(reference, sample, k=3, dtype="fp16", device="cpu", block=BLOCK):
+def precision_recall(reference, sample, k=3, dtype="fp16", device="cpu", block=BLOCK, progress=None):
     """(precision, recall) of features sample (N, D) against reference (M, D), floats from 0 to 1.
 
     Each point has a ball that reaches to the k-th nearest other point of its own set. Precision is the share of samples
@@ -153,6 +153,7 @@ def precision_recall(reference, sample, k=3, dtype="fp16", device="cpu", block=B
     again in float32 where float16 overflows. "fp32" differs from published values by up to 0.0024.
     device: a torch.device or its name. block: points a side of the distances that are computed at a time; where memory
     does not suffice half as many are tried, with a warning. They change at most the last bits of a distance.
+    progress: called with the number of blocks of distances that are done, and of all, after each of them.
     Raises ValueError where shapes or values do not fit, or a set has no k other points.
     Source: Kynkäänniemi et al. 2019, algorithm 1.
     """
@@ -171,9 +172,9 @@ def precision_recall(reference, sample, k=3, dtype="fp16", device="cpu", block=B
     try:
         while True:
             try:
-                return _precision_recall(reference, sample, k, dtype == "fp16", device, block)
+                return _precision_recall(reference, sample, k, dtype == "fp16", device, block, progress)
             except (MemoryError, RuntimeError) as error:
-                if block == 1 or not _out_of_memory(error):
+                if block == 1 or not out_of_memory(error):
                     raise
             # Here the error, which holds what was computed, is gone.
             block //= 2
@@ -195,19 +196,28 @@ def _checked(name, features, k):
     return features
 
 
-def _out_of_memory(error):
-    """Whether an exception says that memory did not suffice; on a CPU torch raises a plain RuntimeError."""
+def out_of_memory(error):
+    """Whether an exception of NumPy or torch says that memory did not suffice; on a CPU torch's is a RuntimeError."""
     import torch
 
     texts = "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
-def _precision_recall(reference, sample, k, half, device, block):
+def _precision_recall(reference, sample, k, half, device, block, progress):
     """What `precision_recall` returns, computed on `device` in blocks of `block` points a side."""
     import torch
 
-    reference_radii, sample_radii = (_radii(features, k, half, device, block) for features in (reference, sample))
+    m, n = (-(-len(features) // block) for features in (reference, sample))
+    total, done = m * (m + 1) // 2 + n * (n + 1) // 2 + m * n, 0
+
+    def show():
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+
+    reference_radii, sample_radii = (_radii(features, k, half, device, block, show) for features in (reference, sample))
     inside_sample = torch.zeros(len(reference), dtype=torch.bool, device=device)
     inside_reference = torch.zeros(len(sample), dtype=torch.bool, device=device)
     for rows, u in _blocks(reference, device, block):
@@ -215,11 +225,12 @@ def _precision_recall(reference, sample, k, half, device, block):
             (distances,) = _squared_distances(u, v, half)
             inside_reference[columns] |= (distances <= reference_radii[rows, None]).any(0)
             inside_sample[rows] |= (distances <= sample_radii[columns]).any(1)
+            show()
     return inside_reference.double().mean().item(), inside_sample.double().mean().item()
 
 
-def _radii(features, k, half, device, block):
-    """The squared distance of each point to the k-th nearest other one, float32 (N,) on `device`.
+def _radii(features, k, half, device, block, show):
+    """The squared distance of each point to the k-th nearest other one, float32 (N,) on `device`; show() per block.
 
     That is order statistic k of its distances to all points, itself, order statistic 0, included.
     """
@@ -238,6 +249,7 @@ def _radii(features, k, half, device, block):
             take_in(rows, distances)
             for distances in transposed:
                 take_in(columns, distances)
+            show()
     return nearest.amax(1)
 
 

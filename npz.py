@@ -31,17 +31,19 @@ def write_npz(file, **arrays):
                 raise ValueError(f"the parts of {name} have {written} values, {prod(shape)} belong to {shape}")
 
 
+def read_header(path, name):
+    """Shape and dtype of the array `name` of the .npz at `path`; what it raises is as for `read_parts`."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+        return _read_header(path, name, member)
+
+
 def read_parts(path, name, rows):
     """The array `name` of the .npz at `path`, `rows` of its first axis at a time; a generator of arrays.
 
     Raises what zipfile and NumPy raise where the file is damaged; its checksum is looked at with the last part.
     """
     with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran_order, dtype = read_header[version](member)
-        if fortran_order or dtype.hasobject or not shape:
-            raise ValueError(f"{name} of {path} is not an array of plain values in C order")
+        shape, dtype = _read_header(path, name, member)
         for start in range(0, shape[0], rows):
             part = (min(rows, shape[0] - start), *shape[1:])
             size = prod(part) * dtype.itemsize
@@ -49,3 +51,12 @@ def read_parts(path, name, rows):
             if len(data) != size:
                 raise ValueError(f"{name} of {path} is cut off")
             yield np.frombuffer(data, dtype).reshape(part)
+
+
+def _read_header(path, name, member):
+    version = np.lib.format.read_magic(member)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran_order, dtype = read[version](member)
+    if fortran_order or dtype.hasobject or not shape:
+        raise ValueError(f"{name} of {path} is not an array of plain values in C order")
+    return shape, dtype

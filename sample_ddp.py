@@ -154,6 +154,7 @@ def main(args):
 
     import sampling
     from files import UserError, check_writable
+    from metrics import out_of_memory
     from pipeline import Pipeline
     from processes import Processes
     from shards import SampleSet
@@ -214,7 +215,7 @@ def main(args):
         shown.close()
         texts = [str(text) for text in error.args]
         if not isinstance(error, UserError | KeyboardInterrupt):
-            if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            if not out_of_memory(error):
                 raise
             smaller = "" if args.deterministic else ": pass a smaller --per-proc-batch-size"
             texts = [f"{device} has too little memory for {batch_size} images at a time{smaller}"]
