@@ -1,4 +1,4 @@
-"""TensorFlow's frozen graph files: their messages, parsed with `protobuf` alone, and their nodes.
+"""TensorFlow's frozen graph files, read and written with `protobuf` alone: their messages and nodes.
 
 The file holds a GraphDef: nodes with a name, an operation, inputs and attributes; the weights are nodes too.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from files import UserError
+from files import UserError, written_whole
 
 # TensorFlow's messages as far as a frozen graph needs them: field, number, type; "*" marks repeated fields.
 MESSAGES = {
@@ -35,6 +35,7 @@ DTYPES = {
     9: ("int64", "int64_val"),
     10: ("bool", "bool_val"),
 }
+FLOAT, INT = 1, 3  # those that are written
 
 
 @functools.cache
@@ -148,3 +149,82 @@ class Node:
             return values.reshape(shape)
         except ValueError as error:
             raise self.fault(f"does not hold the values of its shape {shape}: the file is damaged") from error
+
+
+class GraphWriter:
+    """A graph in the making: each method adds nodes, and returns the name of the last one. No random numbers here.
+
+    A node reads others by their names. Attributes are given as the fields of AttrValue: T={"type": FLOAT}.
+    producer: the version that the file names; newer ones than 8 have no BatchNormWithGlobalNormalization.
+    """
+
+    def __init__(self, producer=8):
+        self.message = message_classes()["GraphDef"](versions={"producer": producer})
+
+    def node(self, name, op, *inputs, **attrs):
+        """Adds any node."""
+        pairs = [{"key": key, "value": value} for key, value in attrs.items()]
+        self.message.node.add(name=name, op=op, input=inputs, attr=pairs)
+        return name
+
+    def constant(self, name, values):
+        """Adds an array of any shape: float32, or int32 where it holds whole numbers."""
+        values = np.asarray(values)
+        number, dtype = {"f": (FLOAT, "<f4"), "i": (INT, "<i4")}[values.dtype.kind]
+        shape = {"dim": [{"size": size} for size in values.shape]}
+        tensor = {"dtype": number, "tensor_shape": shape, "tensor_content": values.astype(dtype).tobytes()}
+        return self.node(name, "Const", dtype={"type": number}, value={"tensor": tensor})
+
+    def resize(self, x, side, shift, scale):
+        """Adds ResizeBilinear of x (N, H, W, C) to `side` pixels, minus `shift`, times `scale`: the node is Mul."""
+        floats = {"T": {"type": FLOAT}}
+        size = self.constant("ResizeBilinear/size", np.array([side, side]))
+        x = self.node("ResizeBilinear", "ResizeBilinear", x, size, align_corners={"b": False}, **floats)
+        x = self.node("Sub", "Sub", x, self.constant("Sub/y", float(shift)), **floats)
+        return self.node("Mul", "Mul", x, self.constant("Mul/y", float(scale)), **floats)
+
+    def convolution(
+        self, name, x, kernel, beta, gamma, mean, variance, *, stride=1, padding=b"SAME", epsilon=1e-3, scaled=True
+    ):
+        """Adds Conv2D, batch norm, the check for NaN and Relu, named as in the graph of 2015.
+
+        kernel: (height, width, C_in, C_out); the batch norm's four arrays: (C_out,).
+        epsilon: what is added to the variance. scaled: whether gamma is used.
+        """
+        floats = {"T": {"type": FLOAT}}
+        kernel = self.constant(f"{name}/conv2d_params", kernel)
+        strides = {"list": {"i": [1, stride, stride, 1]}}
+        x = self.node(f"{name}/Conv2D", "Conv2D", x, kernel, strides=strides, padding={"s": padding}, **floats)
+        norm = f"{name}/batchnorm"
+        arrays = {"moving_mean": mean, "moving_variance": variance, "beta": beta, "gamma": gamma}
+        moments = [self.constant(f"{norm}/{moment}", values) for moment, values in arrays.items()]
+        attrs = {"variance_epsilon": {"f": epsilon}, "scale_after_normalization": {"b": scaled}}
+        self.node(norm, "BatchNormWithGlobalNormalization", x, *moments, **attrs, **floats)
+        check = self.node(f"{name}/CheckNumerics", "CheckNumerics", norm, message={"s": b"not finite"}, **floats)
+        x = self.node(f"{name}/control_dependency", "Identity", norm, f"^{check}", **floats)
+        return self.node(name, "Relu", x, **floats)
+
+    def pool(self, name, op, x, size=3, stride=1, padding=b"SAME"):
+        """Adds AvgPool or MaxPool over windows of size x size."""
+        sides = {key: {"list": {"i": [1, side, side, 1]}} for key, side in (("ksize", size), ("strides", stride))}
+        return self.node(name, op, x, **sides, padding={"s": padding}, T={"type": FLOAT})
+
+    def classes(self, x, weights, biases=None, images=-1):
+        """Adds the classes' probabilities behind pooled features x (N, 1, 1, C): the node is softmax.
+
+        weights: (C, classes); biases: (classes,). images: the N that the graph is declared for, -1 for any.
+        """
+        floats, turns = {"T": {"type": FLOAT}}, {"transpose_a": {"b": False}, "transpose_b": {"b": False}}
+        shape = self.constant("pool_3/_reshape/shape", np.array([images, len(weights)]))
+        x = self.node("pool_3/_reshape", "Reshape", x, shape, Tshape={"type": INT}, **floats)
+        weights = self.constant("softmax/weights", weights)
+        x = self.node("softmax/logits/MatMul", "MatMul", x, weights, **turns, **floats)
+        if biases is not None:
+            x = self.node("softmax/logits", "BiasAdd", x, self.constant("softmax/biases", biases), **floats)
+        return self.node("softmax", "Softmax", x, **floats)
+
+    def save(self, path):
+        """Writes the file, whole or not at all; returns its path. Raises UserError where it cannot be written."""
+        with written_whole(path) as part:
+            part.write_bytes(self.message.SerializeToString())
+        return Path(path)

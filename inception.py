@@ -411,6 +411,16 @@ class Extractor:
         pool, spatial = self.run(images)
         return pool.flatten(1), spatial[..., :SPATIAL_CHANNELS].flatten(1)
 
+    def class_accuracy(self, images, labels, batch_size=100):
+        """The share of images that the network puts in their class: images (N, H, W, 3) as for `features`, labels (N,).
+
+        labels: whole numbers, columns of `probabilities`. batch_size: images at a time.
+        """
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+        batches = (self.probabilities(self.features(batch)[0]) for batch in images.split(batch_size))
+        guesses = torch.cat([probabilities.argmax(1).cpu() for probabilities in batches])
+        return (guesses == labels).float().mean().item()
+
 
 class Graph(Extractor):
     """The operations between the node `fed` and the nodes `outputs` of a graph file, on `device`, in float32.

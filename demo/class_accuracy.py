@@ -14,12 +14,17 @@ import cli  # noqa: E402
 
 
 def parse_args(argv=None):
-    from train_classifier import WEIGHTS
     from training import HERE
 
+    shipped = HERE.parent / "ckpt" / "fashion_mnist"
     parser = cli.ArgumentParser(description="Class accuracy of the Fashion-MNIST model's samples.")
-    parser.add_argument("--ckpt", default=str(HERE.parent / "ckpt" / "fashion_mnist"), help="model folder")
-    parser.add_argument("--classifier", type=Path, default=WEIGHTS, help="what demo/train_classifier.py wrote")
+    parser.add_argument("--ckpt", default=str(shipped), help="model folder")
+    parser.add_argument(
+        "--classifier",
+        type=Path,
+        default=shipped / "classifier.pb",
+        help="graph file, as demo/train_classifier.py writes it",
+    )
     parser.add_argument("--path", help="router; without it only the plain sampler is judged")
     parser.add_argument("--thres", type=cli.fraction, default=0.1, help="threshold of the router, 0 to 1")
     parser.add_argument("--num-sampling-steps", type=cli.sampling_steps, default=20, help="DDIM steps")
@@ -37,19 +42,16 @@ def parse_args(argv=None):
 def main(args):
     import torch
     from tqdm import tqdm
-    from train_classifier import accuracy, build_classifier
     from training import load_split
 
     import download
+    import inception
     import sampling
     from diffusion import create_diffusion
-    from files import load_tensors
     from router import Router
 
     device = sampling.pick_device(args.device)
-    classifier = build_classifier().eval()
-    classifier.load_state_dict(load_tensors(args.classifier))
-    classifier.to(device)
+    classifier = inception.load_graph(args.classifier, device)
     spec = sampling.model_spec(ckpt=args.ckpt)
     dit, vae = sampling.load_dit(spec, device), sampling.load_vae(spec, device)
     schedules = {"without router": None}
@@ -68,13 +70,15 @@ def main(args):
         generator=torch.Generator().manual_seed(args.seed),
     )
     labels = torch.arange(args.samples) % spec.num_classes
-    print(f"the classifier on the test images: {accuracy(classifier, *load_split(args.data, 'test'), device):.2%}")
+    real, classes = load_split(args.data, "test")
+    share = classifier.class_accuracy(real.permute(0, 2, 3, 1), classes)
+    print(f"the classifier on the test images: {share:.2%}")
     for name, schedule in schedules.items():
         images = []
         for z, y in zip(tqdm(noise.split(args.batch_size), desc=name, disable=None), labels.split(args.batch_size)):
             latents = sampling.sample_latents(dit, diffusion, z.to(device), y.to(device), cfg_scale, schedule)
             images.append(sampling.decode(vae, latents).cpu())
-        share = accuracy(classifier, torch.cat(images).permute(0, 3, 1, 2), labels, device)
+        share = classifier.class_accuracy(torch.cat(images), labels)
         print(
             f"{args.samples} samples, {args.num_sampling_steps} steps, guidance {cfg_scale}, {name}: "
             f"{share:.2%} in their class",

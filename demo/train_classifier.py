@@ -1,8 +1,9 @@
 """Train the judge of the shipped model's samples: a small convolutional classifier of Fashion-MNIST images.
 
-    python demo/train_classifier.py            # writes demo/work/classifier.safetensors; minutes on a laptop
+    python demo/train_classifier.py            # writes demo/work/fashion_mnist/classifier.pb; minutes on a laptop
 
-It never sees a generated image. Stopped at any time, the same command continues.
+What it writes is a graph file, which `inception.py` runs like the network of FID. It never sees a generated image.
+Stopped at any time, the same command continues.
 """
 
 import sys
@@ -13,15 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli  # noqa: E402
 
-WEIGHTS = Path(__file__).resolve().parent / "work" / "classifier.safetensors"
-
 
 def parse_args(argv=None):
-    from training import add_arguments
+    from training import MODEL_FOLDER, add_arguments
 
     parser = cli.ArgumentParser(description="Train the classifier that judges samples of the Fashion-MNIST model.")
     add_arguments(parser, name="classifier", steps=4000)
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="weights to write")
+    parser.add_argument("--out", type=Path, default=MODEL_FOLDER / "classifier.pb", help="graph file to write")
     return parser.parse_args(argv)
 
 
@@ -54,22 +53,41 @@ def build_classifier():
     return nn.Sequential(OrderedDict(parts))
 
 
-def accuracy(classifier, images, labels, device):
-    """Share of uint8 images (M, 3, 32, 32) put in their class."""
-    import torch
-    from training import normalise
+def save_graph(classifier, path):
+    """Writes the classifier, as it is in evaluation, as a graph file with the evaluator's nodes.
 
-    with torch.no_grad():
-        guesses = torch.cat([classifier(normalise(part).to(device)).argmax(1).cpu() for part in images.split(500)])
-    return (guesses == labels).float().mean().item()
+    Fed at ExpandDims with images (N, H, W, 3) from 0 to 255, of any size: they are resized to 32 x 32.
+    Raises UserError where the file cannot be written.
+    """
+    from torch import nn
+
+    from graph_file import FLOAT, GraphWriter
+
+    def array(tensor):
+        return tensor.detach().cpu().numpy()
+
+    graph = GraphWriter()
+    x = graph.node("ExpandDims", "Placeholder", dtype={"type": FLOAT})
+    x = graph.resize(x, 32, 127.5, 1 / 127.5)
+    for name, part in classifier.named_children():
+        if isinstance(part, nn.Sequential):
+            name = name.replace("mixed_6_", "mixed_6/")
+            conv, norm, _ = part
+            kernel = array(conv.weight.permute(2, 3, 1, 0))  # (height, width, C_in, C_out)
+            moments = [array(moment) for moment in (norm.bias, norm.weight, norm.running_mean, norm.running_var)]
+            x = graph.convolution(name, x, kernel, *moments, epsilon=norm.eps)
+        elif isinstance(part, (nn.MaxPool2d, nn.AvgPool2d)):
+            op = "MaxPool" if isinstance(part, nn.MaxPool2d) else "AvgPool"
+            x = graph.pool(name, op, x, part.kernel_size, part.stride, b"VALID")
+    graph.classes(x, array(classifier.logits.weight.T))
+    graph.save(path)
 
 
 def main(args):
     import torch
-    from safetensors.torch import save_file
     from training import load_split, normalise, train
 
-    from files import written_whole
+    import inception
     from sampling import pick_device
 
     args.device = pick_device(args.device)
@@ -87,10 +105,9 @@ def main(args):
         return torch.nn.functional.cross_entropy(classifier(x.roll(shift, (2, 3))), labels[index].to(args.device))
 
     loss = train(args, update, optimizer, generator, classifier=classifier)
-    classifier.eval()
-    with written_whole(args.out) as part:
-        save_file(classifier.state_dict(), part)
-    share = accuracy(classifier, *load_split(args.data, "test"), args.device)
+    save_graph(classifier, args.out)
+    held_out, classes = load_split(args.data, "test")
+    share = inception.load_graph(args.out, args.device).class_accuracy(held_out.permute(0, 2, 3, 1), classes)
     print(f"final loss {loss}, accuracy on the test images {share:.2%}")
     print(f"wrote {args.out}")
 

@@ -1,68 +1,54 @@
-"""Graph files to test with: any nodes, and random weights in the structure of the Inception v3 graph of 2015."""
+"""Graph files to test with, random weights in the structure of the Inception v3 graph of 2015, and who runs them."""
 
-from pathlib import Path
+import importlib.util
 
 import numpy as np
+import pytest
 
-from graph_file import message_classes
+import inception
+import inception_tf
+from graph_file import FLOAT, INT, GraphWriter
 
-FLOAT, INT, UINT8, STRING = 1, 3, 4, 7  # TensorFlow's numbers of the types that occur
-NUMBERS = {"float32": FLOAT, "int32": INT}
+HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
+needs_tensorflow = pytest.mark.skipif(not HAS_TENSORFLOW, reason="TensorFlow is not installed: pip install tensorflow")
+BACKENDS = [inception.Graph, pytest.param(inception_tf.Graph, marks=needs_tensorflow)]
+TOLERANCE = 1e-5  # of the features, relative L2: what was measured is 2e-6
+
+UINT8, STRING = 4, 7  # TensorFlow's numbers of the other types that occur
 ENDS = ("", (1, 3)), ("_1", (3, 1))  # the pairs of convolutions in which the last towers end: of the name, size
 
 
-class GraphFile:
-    """A GraphDef in the making. Attributes are given as the fields of AttrValue: T={"type": FLOAT}."""
+def relative(actual, expected):
+    """The L2 norm of the difference over that of `expected`, both tensors."""
+    return float((actual - expected).double().norm() / expected.double().norm())
+
+
+class GraphFile(GraphWriter):
+    """A graph with random weights."""
 
     def __init__(self, seed=0, producer=8):
-        self.message = message_classes()["GraphDef"](versions={"producer": producer})
+        super().__init__(producer)
         self.random = np.random.default_rng(seed)
 
-    def node(self, name, op, *inputs, **attrs):
-        """Adds a node; returns its name."""
-        pairs = [{"key": key, "value": value} for key, value in attrs.items()]
-        self.message.node.add(name=name, op=op, input=inputs, attr=pairs)
-        return name
+    def drawn(self, *shape, std=1.0, mean=0.0):
+        """Random float32 values."""
+        return self.random.standard_normal(shape, np.float32) * np.float32(std) + np.float32(mean)
 
-    def constant(self, name, values):
-        """Adds an array, float32 or int32, as a node; returns its name."""
-        values = np.asarray(values)
-        values = values.astype({"f": np.float32, "i": np.int32}[values.dtype.kind])
-        dtype, shape = NUMBERS[values.dtype.name], {"dim": [{"size": size} for size in values.shape]}
-        tensor = {"dtype": dtype, "tensor_shape": shape, "tensor_content": values.tobytes()}
-        return self.node(name, "Const", dtype={"type": dtype}, value={"tensor": tensor})
-
-    def normal(self, name, *shape, std=1.0, mean=0.0):
+    def normal(self, name, *shape, std=1.0):
         """Adds random float32 values; returns the node's name."""
-        return self.constant(name, self.random.standard_normal(shape, np.float32) * np.float32(std) + np.float32(mean))
+        return self.constant(name, self.drawn(*shape, std=std))
 
-    def convolution(self, name, x, c_in, c_out, size=(1, 1), stride=1, padding=b"SAME", scaled=False):
-        """Adds Conv2D, batch norm, the check and Relu under the names of the original; returns the last.
+    def random_convolution(self, name, x, c_in, c_out, size=(1, 1), stride=1, padding=b"SAME"):
+        """Adds `convolution` with random weights; returns the last node.
 
         The weights keep the variance of what goes through; the moments are such that batch norm does something.
         """
-        self.normal(f"{name}/conv2d_params", *size, c_in, c_out, std=(2 / (size[0] * size[1] * c_in)) ** 0.5)
-        strides = {"list": {"i": [1, stride, stride, 1]}}
-        floats = {"T": {"type": FLOAT}}
-        self.node(
-            f"{name}/Conv2D", "Conv2D", x, f"{name}/conv2d_params", strides=strides, padding={"s": padding}, **floats
+        kernel = self.drawn(*size, c_in, c_out, std=(2 / (size[0] * size[1] * c_in)) ** 0.5)
+        beta, gamma, mean = (self.drawn(c_out, std=0.1, mean=mean) for mean in (0, 1, 0))
+        variance = self.random.uniform(0.5, 1.5, c_out)
+        return self.convolution(
+            name, x, kernel, beta, gamma, mean, variance, stride=stride, padding=padding, scaled=False
         )
-        norm = f"{name}/batchnorm"
-        self.normal(f"{norm}/beta", c_out, std=0.1)
-        self.normal(f"{norm}/gamma", c_out, std=0.1, mean=1.0)
-        self.normal(f"{norm}/moving_mean", c_out, std=0.1)
-        self.constant(f"{norm}/moving_variance", self.random.uniform(0.5, 1.5, c_out))
-        moments = [f"{norm}/{moment}" for moment in ("moving_mean", "moving_variance", "beta", "gamma")]
-        attrs = {"variance_epsilon": {"f": 0.001}, "scale_after_normalization": {"b": scaled}}
-        self.node(norm, "BatchNormWithGlobalNormalization", f"{name}/Conv2D", *moments, **attrs, **floats)
-        self.node(f"{name}/CheckNumerics", "CheckNumerics", norm, message={"s": b"not finite"}, **floats)
-        self.node(f"{name}/control_dependency", "Identity", norm, f"^{name}/CheckNumerics", **floats)
-        return self.node(name, "Relu", f"{name}/control_dependency", **floats)
-
-    def pool(self, name, op, x, size=3, stride=1, padding=b"SAME"):
-        """Adds AvgPool or MaxPool; returns its name."""
-        sides = {key: {"list": {"i": [1, side, side, 1]}} for key, side in (("ksize", size), ("strides", stride))}
-        return self.node(name, op, x, **sides, padding={"s": padding}, T={"type": FLOAT})
 
     def concat(self, name, *values):
         """Adds the old Concat along the channels, whose first input is the axis; returns its name."""
@@ -77,30 +63,12 @@ class GraphFile:
         self.node("Cast", "Cast", "DecodeJpeg", SrcT={"type": UINT8}, DstT={"type": FLOAT})
         self.constant("ExpandDims/dim", np.int32(0))
         self.node("ExpandDims", "ExpandDims", "Cast", "ExpandDims/dim", Tdim={"type": INT}, **floats)
-        self.constant("ResizeBilinear/size", np.array([side, side], np.int32))
-        self.node("ResizeBilinear", "ResizeBilinear", x, "ResizeBilinear/size", align_corners={"b": False}, **floats)
-        self.constant("Sub/y", 128.0)
-        self.node("Sub", "Sub", "ResizeBilinear", "Sub/y", **floats)
-        self.constant("Mul/y", 1 / 128)
-        return self.node("Mul", "Mul", "Sub", "Mul/y", **floats)
+        return self.resize(x, side, 128, 1 / 128)
 
     def tail(self, x, features, classes):
         """Adds the classifier behind the pooled features (1, 1, 1, features); returns its node of probabilities."""
-        floats = {"T": {"type": FLOAT}}
-        self.constant("pool_3/_reshape/shape", np.array([1, features], np.int32))
-        self.node("pool_3/_reshape", "Reshape", x, "pool_3/_reshape/shape", Tshape={"type": INT}, **floats)
-        self.normal("softmax/weights", features, classes, std=0.5 / features**0.5)
-        self.normal("softmax/biases", classes)
-        turns = {"transpose_a": {"b": False}, "transpose_b": {"b": False}}
-        self.node("softmax/logits/MatMul", "MatMul", "pool_3/_reshape", "softmax/weights", **turns, **floats)
-        self.node("softmax/logits", "BiasAdd", "softmax/logits/MatMul", "softmax/biases", **floats)
-        return self.node("softmax", "Softmax", "softmax/logits", **floats)
-
-    def save(self, path):
-        """Writes the file; returns its path."""
-        path = Path(path)
-        path.write_bytes(self.message.SerializeToString())
-        return path
+        weights = self.drawn(features, classes, std=0.5 / features**0.5)
+        return self.classes(x, weights, self.drawn(classes), images=1)
 
 
 def inception_v3(path, narrower=1, seed=0):
@@ -115,7 +83,7 @@ def inception_v3(path, narrower=1, seed=0):
         c_out = max(c_out // narrower, 1)
         size = size or (1, 1)
         channels[name] = c_out
-        return file.convolution(name, x, channels[x], c_out, size, stride, b"VALID" if stride == 2 else padding)
+        return file.random_convolution(name, x, channels[x], c_out, size, stride, b"VALID" if stride == 2 else padding)
 
     def pool(name, x, op="AvgPool", stride=1):
         channels[name] = channels[x]

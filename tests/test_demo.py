@@ -11,9 +11,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, call, run
+from conftest import DATA, ROOT, assert_refused, call, run
+from inception_graph import BACKENDS, TOLERANCE, relative
 from PIL import Image
 
+from inception import resize_bilinear
 from router import Router
 
 sys.path.insert(0, str(ROOT / "demo"))
@@ -75,7 +77,7 @@ def test_the_programs_run_from_images_to_a_model_folder_that_samples(data, tmp_p
 
     assert "PSNR on held-out images" in program("train_vae.py", "--out", out / "vae")
     assert "final loss" in program("train_dit.py", "--out", out)
-    judge = tmp_path / "classifier.safetensors"
+    judge = tmp_path / "classifier.pb"
     assert "accuracy on the test images" in program("train_classifier.py", "--out", judge)
     assert "continuing" in program("train_dit.py", "--out", out)
     assert json.loads((out / "vae" / "config.json").read_text())["scaling_factor"] > 0
@@ -88,6 +90,60 @@ def test_the_programs_run_from_images_to_a_model_folder_that_samples(data, tmp_p
     assert "20 samples, 2 steps, guidance 2.0, without router" in result.stdout, result.stderr
     sampled = run("sample.py", "--ckpt", out, "--num-sampling-steps", 2, "--repeats", 1, cwd=tmp_path)
     assert sampled.returncode == 0, sampled.stderr
+
+
+def test_a_classifier_that_is_no_graph_file_is_refused(tmp_path, capfd):
+    assert_refused(call("class_accuracy.py", "--classifier", tmp_path / "none.pb", capfd=capfd), "no such file: ")
+    (tmp_path / "empty.pb").touch()
+    flags = ["--classifier", tmp_path / "empty.pb"]
+    assert_refused(call("class_accuracy.py", *flags, capfd=capfd), "empty.pb is not a TensorFlow graph")
+
+
+@pytest.mark.parametrize("size", [32, 45])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_classifiers_graph_computes_what_the_module_does(backend, size, tmp_path):
+    from train_classifier import build_classifier, save_graph
+
+    torch.manual_seed(0)
+    classifier = build_classifier()
+    with torch.no_grad():  # fresh ones would do nothing
+        for norm in (module for module in classifier.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+            for values, low, high in (
+                (norm.weight, 0.5, 1.5),
+                (norm.bias, -0.3, 0.3),
+                (norm.running_mean, -0.3, 0.3),
+                (norm.running_var, 0.01, 1.5),
+            ):
+                values.uniform_(low, high)
+    save_graph(classifier, tmp_path / "classifier.pb")  # as training leaves it, with dropout
+    images = torch.randint(0, 256, (7, size, size, 3), dtype=torch.uint8)
+
+    x, expected = resize_bilinear(images, 32, 32).permute(0, 3, 1, 2) / 127.5 - 1, {}
+    with torch.no_grad():
+        for name, part in classifier.eval().named_children():
+            x = expected[name] = part(x)
+    pool, spatial = (expected[name].permute(0, 2, 3, 1) for name in ("pool_3", "mixed_6_conv"))
+    outputs = ("pool_3", "mixed_6/conv", "softmax/logits/MatMul", "softmax")
+    actual = backend(tmp_path / "classifier.pb", outputs=outputs).run(images)
+    for output, value in zip(actual, (pool, spatial, x, x.softmax(1))):
+        assert output.shape == value.shape
+        assert relative(output, value) < TOLERANCE
+    # As the evaluator asks for them: the network's own sizes, cell by cell.
+    graph = backend(tmp_path / "classifier.pb")
+    features, cells = graph.features(images)
+    assert features.shape == (7, 64) and cells.shape == (7, 8 * 8 * 7)
+    assert relative(cells, spatial[..., :7].flatten(1)) < TOLERANCE
+    assert relative(graph.probabilities(features), x.softmax(1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_shipped_classifier_knows_real_images(backend):
+    """The first 500 test images of Fashion-MNIST, `np.savez_compressed(path, images=images[:500], labels=labels[:500])`
+    of what `read_idx` in demo/fashion_mnist.py reads: uint8 (500, 28, 28) and (500,)."""
+    with np.load(DATA / "fashion_mnist.npz") as sample:
+        images, labels = sample["images"], sample["labels"]
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None].repeat(3, -1)  # as fashion_mnist.py exports them
+    assert backend(SHIPPED / "classifier.pb").class_accuracy(images, labels) >= 0.91
 
 
 def test_more_steps_than_the_model_was_trained_with_are_refused(capfd):

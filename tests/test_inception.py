@@ -1,13 +1,22 @@
 """inception.py against loops in NumPy, operation by operation, and against TensorFlow where that is installed."""
 
-import importlib.util
 import itertools
 import sys
 
 import numpy as np
 import pytest
 import torch
-from inception_graph import FLOAT, INT, GraphFile, inception_v3
+from inception_graph import (
+    BACKENDS,
+    FLOAT,
+    HAS_TENSORFLOW,
+    INT,
+    TOLERANCE,
+    GraphFile,
+    inception_v3,
+    needs_tensorflow,
+    relative,
+)
 from torch.nn import functional as F
 
 import inception
@@ -16,15 +25,7 @@ from files import UserError
 from graph_file import message_classes, read_nodes
 from inception import Graph, exact_float32, load_graph
 
-HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
-needs_tensorflow = pytest.mark.skipif(not HAS_TENSORFLOW, reason="TensorFlow is not installed: pip install tensorflow")
-BACKENDS = [Graph, pytest.param(inception_tf.Graph, marks=needs_tensorflow)]
 FLOATS = {"T": {"type": FLOAT}}
-TOLERANCE = 1e-5  # of the features, relative L2: what was measured is 2e-6
-
-
-def relative(actual, expected):
-    return float((actual - expected).double().norm() / expected.double().norm())
 
 
 def assert_close(actual, expected, tolerance=2e-6):
@@ -441,7 +442,7 @@ def small_classifier(path, std=1.0):
             file.node("relu", "Relu", "first/biased", **FLOATS)
     file.constant("axis", np.int32(3))
     file.node("join", "ConcatV2", "relu", "second/biased", "axis", N={"i": 2}, Tidx={"type": INT}, **FLOATS)
-    file.convolution("mixed_6/conv", "join", 7, 9, (3, 3), 2)
+    file.random_convolution("mixed_6/conv", "join", 7, 9, (3, 3), 2)
     file.tail(file.pool("pool_3", "AvgPool", "mixed_6/conv", 4, 1, b"VALID"), 9, 10)
     return file.save(path)
 
@@ -458,6 +459,15 @@ def test_a_smaller_network_with_the_same_names_has_its_own_sizes(tmp_path):
         other = inception_tf.load_graph(path)
         assert all(relative(*pair) < TOLERANCE for pair in zip(graph.features(x), other.features(x)))
         assert relative(probabilities, other.probabilities(pool)) < TOLERANCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_class_accuracy_is_the_share_of_images_whose_likeliest_class_is_their_label(backend, tmp_path):
+    graph, x = backend(small_classifier(tmp_path / "small.pb")), images(7, 10)
+    labels = graph.probabilities(graph.features(x)[0]).argmax(1)
+    labels[[1, 4]] = (labels[[1, 4]] + 1) % 10
+    for batch_size in (3, 100):
+        assert graph.class_accuracy(x, labels.numpy(), batch_size) == pytest.approx(5 / 7)
 
 
 def test_tf32_is_off_while_the_network_runs_and_then_as_before(tmp_path, monkeypatch):
@@ -679,7 +689,7 @@ def test_without_tensorflow_one_backend_works_and_the_other_says_so(tmp_path, mo
 def test_tensorflow_refuses_in_one_line(tmp_path):
     file = GraphFile(producer=9)  # whose graphs have no old batch norm any more
     file.node("ExpandDims", "Placeholder", dtype={"type": FLOAT})
-    file.convolution("y", "ExpandDims", 3, 3)
+    file.random_convolution("y", "ExpandDims", 3, 3)
     path = file.save(tmp_path / "graph.pb")
     with pytest.raises(UserError, match="graph.pb cannot be imported by TensorFlow .*BatchNorm") as error:
         inception_tf.Graph(path, outputs=("y",), weights=None)
