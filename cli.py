@@ -93,11 +93,13 @@ def add_sampling_arguments(parser, cfg_scale):
     )
     parser.add_argument("--num-sampling-steps", type=sampling_steps, default=250, help="denoising steps, at most 1000")
     parser.add_argument(
-        "--accelerate-method", choices=["dynamiclayer"], help="dynamiclayer: skip what the router of --path says"
+        "--accelerate-method",
+        choices=["dynamiclayer", "schedule"],
+        help="dynamiclayer: skip what the router of --path says; schedule: what the Schedule saved there says",
     )
-    parser.add_argument("--path", help="router file; a released one that is not there is fetched")
+    parser.add_argument("--path", help="router or schedule file; a released one that is not there is fetched")
     parser.add_argument(
-        "--thres", type=fraction, default=0.1, help="layers whose score is at most this are skipped, 0 to 1"
+        "--thres", type=fraction, default=0.1, help="layers to which a router gives at most this are skipped, 0 to 1"
     )
     sampler = parser.add_mutually_exclusive_group()
     sampler.add_argument(
@@ -107,11 +109,11 @@ def add_sampling_arguments(parser, cfg_scale):
 
 
 def check_sampling_arguments(parser, args):
-    """Refuses a method without its router, and a router without its method."""
+    """Refuses a method without its file, and a file without its method."""
     if args.accelerate_method and not args.path:
-        parser.error("--accelerate-method dynamiclayer needs the router file: add --path")
+        parser.error(f"--accelerate-method {args.accelerate_method} needs its file: add --path")
     if args.path and not args.accelerate_method:
-        parser.error("--path is a router file: add --accelerate-method dynamiclayer to use it")
+        parser.error("--path needs its method: add --accelerate-method dynamiclayer for a router, schedule for others")
 
 
 @contextlib.contextmanager

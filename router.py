@@ -108,15 +108,7 @@ class Router(nn.Module):
 
     def check_fits(self, path, steps, depth):
         """Raises UserError where this router, read from `path`, is not one for `steps` steps and `depth` blocks."""
-        if self.steps != steps:
-            raise UserError(
-                f"router {path} has {self.steps} steps, the sampler runs {steps}: "
-                f"pass --num-sampling-steps {self.steps} or a {steps}-step router"
-            )
-        if self.depth != depth:
-            raise UserError(
-                f"router {path} is for {self.depth} blocks, the model has {depth}: pass a router trained on this model"
-            )
+        Schedule.full(self.steps, self.depth).check_fits(path, steps, depth)
 
 
 def router_loss(dit, diffusion, scores, i, x_start, y, noise, threshold=None):

@@ -1,4 +1,4 @@
-"""Sample a picture from a DiT, with or without a router that lets layers reuse their last output, and time it.
+"""Sample a picture from a DiT, with or without a router or schedule that lets layers reuse their output, and time it.
 
     python sample.py --model DiT-XL/2 --num-sampling-steps 20 --ddim-sample \\
         --accelerate-method dynamiclayer --path ckpt/DDIM20_router.pt --thres 0.1
@@ -30,7 +30,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="also sample without the router, in turn, from the same noise; the picture shows those above",
+        help="also sample without the file of --path, in turn, from the same noise; the picture shows those above",
     )
     cli.add_record_argument(parser, only="with --compare: ")
     parser.add_argument(
@@ -39,7 +39,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     cli.check_sampling_arguments(parser, args)
     if args.compare and not args.path:
-        parser.error("--compare needs a router to compare with: add --accelerate-method dynamiclayer --path ROUTER")
+        parser.error("--compare needs a router or schedule to compare with: add --accelerate-method and --path")
     if args.record and not args.compare:
         parser.error("--record keeps the figures of --compare: add that")
     if args.random_weights and args.ckpt and args.ckpt.endswith((".pt", ".safetensors")):
@@ -55,11 +55,9 @@ def main(args):
     import torch
     from tqdm import tqdm
 
-    import download
     import sampling
     from diffusion import create_diffusion
     from files import check_writable
-    from router import Router
 
     # What can be refused is refused before the weights are read.
     device = sampling.pick_device(args.device)
@@ -70,7 +68,7 @@ def main(args):
     sampling.picture_format(out)
     for place in filter(None, (out, args.record)):
         check_writable(place)
-    router = Router.load(download.find(args.path)) if args.path else None
+    schedule, _ = sampling.load_schedule(args.accelerate_method, args.path, args.thres)
     if not (args.ddim_sample or args.p_sample):
         print("Neither --ddim-sample nor --p-sample: DDIM is meant")
     # As published; has no effect on a CPU.
@@ -79,10 +77,8 @@ def main(args):
     if args.random_weights:
         print(f"Random weights from seed {args.seed}: the times are meant, there will be no picture")
     dit = sampling.load_dit(spec, device, args.seed if args.random_weights else None)
-    schedule = None
-    if router:
-        router.check_fits(args.path, args.num_sampling_steps, dit.depth)
-        schedule = router.schedule(args.thres)
+    if schedule:
+        schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
         print(sampling.describe_schedule(schedule, dit.multiply_adds()))
     vae = None if args.random_weights else sampling.load_vae(spec, device)
 
@@ -107,7 +103,8 @@ def main(args):
         sampling.synchronize(device)
         return latents, time.perf_counter() - start
 
-    runs = {"full": None, "router": schedule} if args.compare else {"router" if router else "full": schedule}
+    cached = "schedule" if args.accelerate_method == "schedule" else "router"
+    runs = {"full": None, cached: schedule} if args.compare else {cached if schedule else "full": schedule}
     latents, times = {}, {name: [] for name in runs}
     for repeat in range(args.repeats + 1):
         for name, plan in runs.items():  # in turn, so that a machine that slows down slows both
@@ -125,29 +122,30 @@ def main(args):
         sampling.save_picture(list(images.values()), out, columns)
         if spec.class_names:
             print("Classes: " + ", ".join(spec.class_names[label] for label in labels[:columns]))
-        print(f"Picture: {out}" + (" (above without the router, below with it)" if args.compare else ""))
+        print(f"Picture: {out}" + (f" (above without the {cached}, below with it)" if args.compare else ""))
 
     if args.compare:
         shown, peak = (images, 255) if images else (latents, (latents["full"].max() - latents["full"].min()).item())
         figures = compare(dit, schedule, times, batch=len(labels) * (1 if cfg_scale == 1.0 else 2))
-        figures["psnr_db"] = sampling.psnr(shown["router"], shown["full"], peak)
+        figures["psnr_db"] = sampling.psnr(shown[cached], shown["full"], peak)
         rates = figures["g_multiply_adds_per_second"]
         print(
             f"Speed-up: {figures['speedup']:.3f}, {figures['share_of_bound']:.1%} of the bound {figures['bound']:.3f}"
         )
         print(
-            f"G multiply-adds/s: {rates['full']:.1f} full, {rates['router']:.1f} router; "
+            f"G multiply-adds/s: {rates['full']:.1f} full, {rates[cached]:.1f} {cached}; "
             f"plain matrix products of these shapes {rates['matrix_product']:.1f}"
         )
         print(
-            f"PSNR of the {'images' if images else 'latents'} with and without the router: {figures['psnr_db']:.2f} dB"
+            f"PSNR of the {'images' if images else 'latents'} with and without the {cached}: "
+            f"{figures['psnr_db']:.2f} dB"
         )
         if args.record:
             sampling.write_record(args, device, figures)
 
 
 def compare(dit, schedule, times, batch):
-    """What `times` (seconds a repeat, of "full" and "router" in turn) say about a schedule, as a dict.
+    """What `times` (seconds a repeat, of "full" and what is compared with it, in turn) say about a schedule, as a dict.
 
     batch: samples in one call of the model, the unconditional half included.
     """
@@ -159,8 +157,8 @@ def compare(dit, schedule, times, batch):
     costs = dit.multiply_adds()
     bound = schedule.speedup_bound(costs)
     # Neighbouring runs share the state of the machine: the median of their ratios.
-    ratio = statistics.median(full / router for full, router in zip(times["full"], times["router"]))
-    plans = {"full": Schedule.full(schedule.steps, schedule.depth), "router": schedule}
+    ratio = statistics.median(full / cached for full, cached in zip(*times.values()))
+    plans = dict(zip(times, (Schedule.full(schedule.steps, schedule.depth), schedule)))
     rates = {
         name: batch * plan.multiply_adds(costs).sum().item() / statistics.median(times[name]) / 1e9
         for name, plan in plans.items()

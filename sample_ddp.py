@@ -59,10 +59,8 @@ def parse_args(argv=None):
 
 
 def load(args, device, processes):
-    """The model's spec, its DiT, its VAE, and its router or None."""
-    import download
+    """The model's spec, its DiT, its VAE, and its schedule or None with what the manifest says of it."""
     import sampling
-    from router import Router
 
     spec = processes.together(
         lambda: sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
@@ -70,18 +68,18 @@ def load(args, device, processes):
 
     def read():
         # What is missing is fetched; a wrong --path is found before the weights are read.
-        router = Router.load(download.find(args.path)) if args.path else None
+        schedule, described = sampling.load_schedule(args.accelerate_method, args.path, args.thres)
         dit = sampling.load_dit(spec, device)
-        if router:
-            router.check_fits(args.path, args.num_sampling_steps, dit.depth)
-        return router, dit, sampling.load_vae(spec, device)
+        if schedule:
+            schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
+        return dit, sampling.load_vae(spec, device), schedule, described
 
-    router, dit, vae = processes.together(read, in_turn=True)
-    return spec, sampling.set_precision(dit, "tf32" if args.tf32 else "fp32"), vae, router
+    dit, *rest = processes.together(read, in_turn=True)
+    return spec, sampling.set_precision(dit, "tf32" if args.tf32 else "fp32"), *rest
 
 
-def describe(args, spec, dit, vae, router, device):
-    """The manifest: all that determines the images, as JSON types."""
+def describe(args, spec, dit, vae, schedule, device):
+    """The manifest: all that determines the images, as JSON types; schedule: its part of it."""
     from importlib.metadata import version
 
     import sampling
@@ -91,8 +89,7 @@ def describe(args, spec, dit, vae, router, device):
         **{name: version(name) for name in ("torch", "diffusers", "timm", "numpy")},
         "model": sampling.fingerprint(dit, spec.config),
         "vae": sampling.fingerprint(vae, {"scaling_factor": vae.config.scaling_factor}),
-        "router": router and sampling.fingerprint(router, {}),
-        "threshold": router and args.thres,
+        **schedule,
         "images": args.num_fid_samples,
         "image_size": spec.image_size,
         "num_classes": spec.num_classes,
@@ -117,7 +114,9 @@ def set_name(args, spec, manifest):
     parts += [f"{manifest['sampler']}-{args.num_sampling_steps}"]
     if args.path:
         # Of many trainings the checkpoints are named alike.
-        parts += [args.accelerate_method, Path(args.path).stem, manifest["router"][:8], f"thres-{args.thres}"]
+        digest = manifest["router"] or manifest["schedule"]
+        parts += [args.accelerate_method, Path(args.path).stem, digest[:8]]
+        parts += [f"thres-{args.thres}"] if manifest["router"] else []
     parts += ["balanced"] if args.balanced_labels else []
     parts += ["deterministic"] if args.deterministic else []
     parts += [f"n-{args.num_fid_samples}"]
@@ -168,9 +167,8 @@ def main(args):
     processes.connect(device)
     if args.record:
         processes.by_first(lambda: check_writable(args.record))
-    spec, dit, vae, router = load(args, device, processes)
-    schedule = router.schedule(args.thres) if router else None
-    manifest = describe(args, spec, dit, vae, router, device)
+    spec, dit, vae, schedule, described = load(args, device, processes)
+    manifest = describe(args, spec, dit, vae, described, device)
     for rank, other in enumerate(processes.gather(manifest)):
         different = [name for name in manifest if other[name] != manifest[name]]
         if different:

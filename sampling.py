@@ -19,6 +19,8 @@ import download
 from data import stream
 from files import UserError, written_whole
 from models import DiT, DiT_models
+from router import Router
+from schedule import Schedule
 
 # Golden retriever, balloon, panda and other classes that the published pictures show.
 IMAGENET_LABELS = (207, 992, 387, 974, 142, 979, 417, 279)
@@ -175,6 +177,24 @@ def fingerprint(module, config):
         digest.update(f"{name} {list(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
+
+
+def load_schedule(method, path, threshold):
+    """The `Schedule` of the file at `path`, or None, and what a manifest says of it: JSON types, None what is not used.
+
+    method: "dynamiclayer" for a router file, used at `threshold`, "schedule" for a schedule file, None for neither.
+    Raises UserError where the file is missing, damaged, or another one.
+    """
+    described = dict.fromkeys(("router", "threshold", "schedule"))
+    if method is None:
+        return None, described
+    path = download.find(path)
+    if method == "schedule":
+        schedule = Schedule.load(path)
+        described["schedule"] = hashlib.sha256(schedule.compute.contiguous().numpy()).hexdigest()
+        return schedule, described
+    router = Router.load(path)
+    return router.schedule(threshold), described | {"router": fingerprint(router, {}), "threshold": threshold}
 
 
 def set_precision(module, dtype):

@@ -1,8 +1,14 @@
-"""`Schedule`: which layer runs at which step. Plain data; knows no model and no router."""
+"""`Schedule`: which layer runs at which step. Plain data; knows no model and no router.
+
+Schedule.every_nth(steps=20, depth=12, interval=2).save("fora2.pt")   # then --accelerate-method schedule --path
+"""
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from files import UserError, load_tensors, written_whole
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,82 @@ class Schedule:
         """Every layer at every step."""
         return cls(torch.ones(steps, depth, 2, dtype=torch.bool))
 
+    @classmethod
+    def every_nth(cls, steps, depth, interval):
+        """Every `interval`-th executed step runs every layer, from the first one on; those between reuse every layer.
+
+        The share reused follows from the interval: 1 - 1/interval where it divides `steps`.
+        Raises ValueError where the interval is below 1. Source: Selvaraju et al. 2024, arXiv:2407.01425 (FORA).
+        """
+        if interval < 1:
+            raise ValueError(f"interval {interval} is below 1")
+        executed = steps - 1 - torch.arange(steps)
+        return cls((executed % interval == 0)[:, None, None].repeat(1, depth, 2))
+
+    @classmethod
+    def random_layers(cls, steps, depth, where, reused, seed):
+        """`reused` layer calls, drawn from `seed`, reuse: as many in each step of `where` as in the next, or one more.
+
+        Steps outside `where` (of steps i) run every layer. Within a step all layers are equally likely.
+        Raises ValueError where the steps of `where` have fewer layers.
+        """
+        random = np.random.default_rng(seed)
+        counts = _spread(reused, len(where), depth)
+        return cls._reusing(steps, depth, {i: random.permutation(2 * depth)[:count] for i, count in zip(where, counts)})
+
+    @classmethod
+    def first_blocks(cls, steps, depth, where, reused):
+        """`reused` layer calls reuse, those of the first blocks: as many blocks in each step of `where`, or one more.
+
+        A block reuses attention and MLP together; of an odd number of calls, the last is one attention alone.
+        Steps outside `where` (of steps i) run every layer. Raises ValueError as `random_layers`.
+        """
+        counts = _spread(reused, len(where), depth, unit=2)
+        return cls._reusing(steps, depth, {i: np.arange(count) for i, count in zip(where, counts)})
+
+    @classmethod
+    def last_blocks(cls, steps, depth, where, reused):
+        """As `first_blocks`, from the end: the last blocks, and of an odd number of calls one MLP alone."""
+        counts = _spread(reused, len(where), depth, unit=2)
+        return cls._reusing(steps, depth, {i: 2 * depth - 1 - np.arange(count) for i, count in zip(where, counts)})
+
+    @classmethod
+    def _reusing(cls, steps, depth, layers):
+        """At step i the `layers[i]` reuse, counted in the order in which they run; everything else runs."""
+        compute = torch.ones(steps, 2 * depth, dtype=torch.bool)
+        for i, some in layers.items():
+            compute[i, torch.as_tensor(some)] = False
+        return cls(compute.reshape(steps, depth, 2))
+
+    def save(self, path):
+        """Writes a schedule file, {"compute": bool [steps, depth, 2]}, whole or not at all."""
+        with written_whole(path) as part:
+            torch.save({"compute": self.compute}, part)
+
+    @classmethod
+    def load(cls, path):
+        """Reads a schedule file without running what is in it. Raises UserError where it is missing or another file."""
+        saved = load_tensors(path)
+        compute = saved.get("compute") if isinstance(saved, dict) else None
+        if not isinstance(compute, torch.Tensor):
+            raise UserError(f'{path} is not a schedule file: it has no tensor "compute"; Schedule.save writes them')
+        try:
+            return cls(compute)
+        except ValueError as error:
+            raise UserError(f"{path} is not a schedule file: {error}") from error
+
+    def check_fits(self, path, steps, depth):
+        """Raises UserError where this plan, read from `path`, is not one for `steps` steps and `depth` blocks."""
+        if self.steps != steps:
+            raise UserError(
+                f"{path} is for {self.steps} steps, the sampler runs {steps}: "
+                f"pass --num-sampling-steps {self.steps} or a file for {steps} steps"
+            )
+        if self.depth != depth:
+            raise UserError(
+                f"{path} is for {self.depth} blocks, the model has {depth}: pass a file made for this model"
+            )
+
     @property
     def steps(self):
         return len(self.compute)
@@ -61,3 +143,17 @@ class Schedule:
         """By how much fewer multiply-adds could at most shorten a run, against running everything."""
         full = Schedule.full(self.steps, self.depth)
         return full.multiply_adds(costs).sum().item() / self.multiply_adds(costs).sum().item()
+
+
+def _spread(layers, places, depth, unit=1):
+    """`layers` in `places` parts of at most 2 * depth, ints: units of `unit` layers evenly, what is left in one part.
+
+    Raises ValueError where they are too many.
+    """
+    if not 0 <= layers <= places * 2 * depth:
+        raise ValueError(f"{layers} layers cannot be reused at {places} steps of {2 * depth} layers")
+    units = layers // unit
+    counts = [unit * ((k + 1) * units // places - k * units // places) for k in range(places)]
+    if layers % unit:
+        counts[counts.index(min(counts))] += layers % unit
+    return counts

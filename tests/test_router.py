@@ -197,7 +197,7 @@ def test_logits_are_clamped():
 def test_a_router_of_other_steps_or_depth_is_refused():
     router = Router(20, 3)
     router.check_fits("r.pt", 20, 3)
-    with pytest.raises(UserError, match="20 steps, the sampler runs 50: pass --num-sampling-steps 20"):
+    with pytest.raises(UserError, match="r.pt is for 20 steps, the sampler runs 50: pass --num-sampling-steps 20"):
         router.check_fits("r.pt", 50, 3)
     with pytest.raises(UserError, match="for 3 blocks, the model has 28"):
         router.check_fits("r.pt", 20, 28)

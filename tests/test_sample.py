@@ -14,8 +14,10 @@ from conftest import ROOT, assert_refused, call, run
 from PIL import Image
 
 from router import Router
+from schedule import Schedule
 
 METHOD = ["--accelerate-method", "dynamiclayer"]
+SCHEDULE = ["--accelerate-method", "schedule"]
 
 
 @pytest.fixture
@@ -85,6 +87,31 @@ def test_compare_prints_both_times_the_ratio_the_bound_and_the_psnr(sample, mode
     assert pixels(tmp_path / "Sample_NFE4_Method_dynamiclayer.png").shape == (2 * 98 + 2, 5 * 98 + 2, 3)
 
 
+def test_a_schedule_file_is_run_and_compared(sample, model_folder, tmp_path):
+    """The router's plan as a file gives the router's picture; other plans give others."""
+    Router.load(model_folder / "router4.pt").schedule(0.5).save(tmp_path / "same.pt")
+    Schedule.full(4, 3).save(tmp_path / "full.pt")
+    result = sample(*METHOD, "--path", model_folder / "router4.pt", "--thres", 0.5, "--compare", "--out", "router.png")
+    assert result.returncode == 0, result.stderr
+    for name in ("same", "full"):
+        flags = ["--path", f"{name}.pt", "--compare", "--out", f"{name}.png", "--record", f"{name}.json"]
+        result = sample(*SCHEDULE, *flags, "--ddim-sample")
+        assert result.returncode == 0, result.stderr
+        for line in (
+            r"^Sampling time: \d+\.\d{3}±0\.000 \(schedule\)$",
+            rf"^Picture: {name}.png \(above without the schedule, below with it\)$",
+            r"^G multiply-adds/s: \d+\.\d full, \d+\.\d schedule; ",
+            r"^PSNR of the images with and without the schedule: ",
+        ):
+            assert re.search(line, result.stdout, re.M), (line, result.stdout)
+        assert "router" not in result.stdout
+        assert list(json.loads((tmp_path / f"{name}.json").read_text())["seconds"]) == ["full", "schedule"]
+    assert np.array_equal(pixels(tmp_path / "same.png"), pixels(tmp_path / "router.png"))
+    assert "inf dB" in result.stdout
+    result = sample(*SCHEDULE, "--path", "same.pt", "--ddim-sample")
+    assert result.returncode == 0 and (tmp_path / "Sample_NFE4_Method_schedule.png").exists()
+
+
 def test_neither_sampler_flag_means_ddim_and_says_so(sample, tmp_path):
     result = sample("--class-labels", 1, 2, "--out", "neither.png")
     assert "DDIM is meant" in result.stdout
@@ -126,7 +153,8 @@ def test_help_answers_at_once():
     [
         (["--thres", "1.5"], "1.5 is not a number in [0, 1]"),
         (["--thres", "abc"], "abc is not a number in [0, 1]"),
-        (METHOD, "--path"),
+        (METHOD, "--accelerate-method dynamiclayer needs its file: add --path"),
+        (SCHEDULE, "--accelerate-method schedule needs its file: add --path"),
         (["--path", "x.pt"], "--accelerate-method"),
         (["--compare"], "--compare needs a router"),
         (["--record", "x.json"], "--record"),
@@ -153,6 +181,8 @@ def test_wrong_files_are_refused_in_one_line(model_folder, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Router(4, 7).save(tmp_path / "deep.pt")
     Router(6, 3).save(tmp_path / "long.pt")
+    Schedule.full(4, 7).save(tmp_path / "deep-plan.pt")
+    Schedule.full(6, 3).save(tmp_path / "long-plan.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "deep.pt").read_bytes()[:500])
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(print))
     (tmp_path / "other.pt").write_bytes(b"not a checkpoint")
@@ -166,6 +196,12 @@ def test_wrong_files_are_refused_in_one_line(model_folder, tmp_path, monkeypatch
         ([*METHOD, "--path", "cut.pt"], ["cut.pt"]),
         ([*METHOD, "--path", "none.pt"], ["no such file: none.pt"]),
         ([*METHOD, "--path", "pickle.pt"], ["pickle.pt", "was not loaded"]),
+        ([*METHOD, "--path", "deep-plan.pt"], ["deep-plan.pt is not a router file"]),
+        ([*SCHEDULE, "--path", "deep-plan.pt"], ["7 blocks", "has 3"]),
+        ([*SCHEDULE, "--path", "long-plan.pt"], ["6 steps", "--num-sampling-steps 6"]),
+        ([*SCHEDULE, "--path", "deep.pt"], ["deep.pt is not a schedule file"]),
+        ([*SCHEDULE, "--path", "none.pt"], ["no such file: none.pt"]),
+        ([*SCHEDULE, "--path", "pickle.pt"], ["pickle.pt", "was not loaded"]),
         (["--class-labels", 0, 5], ["class label 5", "0 to 4"]),
         (["--class-labels", -1], ["class label -1"]),
         (["--out", "keep.txt"], ["keep.txt", ".png"]),

@@ -22,9 +22,11 @@ from PIL import Image
 import sampling
 from diffusion import create_diffusion
 from router import Router
+from schedule import Schedule
 from shards import SampleSet
 
 METHOD = ["--accelerate-method", "dynamiclayer", "--thres", 0.5, "--path"]
+SCHEDULE = ["--accelerate-method", "schedule", "--path"]
 COUNT, TIMEOUT = 240, 120  # images of a set that is disturbed, seconds
 SCALE, STEPS = 2.0, 4  # the model folder's guidance
 
@@ -124,6 +126,44 @@ def test_other_ways_of_sampling(sample, model_folder, tmp_path, more, options):
     images, labels = expected(model_folder, range(0, 23, 6), **options)
     assert np.array_equal(got["labels"][::6], labels)
     assert_close(got["arr_0"][::6], images)
+
+
+def test_a_schedule_file_makes_what_the_router_of_that_plan_makes(flags, sample, model_folder, tmp_path):
+    """By two processes; the plan is in the manifest and the name, no threshold is."""
+    assert sample(*METHOD, model_folder / "router4.pt", "--sample-dir", tmp_path / "router").returncode == 0
+    schedule = Router.load(model_folder / "router4.pt").schedule(0.5)
+    schedule.save(tmp_path / "plan.pt")
+    result = run("sample_ddp.py", *flags, *SCHEDULE, tmp_path / "plan.pt", cwd=tmp_path, processes=2)
+    assert result.returncode == 0, result.stderr
+    got, same = the_set(tmp_path / "samples"), the_set(tmp_path / "router")
+    assert np.array_equal(got["labels"], same["labels"])
+    assert_close(got["arr_0"], same["arr_0"])
+    assert_close(got["arr_0"][::6], expected(model_folder, range(0, 23, 6), router=model_folder / "router4.pt")[0])
+    ours, theirs = (json.loads(str(arrays["manifest"])) for arrays in (got, same))
+    digest = hashlib.sha256(schedule.compute.numpy().tobytes()).hexdigest()
+    assert {name for name in ours if ours[name] != theirs[name]} == {"router", "threshold", "schedule"}
+    assert (ours["schedule"], ours["router"], ours["threshold"]) == (digest, None, None)
+    assert (theirs["schedule"], theirs["threshold"]) == (None, 0.5)
+    (npz,) = (tmp_path / "samples").iterdir()
+    assert npz.name == f"tiny-size-8-cfg-2.0-seed-0-ddim-4-schedule-plan-{digest[:8]}-n-23.npz"
+    Schedule.every_nth(4, 3, 2).save(tmp_path / "plan.pt")  # another plan of the same name is another set
+    assert sample(*SCHEDULE, tmp_path / "plan.pt").returncode == 0
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+
+
+def test_a_set_of_before_there_were_schedule_files_stays_valid(sample, model_folder, tmp_path):
+    """Its manifest says nothing of a schedule."""
+    from npz import write_npz
+
+    command = [*METHOD, model_folder / "router4.pt"]
+    assert sample(*command).returncode == 0
+    (npz,) = (tmp_path / "samples").iterdir()
+    arrays = the_set(tmp_path / "samples")
+    manifest = json.loads(str(arrays["manifest"]))
+    assert manifest.pop("schedule", 0) is None
+    with npz.open("wb") as file:
+        write_npz(file, **arrays | {"manifest": np.array(json.dumps(manifest))})
+    assert "is there already, complete" in sample(*command).stdout
 
 
 def test_guidance_of_1_does_not_double_the_batch(sample, monkeypatch):
@@ -492,6 +532,8 @@ def test_a_folder_that_cannot_be_written_is_refused(sample, small_disk, tmp_path
         (["--cfg-scale", "inf"], "finite"),
         (["--path", "x.pt"], "--accelerate-method"),
         (["--accelerate-method", "dynamiclayer"], "--path"),
+        (["--accelerate-method", "schedule"], "--path"),
+        ([*SCHEDULE, "ROUTER"], "is not a schedule file"),
         (["--accelerate-method", "dynamiclayer", "--path", "none.pt"], "no such file: none.pt"),
         (["--ddim-sample", "--p-sample"], "--p-sample"),
         (["--ckpt", "none"], "no such file: none"),

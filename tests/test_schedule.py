@@ -1,7 +1,16 @@
+import hashlib
+import math
+
 import pytest
 import torch
 
+import sampling
+from files import UserError
+from router import Router
 from schedule import Schedule
+
+POLICIES = {"random": lambda *plan: Schedule.random_layers(*plan, seed=3)}
+POLICIES |= {"first": Schedule.first_blocks, "last": Schedule.last_blocks}
 
 
 def two_of_eight():
@@ -41,3 +50,127 @@ def test_a_first_step_that_reuses_is_refused():
     compute[3, 1, 0] = False
     with pytest.raises(ValueError, match="executed first"):
         Schedule(compute)
+
+
+@pytest.mark.parametrize("steps, interval", [(1, 1), (7, 1), (20, 2), (50, 2), (20, 3), (50, 3), (5, 9)])
+def test_every_nth_counts_from_the_first_executed_step(steps, interval):
+    schedule = Schedule.every_nth(steps, 4, interval)
+    since = 0
+    for i in reversed(range(steps)):
+        assert schedule.compute[i].tolist() == [[since == 0] * 2] * 4
+        since = (since + 1) % interval
+    assert schedule.cached_share() == pytest.approx(1 - math.ceil(steps / interval) / steps)
+
+
+def test_every_nth_below_1_is_refused():
+    with pytest.raises(ValueError, match="interval 0"):
+        Schedule.every_nth(4, 2, 0)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("steps, depth, reused", [(20, 12, 186), (50, 12, 555), (7, 3, 0), (7, 3, 11), (7, 3, 18)])
+def test_policies_reuse_exactly_as_many_layers_as_asked_at_the_steps_that_a_router_decides(name, steps, depth, reused):
+    where = Router.trained_steps(steps)
+    schedule = POLICIES[name](steps, depth, where, reused)
+    assert (schedule.steps, schedule.depth) == (steps, depth)
+    skipped = [[[k for k in range(2) if not block[k]] for block in row] for row in schedule.rows()]
+    calls = [sum(map(len, row)) for row in skipped]
+    assert sum(calls) == reused
+    assert all(calls[i] == 0 for i in range(steps) if i not in where)
+    counts = [calls[i] for i in where]
+    if name == "random":
+        assert max(counts) - min(counts) <= 1
+        return
+    halves = 0
+    for i in where:
+        blocks = skipped[i] if name == "first" else skipped[i][::-1]
+        assert blocks == sorted(blocks, key=len, reverse=True)  # without a gap from the end that is meant
+        halves += [len(block) for block in blocks].count(1)
+        assert all(block == ([0] if name == "first" else [1]) for block in blocks if len(block) == 1)
+    whole = [count // 2 for count in counts]
+    assert halves == reused % 2 and max(whole) - min(whole) <= 1
+
+
+def test_the_plan_of_the_first_blocks_by_hand():
+    # Seven calls at steps 0 and 2: three blocks and an attention, one block at step 0 and two at step 2.
+    schedule = Schedule.first_blocks(4, 3, [0, 2], 7)
+    run, skip, half = [True, True], [False, False], [False, True]
+    assert schedule.rows() == [[skip, half, run], [run] * 3, [skip, skip, run], [run] * 3]
+    half.reverse()
+    assert Schedule.last_blocks(4, 3, [0, 2], 7).rows() == [[run, half, skip], [run] * 3, [run, skip, skip], [run] * 3]
+
+
+def test_random_layers_follow_the_seed_and_all_layers_are_drawn():
+    plans = [Schedule.random_layers(20, 12, range(0, 19, 2), 186, seed) for seed in (0, 0, 1)]
+    assert torch.equal(plans[0].compute, plans[1].compute) and not torch.equal(plans[0].compute, plans[2].compute)
+    seeds = 300
+    skipped = sum((~Schedule.random_layers(2, 3, [0], 2, seed).compute[0]).double() for seed in range(seeds))
+    # Each of six layers with probability 1/3: five standard deviations.
+    assert ((skipped - seeds / 3).abs() < 5 * math.sqrt(seeds * 2 / 9)).all()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("reused", [-1, 13, 14])
+def test_more_layers_than_there_are_cannot_be_reused(name, reused):
+    with pytest.raises(ValueError, match=f"{reused} layers cannot be reused at 2 steps of 6"):
+        POLICIES[name](4, 3, [0, 2], reused)
+
+
+def test_a_policy_cannot_reuse_at_the_first_executed_step():
+    with pytest.raises(ValueError, match="executed first"):
+        Schedule.first_blocks(4, 3, [3], 1)
+
+
+def test_a_written_schedule_reads_back(tmp_path):
+    schedule = Schedule.random_layers(20, 12, range(0, 19, 2), 186, 0)
+    schedule.save(tmp_path / "new" / "s.pt")
+    assert torch.equal(Schedule.load(tmp_path / "new" / "s.pt").compute, schedule.compute)
+    saved = torch.load(tmp_path / "new" / "s.pt", weights_only=True)
+    assert list(saved) == ["compute"] and saved["compute"].dtype == torch.bool
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["s.pt"]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"routers": {"0.prob": torch.zeros(4)}}, 'no tensor "compute"'),
+        ({"compute": [[True]]}, 'no tensor "compute"'),
+        ([torch.ones(1)], 'no tensor "compute"'),
+        ({"compute": torch.ones(4, 3, 2)}, r"bool \[steps, depth, 2\], not torch.float32 \[4, 3, 2\]"),
+        ({"compute": torch.zeros(4, 3, 2, dtype=torch.bool)}, "executed first"),
+        (b"no checkpoint", "s.pt"),
+        (None, "no such file"),
+    ],
+)
+def test_files_that_are_no_schedule_are_refused(tmp_path, content, words):
+    path = tmp_path / "s.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=words):
+        Schedule.load(path)
+
+
+def test_the_schedule_of_a_file_and_what_the_manifest_says_of_it(tmp_path):
+    schedule = Schedule.every_nth(4, 3, 2)
+    schedule.save(tmp_path / "s.pt")
+    Router(4, 3).save(tmp_path / "r.pt")
+    assert sampling.load_schedule(None, None, 0.5) == (None, {"router": None, "threshold": None, "schedule": None})
+    loaded, described = sampling.load_schedule("schedule", tmp_path / "s.pt", 0.5)
+    assert torch.equal(loaded.compute, schedule.compute)
+    cells = bytes(cell for row in schedule.rows() for block in row for cell in block)
+    assert described == {"router": None, "threshold": None, "schedule": hashlib.sha256(cells).hexdigest()}
+    loaded, described = sampling.load_schedule("dynamiclayer", tmp_path / "r.pt", 0.5)
+    router = Router.load(tmp_path / "r.pt")
+    assert torch.equal(loaded.compute, router.schedule(0.5).compute)
+    assert described == {"router": sampling.fingerprint(router, {}), "threshold": 0.5, "schedule": None}
+
+
+def test_a_schedule_of_other_steps_or_depth_is_refused():
+    schedule = Schedule.full(20, 3)
+    schedule.check_fits("s.pt", 20, 3)
+    with pytest.raises(UserError, match="s.pt is for 20 steps, the sampler runs 50: pass --num-sampling-steps 20"):
+        schedule.check_fits("s.pt", 50, 3)
+    with pytest.raises(UserError, match="s.pt is for 3 blocks, the model has 28"):
+        schedule.check_fits("s.pt", 20, 28)
