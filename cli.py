@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -127,6 +128,20 @@ def sigterm_interrupts():
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def warnings_said():
+    """In this block a warning is one line on standard error; yields the list of those that were said."""
+    program, said = os.path.basename(sys.argv[0]), []
+
+    def say(warning, *_):
+        said.append(str(warning))
+        print(f"{program}: warning: {warning}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = say
+        yield said
 
 
 def run(main, args):

@@ -135,8 +135,8 @@ def doubts(sets, network):
         yield f"{count} samples for {network.sizes[0]} features: FID and sFID mean little"
 
 
-def compute(metrics_asked, arrays, network, args, device):
-    """Yields the name and the value of each metric, in the order of METRICS.
+def compute(args, arrays, network, device):
+    """Yields the name and the value of each metric that is asked for, in the order of METRICS.
 
     Raises UserError where what was stored cannot be used.
     """
@@ -147,13 +147,13 @@ def compute(metrics_asked, arrays, network, args, device):
 
     reference, sample = arrays["reference"], arrays["sample"]
     try:
-        if "is" in metrics_asked:
+        if "is" in args.metrics:
             yield "is", metrics.inception_score(network.probabilities(sample["pool"]))
         for name in ("fid", "sfid"):
-            if name in metrics_asked:
+            if name in args.metrics:
                 mu, sigma = METRICS[name][1]
                 yield name, metrics.frechet_distance(reference[mu], reference[sigma], sample[mu], sample[sigma])
-        if "precision" in metrics_asked or "recall" in metrics_asked:
+        if "precision" in args.metrics or "recall" in args.metrics:
             with tqdm(desc="precision and recall", unit="block", disable=None, leave=False) as bar:
 
                 def progress(done, total):
@@ -163,13 +163,12 @@ def compute(metrics_asked, arrays, network, args, device):
                 both = metrics.precision_recall(
                     reference["pool"], sample["pool"], dtype=args.distance, device=device, progress=progress
                 )
-            yield from ((name, value) for name, value in zip(("precision", "recall"), both) if name in metrics_asked)
+            yield from ((name, value) for name, value in zip(("precision", "recall"), both) if name in args.metrics)
     except ValueError as error:
         raise UserError(f"{args.reference} and {args.sample} cannot be compared: {error}") from error
 
 
 def main(args):
-    import sys
     import time
     import warnings
 
@@ -183,51 +182,41 @@ def main(args):
     device = sampling.pick_device(args.device)
     for place in filter(None, (args.save_stats, args.record)):
         check_writable(place)
-    sets = {
-        role: image_sets.open_set(download.find(path))
-        for role, path in (("reference", args.reference), ("sample", args.sample))
-        if path
-    }
+    paths = {"reference": args.reference} | ({"sample": args.sample} if args.sample else {})
+    sets = {role: image_sets.open_set(download.find(path)) for role, path in paths.items()}
     needed = requirements(args, sets)
     missing = {role: needed[role] - images.stored.keys() for role, images in sets.items()}
+    with cli.warnings_said() as said:
+        network = None
+        if any(missing.values()) or "is" in args.metrics and args.sample:
+            from features import Network
 
-    said = []
+            network = Network(args.graph, args.backend, device, args.batch_size)
+        check_graphs(sets, network)
+        if args.sample:
+            for text in doubts(sets, network):
+                warnings.warn(text, RuntimeWarning, stacklevel=1)
 
-    def warn(text, *_):
-        said.append(str(text))
-        tqdm.write(f"evaluator.py: warning: {text}", file=sys.stderr)
+        arrays, seconds, since = {}, {}, time.perf_counter()
+        for role, images in sets.items():
+            arrays[role] = {name: images.stored[name] for name in needed[role] - missing[role]}
+            if missing[role]:
+                with tqdm(total=images.count, desc=role, unit="image", disable=None) as bar:
+                    arrays[role] |= network.extract(images, missing[role], bar.update)
+            seconds[role] = time.perf_counter() - since - sum(seconds.values())
+        if args.save_stats:
+            # Of the last one, which is the sample if there are two.
+            made = {"graph": network.sha256, "images": images.count, "image_size": images.size} if network else {}
+            image_sets.save_statistics(args.save_stats, arrays[role], images.about or made, args.keep_features)
+            print(f"Statistics: {args.save_stats}")
+        if not args.sample:
+            return
 
-    warnings.showwarning = warn
-    network = None
-    if any(missing.values()) or "is" in args.metrics and args.sample:
-        from features import Network
-
-        network = Network(args.graph, args.backend, device, args.batch_size)
-    check_graphs(sets, network)
-    if args.sample:
-        for text in doubts(sets, network):
-            warn(text)
-
-    arrays, seconds, since = {}, {}, time.perf_counter()
-    for role, images in sets.items():
-        arrays[role] = {name: images.stored[name] for name in needed[role] - missing[role]}
-        if missing[role]:
-            with tqdm(total=images.count, desc=role, unit="image", disable=None) as bar:
-                arrays[role] |= network.extract(images, missing[role], bar.update)
-        seconds[role] = time.perf_counter() - since - sum(seconds.values())
-    if args.save_stats:
-        # The last one named: the sample, if there is one.
-        about = images.about or network and {"graph": network.sha256, "images": images.count, "image_size": images.size}
-        image_sets.save_statistics(args.save_stats, arrays[role], about or {}, args.keep_features)
-        print(f"Statistics: {args.save_stats}")
-    if not args.sample:
-        return
-
-    values = {}
-    for name, value in compute(args.metrics, arrays, network, args, device):
-        values[name] = value
-        print(f"{METRICS[name][0]}: {value:.6g}", flush=True)
-    seconds["metrics"] = time.perf_counter() - since - sum(seconds.values())
+        values = {}
+        for name, value in compute(args, arrays, network, device):
+            values[name] = value
+            print(f"{METRICS[name][0]}: {value:.6g}", flush=True)
+        seconds["metrics"] = time.perf_counter() - since - sum(seconds.values())
     if args.record:
         figures = {"metrics": {METRICS[name][0].lower().replace(" ", "_"): value for name, value in values.items()}}
         for role, images in sets.items():
@@ -237,9 +226,8 @@ def main(args):
                 "pool_features": len(arrays[role].get("pool", ())),
                 "stored": sorted(needed[role] - missing[role]),
             }
-        figures["graph"] = network and network.sha256
-        figures |= {"backend": network and network.backend, "seconds": seconds, "warnings": said}
-        sampling.write_record(args, device, figures)
+        backend = network and {"name": network.backend, "graph_sha256": network.sha256, "versions": network.versions}
+        sampling.write_record(args, device, figures | {"backend": backend, "seconds": seconds, "warnings": said})
 
 
 if __name__ == "__main__":

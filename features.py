@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ class Network:
 
     backend: its name. path: of the file; None fetches the published one where it is missing. sha256: of the file.
     sizes: of the pool features and the spatial features of an image; (2048, 2023) of the published one.
+    versions: of what it computes with, {package: version}.
     batch_size: images at a time; where memory does not suffice for them half as many are tried, with a warning.
     Raises UserError where the file cannot be used, or calls itself the published one and is not.
     """
@@ -31,6 +33,7 @@ class Network:
             from inception import load_graph
         self.backend, self.path = backend, Path(path or download.fetch(PUBLISHED_GRAPH))
         self.batch_size, self._graph = batch_size, load_graph(self.path, device)
+        self.versions = {name: version(name) for name in ("numpy", self.backend)}
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         (published,) = (file.sha256 for file in download.FILES if file.name == PUBLISHED_GRAPH)
         self.is_published = self.sha256 == published

@@ -165,8 +165,9 @@ def save_statistics(path, arrays, about, keep=None):
     pool = arrays["pool"]
     if keep and keep < len(pool):
         pool = pool[np.linspace(0, len(pool) - 1, keep).round().astype(int)]
+    statistics = {name: arrays[name] for name in STATISTICS}
     with written_whole(path) as part:
-        write_npz(part, **(arrays | {"pool": pool, "about": np.array(json.dumps(about))}))
+        write_npz(part, **statistics, pool=pool, about=np.array(json.dumps(about)))
 
 
 class Doubts:
