@@ -131,7 +131,7 @@ def doubts(sets, network):
     count = sample.count or sample.about.get("images")
     if network and network.is_published and count and count < PUBLISHED_SAMPLES:
         yield f"{count} samples: published values are of {PUBLISHED_SAMPLES}, with fewer FID and sFID are higher"
-    elif network and count and count <= network.sizes[0]:
+    elif network and 1 < (count or 0) <= network.sizes[0]:
         yield f"{count} samples for {network.sizes[0]} features: FID and sFID mean little"
 
 

@@ -277,5 +277,5 @@ def test_the_published_graph_is_checked_before_it_is_used(folder, tmp_path, monk
     path = tmp_path / "pretrained_models" / "classify_image_graph_def.pb"
     path.parent.mkdir()
     path.write_bytes(GRAPH.read_bytes())
-    refused(capfd, folder / "a.npz", folder / "b.npz", words=[path, "as it was"])
+    refused(capfd, folder / "a.npz", folder / "b.npz", words=[path, "left as it is"])
     assert path.read_bytes() == GRAPH.read_bytes()
