@@ -1,4 +1,4 @@
-"""Pictures of routers: a heatmap of scores, and how it came about, as an animation."""
+"""Pictures: a heatmap of a router's scores, how it came about as an animation, curves of a table."""
 
 import io
 
@@ -77,3 +77,22 @@ def save_animation(frames, threshold, path, most=100):
         pictures[0].save(
             part, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True
         )
+
+
+def save_curves(curves, xlabel, ylabel, path):
+    """Writes a PNG of `curves`, {label: [(x, y, text), ...]}: points with texts, joined by a line; y logarithmic."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    figure, (axis,) = _figure()
+    for (label, points), marker in zip(curves.items(), "os^v<>DPX*" * len(curves)):
+        x, y, texts = zip(*sorted(points))
+        axis.plot(x, y, marker=marker, markersize=5, linewidth=0.8, label=label)
+        for place in zip(x, y, texts):
+            axis.annotate(place[2], place[:2], (4, 3), textcoords="offset points", fontsize=7)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend()
+    with written_whole(path) as part:
+        figure.savefig(part, format="png", metadata={"Software": None})

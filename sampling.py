@@ -191,8 +191,7 @@ def load_schedule(method, path, threshold):
     path = download.find(path)
     if method == "schedule":
         schedule = Schedule.load(path)
-        described["schedule"] = hashlib.sha256(schedule.compute.contiguous().numpy()).hexdigest()
-        return schedule, described
+        return schedule, described | {"schedule": schedule.sha256()}
     router = Router.load(path)
     return router.schedule(threshold), described | {"router": fingerprint(router, {}), "threshold": threshold}
 

@@ -3,6 +3,7 @@
 Schedule.every_nth(steps=20, depth=12, interval=2).save("fora2.pt")   # then --accelerate-method schedule --path
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +86,10 @@ class Schedule:
         for i, some in layers.items():
             compute[i, torch.as_tensor(some)] = False
         return cls(compute.reshape(steps, depth, 2))
+
+    def sha256(self):
+        """The SHA-256 of what runs, as text: of a byte a layer, in the order of `compute`."""
+        return hashlib.sha256(self.compute.contiguous().numpy()).hexdigest()
 
     def save(self, path):
         """Writes a schedule file, {"compute": bool [steps, depth, 2]}, whole or not at all."""

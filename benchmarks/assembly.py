@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from table import markdown, read_records  # noqa: E402
+from records import markdown, read_records  # noqa: E402
 
 import cli  # noqa: E402
 

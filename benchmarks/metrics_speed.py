@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from assembly import alone, peak_memory  # noqa: E402
-from table import markdown, read_records  # noqa: E402
+from records import markdown, read_records  # noqa: E402
 
 import cli  # noqa: E402
 

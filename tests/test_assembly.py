@@ -18,7 +18,7 @@ from shards import SampleSet
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import assembly  # noqa: E402
-import table  # noqa: E402
+import records  # noqa: E402
 
 PROGRAM = "benchmarks/assembly.py"
 SMALL = ["--images", 96, "--original-images", 40, "--image-size", 16, "--shard", 7]
@@ -47,7 +47,7 @@ def test_a_record_holds_what_was_measured_and_the_table_reads_it(tmp_path, monke
     assert saved["flags"] == {"images": 96, "original_images": 40, "image_size": 16, "shard": 7}
     assert saved["device"] and saved["torch"] == torch.__version__
 
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     (tmp_path / "train-other.json").write_text("{}")
     assembly.main(assembly.parse_args(["--table"]))
     printed = capsys.readouterr().out

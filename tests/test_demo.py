@@ -204,11 +204,11 @@ def test_the_pictures_of_assets_are_made(tmp_path, capfd):
 
 def test_the_table_of_the_readme_is_that_of_the_records():
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import table
+    import records
 
-    assert table.table() in (ROOT / "README.md").read_text()
-    shown = [record for record in table.read_records("*") if "speedup" in record]
-    assert shown and len(table.table().splitlines()) == 2 + len(shown)
+    assert records.table() in (ROOT / "README.md").read_text()
+    shown = [record for record in records.read_records("*") if "speedup" in record]
+    assert shown and len(records.table().splitlines()) == 2 + len(shown)
 
     import assembly
     import scaling
@@ -216,8 +216,8 @@ def test_the_table_of_the_readme_is_that_of_the_records():
 
     told = (ROOT / "benchmarks" / "README.md").read_text()
     for program, pattern in ((train_step, "train-*"), (assembly, "assembly-*"), (scaling, "scaling-*")):
-        records = table.read_records(pattern)
-        assert records and program.table(records) in told
+        some = records.read_records(pattern)
+        assert some and program.table(some) in told
 
 
 def test_the_shipped_router_caches_a_quarter_of_all_layers_and_changes_images_little():

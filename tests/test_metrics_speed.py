@@ -14,7 +14,7 @@ import metrics
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import metrics_speed  # noqa: E402
-import table  # noqa: E402
+import records  # noqa: E402
 
 PROGRAM = "benchmarks/metrics_speed.py"
 
@@ -35,7 +35,7 @@ def test_a_record_holds_what_was_measured_and_the_table_reads_it(tmp_path, monke
     assert saved["flags"] == {"reference": 300, "sample": 400, "features": 64, "repeats": 2}
     assert saved["device"] and saved["torch"] == torch.__version__
 
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     (tmp_path / "assembly-other.json").write_text("{}")
     metrics_speed.main(metrics_speed.parse_args(["--table"]))
     printed = capsys.readouterr().out

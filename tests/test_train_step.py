@@ -14,7 +14,7 @@ from diffusion import create_diffusion
 from router import Router, router_loss
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import table  # noqa: E402
+import records  # noqa: E402
 import train_step  # noqa: E402
 
 
@@ -99,7 +99,7 @@ def test_a_record_holds_what_was_measured_and_the_table_reads_it(tmp_path, monke
     # The gradients of 33 million parameters alone are more than the rest at this batch.
     assert saved["above_base_ratio"]["ours"] < 0.9
     assert saved["device"] and saved["torch"] == torch.__version__ and saved["flags"]["model"] == "DiT-S/8"
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     train_step.main(train_step.parse_args(["--table"]))
     printed = capsys.readouterr().out
     assert printed.strip() == "\n".join(line for line in result.stdout.splitlines() if line.startswith("|"))
