@@ -90,6 +90,11 @@ class Network:
         for batch in images.batches(self.batch_size):
             doubts.look(batch)
             pooled, cells = self.features(batch if batch.dtype == np.uint8 else batch.astype(np.float32))
+            if (pooled.shape[1], cells.shape[1]) != self.sizes:
+                raise UserError(
+                    f"{self.path} makes {pooled.shape[1]} and {cells.shape[1]} features of {images}, of a 32x32 image "
+                    f"{self.sizes[0]} and {self.sizes[1]}: a graph for the evaluator resizes its images"
+                )
             pool[done : done + len(batch)] = pooled
             done += len(batch)
             if needed & {"mu_s", "sigma_s"}:
