@@ -6,6 +6,7 @@ It is there to compare with. TensorFlow is loaded when a graph is, and needed fo
 import os
 
 import torch
+from google.protobuf.message import DecodeError
 
 from files import UserError
 from graph_file import read_bytes, read_nodes
@@ -14,7 +15,7 @@ from inception import FED, POOL, SPATIAL, WEIGHTS, Extractor
 
 def _tensorflow():
     """The module. Raises UserError where it is not installed, or cannot be loaded."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it would tell about the processor and missing GPU libraries
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it tells about the processor; a few lines are still printed
     try:
         import tensorflow
     except ImportError as error:
@@ -29,7 +30,7 @@ class Graph(Extractor):
     """The network in a graph file in a TensorFlow session, in float32; what it returns lies on the CPU.
 
     device: "cpu", or a GPU as PyTorch names it. Of its memory only what is needed is taken. TF32 is switched off for
-    this process. On the CPU it uses as many threads as PyTorch.
+    this process. On the CPU it uses as many threads as PyTorch does when the first graph of the process is loaded.
     fed, outputs, weights: as for `inception.Graph`.
     """
 
@@ -42,22 +43,23 @@ class Graph(Extractor):
         self._tf = tf = _tensorflow()
         tf.config.experimental.enable_tensor_float_32_execution(False)
         self.path, self._graph = path, tf.Graph()
-        message = tf.compat.v1.GraphDef.FromString(read_bytes(path))
         with self._graph.as_default():
             self._images = tf.compat.v1.placeholder(tf.float32, [None, None, None, 3])
             self._pool = tf.compat.v1.placeholder(tf.float32, [None, None])
             names = [f"{name}:0" for name in (*outputs, *([weights] if weights else []))]
             try:
+                message = tf.compat.v1.GraphDef.FromString(read_bytes(path))
                 # As a map, because the node itself may be declared for one image.
                 tensors = tf.import_graph_def(message, {f"{fed}:0": self._images}, names, name="")
-            except (ValueError, tf.errors.OpError) as error:
+            except (DecodeError, ValueError, tf.errors.OpError) as error:
                 reason = " ".join(str(error).split())
                 raise UserError(f"{path} cannot be imported by TensorFlow {tf.__version__}: {reason}") from error
             if weights:
                 self._probabilities = tf.nn.softmax(tf.matmul(self._pool, tensors.pop()))
             self._outputs = tensors
         on_gpu = device.type == "cuda"
-        config = tf.compat.v1.ConfigProto(intra_op_parallelism_threads=torch.get_num_threads())
+        threads = torch.get_num_threads()
+        config = tf.compat.v1.ConfigProto(intra_op_parallelism_threads=threads, inter_op_parallelism_threads=threads)
         if on_gpu:
             config.gpu_options.allow_growth = True
             config.gpu_options.visible_device_list = str(device.index or 0)

@@ -1,7 +1,9 @@
 """inception.py against loops in NumPy, operation by operation, and against TensorFlow where that is installed."""
 
+import gc
 import itertools
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -26,6 +28,11 @@ from graph_file import message_classes, read_nodes
 from inception import Graph, exact_float32, load_graph
 
 FLOATS = {"T": {"type": FLOAT}}
+
+
+def distance(actual, expected):
+    """The largest one of the outputs; NaN where one is."""
+    return np.max([relative(*pair) for pair in zip(actual, expected, strict=True)])
 
 
 def assert_close(actual, expected, tolerance=2e-6):
@@ -312,12 +319,12 @@ def test_probabilities_are_those_without_the_bias(network, graph_file):
 @pytest.mark.parametrize("count, size", [(5, 32), (3, 64), (1, 256), (3, 299), (1, 300)])
 def test_both_backends_agree(count, size, network, by_tensorflow):
     x = torch.from_numpy(images(count, size))
-    pool, spatial = network.features(x)
-    expected_pool, expected_spatial = by_tensorflow.features(x)
-    assert pool.shape == expected_pool.shape and spatial.shape == expected_spatial.shape
-    assert relative(pool, expected_pool) < TOLERANCE and relative(spatial, expected_spatial) < TOLERANCE
+    actual, expected = network.features(x), by_tensorflow.features(x)
+    assert [part.shape for part in actual] == [part.shape for part in expected]
+    assert distance(actual, expected) < TOLERANCE
     # All channels, not the seven alone.
     assert relative(network.run(x)[1], by_tensorflow.run(x)[1]) < TOLERANCE
+    pool, _ = actual
     assert relative(network.probabilities(pool), by_tensorflow.probabilities(pool)) < TOLERANCE
 
 
@@ -336,7 +343,7 @@ def test_both_backends_agree_on_the_classifier_behind_the_features(graph_file):
     x = torch.from_numpy(images(1, 48))
     outputs = ("softmax/logits/MatMul", "softmax")
     both = [backend(graph_file, outputs=outputs).run(x) for backend in (Graph, inception_tf.Graph)]
-    assert all(relative(*pair) < TOLERANCE for pair in zip(*both))
+    assert distance(*both) < TOLERANCE
 
 
 def half_pixel(patch):
@@ -378,18 +385,21 @@ def average_for_maximum(patch):
 def test_known_mistakes_break_the_agreement(mistake, network, graph_file, request):
     x = images(1, 64)
     right = request.getfixturevalue("by_tensorflow") if HAS_TENSORFLOW else network
-    expected, _ = right.features(x)
-    assert relative(network.features(x)[0], expected) < TOLERANCE
+    expected = right.features(x)
+    assert distance(network.features(x), expected) < TOLERANCE
     with pytest.MonkeyPatch.context() as patch:
         mistake(patch)
-        wrong, _ = load_graph(graph_file).features(x)
-    assert relative(wrong, expected) > 20 * TOLERANCE
+        wrong = load_graph(graph_file).features(x)
+    assert distance(wrong, expected) > 20 * TOLERANCE
 
 
-def test_the_same_features_whatever_the_type_the_batch_and_the_memory_format(narrow_file):
+def test_the_same_features_whatever_the_type_the_batch_and_the_memory_format(narrow_file, monkeypatch):
     x = images(5, 40)
     network = load_graph(narrow_file)
     expected = network.features(x)
+    monkeypatch.setattr(inception, "CPU_IMAGES", 2)
+    by_two = network.features(x)
+    monkeypatch.undo()
     locked = x.copy()
     locked.flags.writeable = False  # as arrays are that are read from a file
     rows = Graph(narrow_file, memory_format=torch.contiguous_format)
@@ -400,9 +410,33 @@ def test_the_same_features_whatever_the_type_the_batch_and_the_memory_format(nar
         network.features(locked),
         network.features(turned),
         rows.features(x),
+        by_two,
         one_by_one,
     ):
-        assert all(relative(*pair) < TOLERANCE for pair in zip(actual, expected))
+        assert distance(actual, expected) < TOLERANCE
+
+
+def test_a_cpu_computes_few_images_at_a_time(narrow_file, monkeypatch):
+    seen, resize = [], inception.resize_bilinear
+    monkeypatch.setattr(inception, "resize_bilinear", lambda x, *size: seen.append(len(x)) or resize(x, *size))
+    monkeypatch.setattr(inception, "CPU_IMAGES", 3)
+    pool, spatial = load_graph(narrow_file).features(images(7, 8))
+    assert seen == [3, 3, 1] and len(pool) == len(spatial) == 7
+
+
+def test_what_was_read_of_the_file_goes_when_the_network_is_made(narrow_file, monkeypatch):
+    nodes = []
+
+    def read(path):
+        found = read_nodes(path)
+        nodes.extend(map(weakref.ref, found.values()))
+        return found
+
+    monkeypatch.setattr(inception, "read_nodes", read)
+    graph = load_graph(narrow_file)
+    gc.collect()
+    assert len(nodes) > 900 and not any(node() for node in nodes)
+    graph.features(images(1, 8))
 
 
 def test_values_go_after_their_last_reader_and_outputs_stay(narrow_file):
@@ -457,7 +491,7 @@ def test_a_smaller_network_with_the_same_names_has_its_own_sizes(tmp_path):
     assert_close(probabilities.sum(1), np.ones(3))
     if HAS_TENSORFLOW:
         other = inception_tf.load_graph(path)
-        assert all(relative(*pair) < TOLERANCE for pair in zip(graph.features(x), other.features(x)))
+        assert distance(graph.features(x), other.features(x)) < TOLERANCE
         assert relative(probabilities, other.probabilities(pool)) < TOLERANCE
 
 
@@ -497,10 +531,12 @@ def test_tf32_is_off_while_the_network_runs_and_then_as_before(tmp_path, monkeyp
     assert seen == [("ieee", "ieee")] * 2
 
 
-# What is refused. Both backends read the file with the same function.
+# What is refused.
 
 
-def test_files_that_are_no_graph_are_refused(tmp_path):
+@pytest.mark.parametrize("backend", [load_graph, inception_tf.load_graph])
+def test_files_that_are_no_graph_are_refused(backend, tmp_path):
+    """Before TensorFlow is looked for."""
     path = tmp_path / "graph.pb"
     contents = {
         "empty": b"",
@@ -513,21 +549,23 @@ def test_files_that_are_no_graph_are_refused(tmp_path):
     for content in contents.values():
         path.write_bytes(content)
         with pytest.raises(UserError, match="graph.pb is not a TensorFlow graph") as error:
-            load_graph(path)
+            backend(path)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no such file: .*missing.pb"):
-        load_graph(tmp_path / "missing.pb")
+        backend(tmp_path / "missing.pb")
     with pytest.raises(UserError, match="cannot read"):
-        load_graph(tmp_path)
+        backend(tmp_path)
 
 
-def test_a_cut_off_file_is_refused_wherever_it_was_cut(tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cut_off_file_is_refused_wherever_it_was_cut(backend, tmp_path):
     path = small_classifier(tmp_path / "small.pb")
     whole = path.read_bytes()
     for length in range(0, len(whole) - 4, 37):  # the last four bytes are the version
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="small.pb"):
-            load_graph(path)
+        with pytest.raises(UserError, match="small.pb") as error:
+            backend(path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["ExpandDims", "pool_3", "mixed_6/conv", "softmax/weights"])
@@ -693,6 +731,17 @@ def test_tensorflow_refuses_in_one_line(tmp_path):
     path = file.save(tmp_path / "graph.pb")
     with pytest.raises(UserError, match="graph.pb cannot be imported by TensorFlow .*BatchNorm") as error:
         inception_tf.Graph(path, outputs=("y",), weights=None)
+    assert "\n" not in str(error.value)
+    small_classifier(path)
+    path.write_bytes(path.read_bytes() + b"\x12\x01\xff")  # a library of functions, at which we do not look
+    load_graph(path)
+    with pytest.raises(UserError, match="graph.pb cannot be imported by TensorFlow") as error:
+        inception_tf.load_graph(path)
+    assert "\n" not in str(error.value)
+    file = fed()
+    file.node("y", "Sharpen", "ExpandDims")
+    with pytest.raises(UserError, match="graph.pb cannot be imported by TensorFlow .*Sharpen") as error:
+        inception_tf.Graph(file.save(path), outputs=("y",), weights=None)
     assert "\n" not in str(error.value)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="finds no GPU"):
