@@ -9,7 +9,7 @@ demo: .venv/installed
 		--accelerate-method dynamiclayer --path ckpt/fashion_mnist/DDIM20_router.pt --thres 0.1 --compare
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from assembly import alone, peak_memory  # noqa: E402
-from table import markdown, read_records  # noqa: E402
+from records import markdown, read_records  # noqa: E402
 
 import cli  # noqa: E402
 

@@ -1,6 +1,5 @@
 """The benchmark of the two backends: what it measures, records and prints, with a narrow network."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -9,16 +8,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_refused, call, run
-from inception_graph import inception_v3
+from inception_graph import HAS_TENSORFLOW, inception_v3, needs_tensorflow
 
 import inception
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import extraction  # noqa: E402
-import table  # noqa: E402
+import records  # noqa: E402
 
 PROGRAM = "benchmarks/extraction.py"
-HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
 SMALL = ["--image-size", 16, "--batch-size", 3, "--batches", 2, "--device", "cpu"]
 
 
@@ -27,7 +25,7 @@ def graph(tmp_path_factory):
     return inception_v3(tmp_path_factory.mktemp("graph") / "narrow.pb", narrower=16)
 
 
-@pytest.mark.skipif(not HAS_TENSORFLOW, reason="TensorFlow is not installed: pip install tensorflow")
+@needs_tensorflow
 def test_a_record_holds_what_was_measured_and_the_table_reads_it(graph, tmp_path, monkeypatch, capsys):
     flags = [*SMALL, "--graph", graph, "--repeats", 1, "--record", "extraction-small.json"]
     result = run(PROGRAM, *flags, cwd=tmp_path)
@@ -43,7 +41,7 @@ def test_a_record_holds_what_was_measured_and_the_table_reads_it(graph, tmp_path
     sizes = {"image_size": 16, "batch_size": 3, "batches": 2, "repeats": 1, "device": "cpu"}
     assert saved["flags"] == sizes | {"graph": "narrow.pb", "backends": ["tensorflow", "torch"]}
 
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     (tmp_path / "assembly-other.json").write_text("{}")
     extraction.main(extraction.parse_args(["--table"]))
     printed = capsys.readouterr().out
