@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_refused, call, run
-from inception_graph import HAS_TENSORFLOW, inception_v3, needs_tensorflow
+from inception_graph import inception_v3, needs_tensorflow
 
 import inception
 
