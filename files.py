@@ -111,3 +111,15 @@ def load_tensors(path, allow=()):
     except Exception as error:  # what a damaged stream makes the unpickler raise is anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read ({reason}): it is cut off or no checkpoint; fetch it again") from error
+
+
+def peak_resident():
+    """Bytes: the largest resident set of this process so far, since its program began."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; its getrusage counts what the process took before it became this program, too
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource  # which only Unix has
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 
 import download
 from data import stream
-from files import UserError, written_whole
+from files import UserError, peak_resident, written_whole
 from models import DiT, DiT_models
 from router import Router
 from schedule import Schedule
@@ -423,9 +422,7 @@ def peak_memory(device):
     """Bytes: the most that tensors took on a CUDA device so far, elsewhere the largest resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # which only Unix has
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_resident()
 
 
 @torch.inference_mode()

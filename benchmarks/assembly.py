@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from records import markdown, read_records  # noqa: E402
 
 import cli  # noqa: E402
+from files import peak_resident  # noqa: E402
 
 MEASUREMENTS = {
     "original": "original: a list of all images, joined, np.savez",
@@ -95,13 +96,6 @@ def original_assembly(shards, npz):
         os.fsync(file.fileno())
 
 
-def peak_memory():
-    """Bytes: the largest resident set of this process so far; `sampling.peak_memory` would bring torch."""
-    import resource  # which only Unix has
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def measure(original, folder, images, size):
     """Assembles the set in `folder`, in the original's way or in ours. Returns the figures as a dict for JSON.
 
@@ -112,7 +106,7 @@ def measure(original, folder, images, size):
     assembled = sample_set(folder, images, size)
     npz = folder / "original.npz" if original else assembled.npz
     assembled.open()
-    base, since = peak_memory(), time.perf_counter()
+    base, since = peak_resident(), time.perf_counter()
     if original:
         original_assembly(assembled.shards, npz)
     else:
@@ -122,7 +116,7 @@ def measure(original, folder, images, size):
         "images": images,
         "seconds": seconds,
         "base_bytes": base,
-        "peak_bytes": peak_memory(),
+        "peak_bytes": peak_resident(),
         "npz_bytes": npz.stat().st_size,
     }
 
@@ -285,8 +279,6 @@ def main(args):
         check_writable(args.record)
     work = make_work(args.work)
     try:
-        # All that takes memory is done by other processes: on Linux a process inherits the highest resident set of the
-        # one it came from, so this one stays small until they ended.
         with cli.sigterm_interrupts():
             measured = {"measurements": measure_all(args, work)}
     finally:

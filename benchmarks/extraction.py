@@ -18,10 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from assembly import alone, peak_memory  # noqa: E402
+from assembly import alone  # noqa: E402
 from records import markdown, read_records  # noqa: E402
 
 import cli  # noqa: E402
+from files import peak_resident  # noqa: E402
 
 BACKENDS = {"tensorflow": "TensorFlow", "torch": "PyTorch"}
 TOLERANCE = 1e-5  # of the features, relative L2
@@ -79,7 +80,7 @@ def measure(backend, path, args):
         extract()
     seconds = time.perf_counter() - since
     version = sys.modules[backend].__version__
-    return {"seconds": seconds, "peak_bytes": peak_memory(), "version": version}, features
+    return {"seconds": seconds, "peak_bytes": peak_resident(), "version": version}, features
 
 
 def check_agreement(features):
@@ -146,8 +147,6 @@ def main(args):
 
     if args.record:
         check_writable(args.record)
-    # All that takes memory is done by other processes: on Linux a process inherits the highest resident set of the one
-    # it came from, so this one stays small until they ended.
     with cli.sigterm_interrupts(), tempfile.TemporaryDirectory() as folder:
         path = args.graph
         if not path:

@@ -21,10 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from assembly import alone, peak_memory  # noqa: E402
+from assembly import alone  # noqa: E402
 from records import markdown, read_records  # noqa: E402
 
 import cli  # noqa: E402
+from files import peak_resident  # noqa: E402
 
 SIZES = {"reference": 10000, "sample": 50000, "features": 2048}
 QUICK = {"reference": 300, "sample": 500, "features": 64}
@@ -113,7 +114,7 @@ def measure_precision_recall(dtype, reference, sample, features):
 
     warnings.simplefilter("error", RuntimeWarning)
     sets = random_features(0, reference, features), random_features(1, sample, features)
-    base, since = peak_memory(), time.perf_counter()
+    base, since = peak_resident(), time.perf_counter()
     try:
         precision, recall = metrics.precision_recall(*sets, dtype=dtype)
     except RuntimeWarning as warning:  # smaller blocks would be another measurement
@@ -122,7 +123,7 @@ def measure_precision_recall(dtype, reference, sample, features):
     return {
         "seconds": [seconds],
         "base_bytes": base,
-        "peak_bytes": peak_memory(),
+        "peak_bytes": peak_resident(),
         "precision": precision,
         "recall": recall,
     }
@@ -170,8 +171,6 @@ def main(args):
 
     if args.record:
         check_writable(args.record)
-    # All that takes memory is done by other processes: on Linux a process inherits the highest resident set of the one
-    # it came from, so this one stays small until they ended.
     with cli.sigterm_interrupts():
         measured = {"measurements": measure_all(args)}
 

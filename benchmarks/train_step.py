@@ -261,7 +261,6 @@ def main(args):
         check_writable(args.record)
     names = [name for name in VARIANTS if name != "compiled" or args.compile]
     memory = {}
-    # Before this process makes a model: on Linux a process inherits the highest resident set of the one it came from.
     for name in names:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             memory[name] = pool.submit(measure_memory, args, name).result()
