@@ -72,6 +72,8 @@ class Graph(Extractor):
     def _evaluate(self, wanted, fed, value):
         try:
             return self._session.run(wanted, {fed: value.cpu().float().numpy()})
+        except self._tf.errors.ResourceExhaustedError as error:
+            raise MemoryError(error.message.splitlines()[0]) from error
         except self._tf.errors.InvalidArgumentError as error:
             # Of NaN, by CheckNumerics. Its other lines tell where in the program the graph was built.
             reason = [line for line in error.message.splitlines() if "[[" not in line][-1]
@@ -80,7 +82,7 @@ class Graph(Extractor):
     def run(self, images):
         """The outputs, a list of tensors, for images (N, H, W, 3), uint8 or float32.
 
-        Raises UserError where TensorFlow finds values that are not finite.
+        Raises UserError where TensorFlow finds values that are not finite, MemoryError where memory does not suffice.
         """
         return [torch.from_numpy(value) for value in self._evaluate(self._outputs, self._images, images)]
 

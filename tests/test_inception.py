@@ -724,6 +724,18 @@ def test_without_tensorflow_one_backend_works_and_the_other_says_so(tmp_path, mo
 
 
 @needs_tensorflow
+def test_tensorflow_out_of_memory_is_a_memory_error(tmp_path, monkeypatch):
+    graph = inception_tf.load_graph(small_classifier(tmp_path / "small.pb"))
+
+    def short(*_):
+        raise graph._tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor\nmore")
+
+    monkeypatch.setattr(graph._session, "run", short)
+    with pytest.raises(MemoryError, match="^OOM when allocating tensor$"):
+        graph.features(images(1, 8))
+
+
+@needs_tensorflow
 def test_tensorflow_refuses_in_one_line(tmp_path):
     file = GraphFile(producer=9)  # whose graphs have no old batch norm any more
     file.node("ExpandDims", "Placeholder", dtype={"type": FLOAT})

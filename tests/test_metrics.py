@@ -455,3 +455,10 @@ def test_importing_metrics_imports_no_torch():
     program += "metrics.frechet_distance(np.zeros(2), np.eye(2), np.ones(2), np.eye(2)); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.stdout == "False\n", result.stderr
+
+
+def test_progress_counts_every_block_of_distances():
+    # Blocks of 4: 3 and 5 of them; 6 and 15 pairs for the radii of the sets, 15 between them.
+    calls = []
+    precision_recall(normal(0, 10, 3), normal(1, 19, 3), block=4, progress=lambda *call: calls.append(call))
+    assert calls == [(done, 36) for done in range(1, 37)]
