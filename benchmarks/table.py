@@ -285,11 +285,10 @@ def speedup(seconds, row):
 
 
 def cells(row, record, timing):
-    """A row of the tables: the mean over the seeds there are, for the FID with its standard deviation."""
-    results, schedule = list(record["seeds"].values()), record["schedule"]
-    measured = timing.get("rows", {}).get(row.name)
-    values = {name: [result["metrics"][name] for result in results] for name in results[0]["metrics"]}
-    mean = {name: statistics.mean(some) for name, some in values.items()}
+    """A row of the tables: of seed 0, as all rows are, the FID with its standard deviation over the seeds there are."""
+    result, schedule = record["seeds"]["0"], record["schedule"]
+    measured, metrics = timing.get("rows", {}).get(row.name), result["metrics"]
+    fids = [other["metrics"]["fid"] for other in record["seeds"].values()]
     return [
         METHODS[row.method],
         f"{row.steps}",
@@ -298,12 +297,12 @@ def cells(row, record, timing):
         f"{statistics.median(measured['seconds']):.2f}" if measured else "",
         f"{measured['speedup']:.3f}" if measured else "",
         f"{schedule['bound']:.3f}",
-        f"{mean['inception_score']:.3f}",
-        f"{mean['fid']:.3f}" + (f" ± {statistics.stdev(values['fid']):.3f}" if len(results) > 1 else ""),
-        f"{mean['sfid']:.3f}",
-        f"{mean['precision']:.4f}",
-        f"{mean['recall']:.4f}",
-        f"{statistics.mean(result['class_accuracy'] for result in results):.2%}",
+        f"{metrics['inception_score']:.3f}",
+        f"{metrics['fid']:.3f}" + (f" ± {statistics.stdev(fids):.3f}" if len(fids) > 1 else ""),
+        f"{metrics['sfid']:.3f}",
+        f"{metrics['precision']:.4f}",
+        f"{metrics['recall']:.4f}",
+        f"{result['class_accuracy']:.2%}",
     ]
 
 
@@ -339,7 +338,7 @@ def show(args):
     for row, record in records.items():
         if row.name in timing.get("rows", {}):
             seconds = statistics.median(timing["rows"][row.name]["seconds"])
-            fid = statistics.mean(result["metrics"]["fid"] for result in record["seeds"].values())
+            fid = record["seeds"]["0"]["metrics"]["fid"]
             curves.setdefault(METHODS[row.method], []).append((seconds, fid, str(row.steps)))
     if curves:
         save_curves(curves, f"seconds a batch of {timing['batch']} images", "FID", args.picture)
