@@ -44,7 +44,7 @@ def parse_args(argv=None):
         "--backend",
         choices=["auto", "torch", "tensorflow"],
         default="auto",
-        help="what runs the graph; auto is torch, the faster one",
+        help="what runs the graph; auto is torch, the faster one (benchmarks/README.md)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
     parser.add_argument("--batch-size", type=cli.positive, default=64, help="images in the network at a time")

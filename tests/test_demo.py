@@ -211,12 +211,16 @@ def test_the_table_of_the_readme_is_that_of_the_records():
     assert shown and len(records.table().splitlines()) == 2 + len(shown)
 
     import assembly
+    import extraction
+    import metrics_speed
     import scaling
     import train_step
 
     told = (ROOT / "benchmarks" / "README.md").read_text()
-    for program, pattern in ((train_step, "train-*"), (assembly, "assembly-*"), (scaling, "scaling-*")):
-        some = records.read_records(pattern)
+    programs = {"train": train_step, "assembly": assembly, "scaling": scaling}
+    programs |= {"metrics": metrics_speed, "extraction": extraction}
+    for name, program in programs.items():
+        some = records.read_records(f"{name}-*")
         assert some and program.table(some) in told
 
 
