@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ from router import Router
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
+
+# A background job of a shell ignores SIGINT, and so would the programs started here: nothing could interrupt them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Reference:
