@@ -109,6 +109,26 @@ def add_sampling_arguments(parser, cfg_scale):
     sampler.add_argument("--p-sample", action="store_true", help="ancestral sampling (DDPM)")
 
 
+def add_precision_arguments(parser, choices, default=None):
+    """The flags that say in which precision a DiT runs, and whether its blocks are compiled."""
+    parser.add_argument(
+        "--dtype",
+        choices=choices,
+        default=default,
+        help="precision of the transformer; all else is float32; tf32 is fp32 on a CPU"
+        + ("" if default else "; without it tf32 on a GPU, fp32 on a CPU"),
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
+
+
+def add_speed_arguments(parser):
+    """The flags of the sampling programs that change how fast they are, and the numbers in their last digits."""
+    add_precision_arguments(parser, ["fp32", "tf32", "bf16", "fp16"])
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="record a batch's whole trajectory once and replay it; needs a GPU"
+    )
+
+
 def check_sampling_arguments(parser, args):
     """Refuses a method without its file, and a file without its method."""
     if args.accelerate_method and not args.path:

@@ -62,8 +62,8 @@ def compute_or_reuse(layer, compute, cached):
 
 
 def modulate(x, shift, scale):
-    """x (N, T, D) scaled and shifted by per-sample vectors (N, D)."""
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+    """x (N, T, D) scaled and shifted by per-sample vectors (N, 1, D)."""
+    return torch.addcmul(shift, x, scale)
 
 
 class TimestepEmbedder(nn.Module):
@@ -118,21 +118,22 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x, c, compute=(True, True), cached=(None, None)):
-        """x (N, T, D), condition c (N, D) -> x (N, T, D) and the outputs of its layers before their gates.
+    def forward(self, x, modulation, compute=(True, True), cached=(None, None)):
+        """x (N, T, D) -> x (N, T, D) and the outputs of its layers before their gates.
 
+        modulation: (N, 6, D), of this block as in `DiT.modulations`.
         compute, cached: for attention and MLP, as in `compute_or_reuse`.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unsqueeze(2).unbind(1)
         attn = compute_or_reuse(lambda: self.attn(modulate(self.norm1(x), shift_a, scale_a)), compute[0], cached[0])
-        x = torch.addcmul(x, gate_a.unsqueeze(1), attn)
+        x = torch.addcmul(x, gate_a, attn)
         mlp = compute_or_reuse(lambda: self.mlp(modulate(self.norm2(x), shift_m, scale_m)), compute[1], cached[1])
-        x = torch.addcmul(x, gate_m.unsqueeze(1), mlp)
+        x = torch.addcmul(x, gate_m, mlp)
         return x, (attn, mlp)
 
 
 class FinalLayer(nn.Module):
-    """Tokens (N, T, D), condition (N, D) -> patches (N, T, p*p*out_channels)."""
+    """Tokens (N, T, D), their modulation (N, 2, D) -> patches (N, T, p*p*out_channels)."""
 
     def __init__(self, hidden_size, patch_size, out_channels):
         super().__init__()
@@ -140,8 +141,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+    def forward(self, x, modulation):
+        shift, scale = modulation.unsqueeze(2).unbind(1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -214,11 +215,32 @@ class DiT(nn.Module):
         """A new cache: for each block the slots [attention, MLP], each None until that layer ran."""
         return [[None, None] for _ in self.blocks]
 
+    def cache_bytes(self, samples, dtype):
+        """What a full cache takes for that many samples (guidance counts twice) in a torch.dtype."""
+        return 2 * self.depth * samples * self.pos_embed[0].numel() * dtype.itemsize
+
     def unpatchify(self, x):
         """Patches (N, T, p*p*C) -> images (N, C, H, W)."""
         n, side, p = x.shape[0], self.input_size // self.patch_size, self.patch_size
         x = x.reshape(n, side, side, p, p, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(n, self.out_channels, side * p, side * p)
+
+    def condition(self, t, y):
+        """What the blocks are conditioned on: timesteps t (..., N), labels y (N,) -> (..., N, D)."""
+        return self.t_embedder(t.flatten()).unflatten(0, t.shape) + self.y_embedder(y)
+
+    def modulations(self, c):
+        """What c (..., N, D) does in each block: a list of (..., N, 6, D), and last of the output's (..., N, 2, D).
+
+        Shift, scale and gate of the attention, then of the MLP; of the output shift and scale. "Scale" is the factor
+        itself, 1 + what the model predicts. Of several steps at once, the weights are read once.
+        """
+        modules = [block.adaLN_modulation for block in self.blocks] + [self.final_layer.adaLN_modulation]
+        c = nn.functional.silu(c)  # each module's first part, the same for all
+        vectors = [linear(c).unflatten(-1, (-1, c.shape[-1])) for _, linear in modules]
+        for v in vectors:
+            v[..., 1::3, :] += 1
+        return vectors
 
     def forward(self, x, t, y, compute=None, cache=None):
         """Predict noise and variance: x (N, C, H, W), t (N,), y (N,) -> (N, 2C, H, W), like x.
@@ -230,35 +252,30 @@ class DiT(nn.Module):
         Raises ValueError where a layer is reused before it ran.
         Source: Peebles and Xie 2023, sec. 3; Ma et al. 2024, sec. 3.2.
         """
+        return self.denoise(x, self.modulations(self.condition(t, y)), compute, cache)
+
+    def denoise(self, x, modulations, compute=None, cache=None):
+        """`forward` where the `modulations` of x's timesteps and labels are known."""
         dtype = x.dtype
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D), T = H*W / p**2
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         for l, block in enumerate(self.blocks):
-            run = (True, True) if compute is None else compute[l]
-            cached = (None, None) if cache is None else tuple(cache[l])
+            run = (True, True) if compute is None else tuple(compute[l])
+            # A layer that runs is given no slot: whether it was filled would be one more case to compile.
+            cached = tuple(None if cache is None or run[k] is True else cache[l][k] for k in (0, 1))
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, outputs = checkpoint(block, x, c, run, cached, use_reentrant=False)
+                x, outputs = checkpoint(block, x, modulations[l], run, cached, use_reentrant=False)
             else:
-                x, outputs = block(x, c, run, cached)
+                x, outputs = block(x, modulations[l], run, cached)
             if cache is not None:
                 for k in (0, 1):
                     if run[k] is not False:
                         cache[l][k] = outputs[k] if run[k] is True else None
-        return self.unpatchify(self.final_layer(x, c)).to(dtype)  # (N, T, p*p*2C) -> (N, 2C, H, W)
+        return self.unpatchify(self.final_layer(x, modulations[-1])).to(dtype)  # (N, T, p*p*2C) -> (N, 2C, H, W)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, compute=None, cache=None):
-        """`forward` with classifier-free guidance on a batch [x, x] with labels [y, null].
-
-        Both halves of the result carry the guided noise; the rest of the channels passes through.
-        Source: Ho and Salimans 2021, eq. 6.
-        """
+        """`forward` with classifier-free guidance on a batch [x, x] with labels [y, null], then `guided`."""
         half = x[: len(x) // 2]
-        out = self.forward(torch.cat([half, half]), t, y, compute, cache)
-        # Three of four channels: the released samples guide only these.
-        noise, rest = out[:, :3], out[:, 3:]
-        cond, uncond = noise.chunk(2)
-        guided = uncond + cfg_scale * (cond - uncond)
-        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+        return guided(self.forward(torch.cat([half, half]), t, y, compute, cache), cfg_scale)
 
     def multiply_adds(self):
         """Multiply-adds of one sample and one step without guidance, as a dict of ints.
@@ -283,6 +300,18 @@ class DiT(nn.Module):
             + linear(self.final_layer.adaLN_modulation[1])
         )
         return {"layer": (attention, mlp), "fixed": fixed}
+
+
+def guided(output, cfg_scale):
+    """The output (2N, 2C, H, W) of a batch [x, x] with labels [y, null] under guidance: both halves alike in the noise.
+
+    The rest of the channels passes through. Source: Ho and Salimans 2021, eq. 6.
+    """
+    # Three of four channels: the released samples guide only these.
+    noise, rest = output[:, :3], output[:, 3:]
+    cond, uncond = noise.chunk(2)
+    noise = uncond + cfg_scale * (cond - uncond)
+    return torch.cat([torch.cat([noise, noise]), rest], dim=1)
 
 
 def position_table(dim, side):

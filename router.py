@@ -124,8 +124,7 @@ def router_loss(dit, diffusion, scores, i, x_start, y, noise, threshold=None):
     """
     if not (i % 2 and 0 < i < diffusion.steps):
         raise ValueError(f"router training starts from odd steps below {diffusion.steps}, not from {i}")
-    timesteps = torch.as_tensor(diffusion.timestep_map[[i - 1, i]], device=y.device)
-    before, at = (t.expand(len(y)) for t in timesteps)
+    before, at = diffusion.timesteps(y.device)[i - 1 : i + 1, None].expand(-1, len(y))
     cache = dit.empty_cache()
     with torch.no_grad():
         x = diffusion.q_sample(x_start, i, noise)

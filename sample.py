@@ -17,6 +17,7 @@ def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Sample a picture from a DiT, with or without a router, and time it.")
     cli.add_model_arguments(parser, vae="mse")
     cli.add_sampling_arguments(parser, cfg_scale=CFG_SCALE)
+    cli.add_speed_arguments(parser)
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise")
     parser.add_argument("--out", help="picture to write; without it Sample_NFE{n}_Method_{method}.png")
     parser.add_argument(
@@ -60,7 +61,8 @@ def main(args):
     from files import check_writable
 
     # What can be refused is refused before the weights are read.
-    device = sampling.pick_device(args.device)
+    device = sampling.pick_device(args.device, cuda_graphs=args.cuda_graphs)
+    dtype = sampling.pick_dtype(args.dtype, device)
     spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
     labels = args.class_labels or spec.default_labels
     sampling.check_labels(labels, spec.num_classes)
@@ -71,16 +73,17 @@ def main(args):
     schedule, _ = sampling.load_schedule(args.accelerate_method, args.path, args.thres)
     if not (args.ddim_sample or args.p_sample):
         print("Neither --ddim-sample nor --p-sample: DDIM is meant")
-    # As published; has no effect on a CPU.
-    torch.backends.cuda.matmul.allow_tf32 = True
 
     if args.random_weights:
         print(f"Random weights from seed {args.seed}: the times are meant, there will be no picture")
     dit = sampling.load_dit(spec, device, args.seed if args.random_weights else None)
+    dit = sampling.set_precision(dit, dtype)
+    if args.compile:
+        sampling.compile_blocks(dit)
     if schedule:
         schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
         print(sampling.describe_schedule(schedule, dit.multiply_adds()))
-    vae = None if args.random_weights else sampling.load_vae(spec, device)
+    vae = None if args.random_weights else sampling.speed_up_vae(sampling.load_vae(spec, device), device, dtype)
 
     diffusion = create_diffusion(args.num_sampling_steps)
     cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
@@ -88,33 +91,39 @@ def main(args):
     z = torch.randn(len(labels), dit.in_channels, dit.input_size, dit.input_size, generator=generator).to(device)
     y = torch.tensor(labels, device=device)
 
-    progress = partial(tqdm, leave=False, disable=None)
+    cached = "schedule" if args.accelerate_method == "schedule" else "router"
+    plans = {"full": None, cached: schedule} if args.compare else {cached if schedule else "full": schedule}
+    common = dict(cfg_scale=cfg_scale, ancestral=args.p_sample)
+    if args.cuda_graphs:
+        runs = {name: sampling.RecordedSampler(dit, diffusion, schedule=plan, **common) for name, plan in plans.items()}
+    else:
+        progress = partial(tqdm, leave=False, disable=None)
+        sample = partial(sampling.sample_latents, dit, diffusion, progress=progress, **common)
+        runs = {name: partial(sample, schedule=plan) for name, plan in plans.items()}
 
-    def sample(schedule):
+    def timed(sample):
         """Latents and the seconds of their loop."""
         # The ancestral noise continues the stream of the seed, and is the same in every repeat.
         noise = torch.Generator(device).manual_seed(args.seed + 1)
         randn_like = lambda x: torch.randn(x.shape, generator=noise, device=device)  # noqa: E731
         sampling.synchronize(device)
         start = time.perf_counter()
-        latents = sampling.sample_latents(
-            dit, diffusion, z, y, cfg_scale, schedule, args.p_sample, randn_like, progress
-        )
+        latents = sample(z=z, y=y, randn_like=randn_like)
         sampling.synchronize(device)
         return latents, time.perf_counter() - start
 
-    cached = "schedule" if args.accelerate_method == "schedule" else "router"
-    runs = {"full": None, cached: schedule} if args.compare else {cached if schedule else "full": schedule}
     latents, times = {}, {name: [] for name in runs}
     for repeat in range(args.repeats + 1):
-        for name, plan in runs.items():  # in turn, so that a machine that slows down slows both
-            latents[name], seconds = sample(plan)
+        for name, sample in runs.items():  # in turn, so that a machine that slows down slows both
+            latents[name], seconds = timed(sample)
             if repeat:  # the first run warms up
                 times[name].append(seconds)
     for name in runs:
         spread = statistics.stdev(times[name]) if args.repeats > 1 else 0.0
         label = f" ({name})" if args.compare else ""
         print(f"Sampling time: {statistics.mean(times[name]):.3f}±{spread:.3f}{label}")
+        if args.cuda_graphs:
+            print(f"Recording the CUDA graph{label}: {runs[name].seconds:.3f} s, once")
 
     images = {} if args.random_weights else {name: sampling.decode(vae, latents[name]).cpu() for name in runs}
     if images:
@@ -127,6 +136,7 @@ def main(args):
     if args.compare:
         shown, peak = (images, 255) if images else (latents, (latents["full"].max() - latents["full"].min()).item())
         figures = compare(dit, schedule, times, batch=len(labels) * (1 if cfg_scale == 1.0 else 2))
+        figures["dtype"] = dtype
         figures["psnr_db"] = sampling.psnr(shown[cached], shown["full"], peak)
         rates = figures["g_multiply_adds_per_second"]
         print(

@@ -9,7 +9,6 @@ Image k follows --global-seed and k alone. Finished images stay, so the same com
 whatever number of processes and batch size; several machines need a folder that they share (docs/clusters.md).
 """
 
-import argparse
 import os
 import re
 import sys
@@ -19,13 +18,14 @@ import cli
 
 CFG_SCALE = 1.5  # as published for FID
 DETERMINISTIC_BATCH = 8  # images of a batch with --deterministic, each always at the same place in it
-FORMAT = 1  # of the manifest; raised where the same flags no longer make the same images
+FORMAT = 2  # of the manifest; raised where the same flags no longer make the same images
 
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Sample the images of an evaluation into one .npz.")
     cli.add_model_arguments(parser, vae="ema")
     cli.add_sampling_arguments(parser, cfg_scale=CFG_SCALE)
+    cli.add_speed_arguments(parser)
     parser.add_argument("--sample-dir", default="samples", help="folder for the .npz and what it is made from")
     parser.add_argument("--num-fid-samples", type=cli.positive, default=50000, help="images, all processes together")
     parser.add_argument(
@@ -37,9 +37,8 @@ def parse_args(argv=None):
         action="store_true",
         help="image k is of class k modulo the classes; without it classes are drawn uniformly",
     )
-    parser.add_argument(
-        "--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on a GPU; a CPU has none"
-    )
+    for flag, dtype in ("--tf32", "tf32"), ("--no-tf32", "fp32"):
+        parser.add_argument(flag, dest="dtype", action="store_const", const=dtype, help=f"the same as --dtype {dtype}")
     parser.add_argument(
         "--deterministic",
         action="store_true",
@@ -58,8 +57,8 @@ def parse_args(argv=None):
     return args
 
 
-def load(args, device, processes):
-    """The model's spec, its DiT, its VAE, and its schedule or None with what the manifest says of it."""
+def load(args, device, dtype, processes):
+    """The model's spec, its DiT in `dtype`, its VAE, and its schedule or None with what the manifest says of it."""
     import sampling
 
     spec = processes.together(
@@ -72,13 +71,15 @@ def load(args, device, processes):
         dit = sampling.load_dit(spec, device)
         if schedule:
             schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
-        return dit, sampling.load_vae(spec, device), schedule, described
+        dit = sampling.set_precision(dit, dtype)
+        if args.compile:
+            sampling.compile_blocks(dit)
+        return dit, sampling.speed_up_vae(sampling.load_vae(spec, device), device, dtype), schedule, described
 
-    dit, *rest = processes.together(read, in_turn=True)
-    return spec, sampling.set_precision(dit, "tf32" if args.tf32 else "fp32"), *rest
+    return spec, *processes.together(read, in_turn=True)
 
 
-def describe(args, spec, dit, vae, schedule, device):
+def describe(args, spec, dit, vae, schedule, device, dtype):
     """The manifest: all that determines the images, as JSON types; schedule: its part of it."""
     from importlib.metadata import version
 
@@ -98,8 +99,9 @@ def describe(args, spec, dit, vae, schedule, device):
         "steps": args.num_sampling_steps,
         "seed": args.global_seed,
         "labels": "balanced" if args.balanced_labels else "uniform",
-        "tf32": args.tf32,
-        "deterministic": sampling.device_model(device) if args.deterministic else False,
+        "dtype": dtype,
+        # Its last digits, which else may differ, depend on these too.
+        "deterministic": [sampling.device_model(device), args.compile] if args.deterministic else False,
     }
 
 
@@ -118,6 +120,7 @@ def set_name(args, spec, manifest):
         parts += [args.accelerate_method, Path(args.path).stem, digest[:8]]
         parts += [f"thres-{args.thres}"] if manifest["router"] else []
     parts += ["balanced"] if args.balanced_labels else []
+    parts += [manifest["dtype"]] if manifest["dtype"] in ("bf16", "fp16") else []
     parts += ["deterministic"] if args.deterministic else []
     parts += [f"n-{args.num_fid_samples}"]
     return "-".join(re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII)[:40].strip("-") for part in parts)
@@ -159,7 +162,8 @@ def main(args):
     from shards import SampleSet
 
     processes = Processes()
-    device = sampling.pick_device(args.device, processes)
+    device = sampling.pick_device(args.device, processes, args.cuda_graphs)
+    dtype = sampling.pick_dtype(args.dtype, device)
     if args.deterministic:
         sampling.make_deterministic(device)
         if device.type == "cpu":
@@ -167,8 +171,8 @@ def main(args):
     processes.connect(device)
     if args.record:
         processes.by_first(lambda: check_writable(args.record))
-    spec, dit, vae, schedule, described = load(args, device, processes)
-    manifest = describe(args, spec, dit, vae, described, device)
+    spec, dit, vae, schedule, described = load(args, device, dtype, processes)
+    manifest = describe(args, spec, dit, vae, described, device, dtype)
     for rank, other in enumerate(processes.gather(manifest)):
         different = [name for name in manifest if other[name] != manifest[name]]
         if different:
@@ -223,7 +227,7 @@ def main(args):
     figures = summarise(sum(stop - start for start, stop in ranges), seconds, spent, pipeline.overlaps, processes.size)
     print(f"Samples: {images.npz} ({images.count} images, SHA-256 of arr_0 {digest})")
     if args.record:
-        sampling.write_record(args, device, figures)
+        sampling.write_record(args, device, {"dtype": dtype} | figures)
 
 
 def batch_sampler(args, dit, schedule, cfg_scale, batch_size, device):
@@ -231,19 +235,20 @@ def batch_sampler(args, dit, schedule, cfg_scale, batch_size, device):
     import sampling
     from diffusion import create_diffusion
 
-    diffusion = create_diffusion(args.num_sampling_steps)
+    plan = create_diffusion(args.num_sampling_steps), cfg_scale, schedule, args.p_sample
     shape = dit.in_channels, dit.input_size, dit.input_size
+    recorded = sampling.RecordedSampler(dit, *plan) if args.cuda_graphs else None
 
     def sample(start, stop):
-        if args.deterministic:
+        if args.deterministic or recorded:
             stop = start + batch_size  # a batch of fewer is filled up with images beyond it, which are dropped
         draws = sampling.ImageDraws(
             args.global_seed, range(start, stop), shape, dit.num_classes, device, args.balanced_labels
         )
-        latents = sampling.sample_latents(
-            dit, diffusion, draws.z, draws.y, cfg_scale, schedule, args.p_sample, draws.randn_like
-        )
-        return latents, draws.labels
+        if recorded:
+            return recorded(draws.z, draws.y, draws.randn_like), draws.labels
+        diffusion, *rest = plan
+        return sampling.sample_latents(dit, diffusion, draws.z, draws.y, *rest, draws.randn_like), draws.labels
 
     return sample
 

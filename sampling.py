@@ -17,7 +17,8 @@ from torch import nn
 import download
 from data import stream
 from files import UserError, peak_resident, written_whole
-from models import DiT, DiT_models
+from graphs import Recorded
+from models import DiT, DiT_models, guided
 from router import Router
 from schedule import Schedule
 
@@ -195,10 +196,30 @@ def load_schedule(method, path, threshold):
     return router.schedule(threshold), described | {"router": fingerprint(router, {}), "threshold": threshold}
 
 
+# What --dtype may name; "tf32" is float32 whose products use the matrix units of a GPU, where it has them.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_dtype(name, device):
+    """The name of the precision that is meant; None means as published, tf32, which on a CPU is fp32."""
+    name = name or "tf32"
+    return "fp32" if (name, device.type) == ("tf32", "cpu") else name
+
+
 def set_precision(module, dtype):
-    """`module` in "fp32", "tf32" (float32 with the matrix units of a GPU where it has them) or "bf16" (its weights)."""
+    """`module` with its weights in a precision of `DTYPES`, and the float32 of a GPU with or without TF32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
-    return module.to(torch.bfloat16) if dtype == "bf16" else module
+    return module.to(DTYPES[dtype])
+
+
+def speed_up_vae(vae, device, dtype):
+    """`vae` as it decodes fastest on `device` with at most one grey level of difference, beside a DiT in `dtype`.
+
+    On a GPU that is channels last, and fp16 where that is asked for; bf16 differs by more (docs/performance.md).
+    """
+    if device.type != "cuda":
+        return vae
+    return vae.to(DTYPES["fp16" if dtype == "fp16" else "fp32"], memory_format=torch.channels_last)
 
 
 def compile_blocks(dit):
@@ -213,10 +234,11 @@ def compile_blocks(dit):
         block.compile(fullgraph=True)
 
 
-def pick_device(name, processes=None):
+def pick_device(name, processes=None, cuda_graphs=False):
     """torch.device of "auto" (CUDA where there is one), "cpu", "cuda:1". Raises UserError where it cannot be used.
 
     processes: where they are several, each takes the GPU of its number on its machine, and makes it its default.
+    cuda_graphs: whether it is to have CUDA graphs.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -233,6 +255,8 @@ def pick_device(name, processes=None):
         raise UserError(
             f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; pass --device cpu"
         ) from error
+    if cuda_graphs and device.type != "cuda":
+        raise UserError(f"--cuda-graphs needs a CUDA device and this is {device}: leave it out")
     return device
 
 
@@ -270,6 +294,7 @@ def make_denoiser(dit, diffusion, y, cfg_scale, schedule=None):
     """A function (x, i) -> model output for the loops of `diffusion`, with a cache of its own.
 
     y: labels (N,); x is then (2N, C, H, W), both halves alike, or (N, C, H, W) where cfg_scale is 1.
+    The function is called for i from the last step down to 0.
     schedule: which layers run; None runs everything and remembers nothing. Each trajectory needs a new denoiser.
     Raises ValueError where the schedule's steps or depth are not those of the sampler and the model.
     """
@@ -283,14 +308,27 @@ def make_denoiser(dit, diffusion, y, cfg_scale, schedule=None):
     if cfg_scale != 1.0:
         y = torch.cat([y, torch.full_like(y, dit.num_classes)])
     # All that the loop needs is on the device before it starts.
-    timesteps = torch.as_tensor(diffusion.timestep_map, device=y.device)[:, None].expand(-1, len(y))
+    timesteps = diffusion.timesteps(y.device)
+    conditions = dit.condition(timesteps[:, None].expand(-1, len(y)), y)
+    together = max(1, MODULATED // len(y))  # steps
+    first, modulations = diffusion.steps, None
 
     def denoise(x, i):
-        if cfg_scale == 1.0:
-            return dit(x, timesteps[i], y, rows[i], cache)
-        return dit.forward_with_cfg(x, timesteps[i], y, cfg_scale, rows[i], cache)
+        nonlocal first, modulations
+        if i < first:
+            first = max(0, i + 1 - together)
+            modulations = dit.modulations(conditions[first : i + 1])
+        if cfg_scale != 1.0:
+            x = x[: len(x) // 2].repeat(2, 1, 1, 1)  # the unguided channels of the second half went another way
+        output = dit.denoise(x, [of_block[i - first] for of_block in modulations], rows[i], cache)
+        return output if cfg_scale == 1.0 else guided(output, cfg_scale)
 
     return denoise
+
+
+# Samples whose modulations are computed together, of several steps where a batch is small: a third of a DiT's weights
+# are theirs, and are read once for all of these. DiT-XL/2 keeps 50 MB of them in float32.
+MODULATED = 64
 
 
 @torch.inference_mode()
@@ -307,6 +345,31 @@ def sample_latents(
     x = z if cfg_scale == 1.0 else torch.cat([z, z])
     loop = diffusion.ancestral_loop if ancestral else diffusion.ddim_loop
     return loop(denoise, x, randn_like=randn_like, progress=progress)[: len(z)]
+
+
+class RecordedSampler:
+    """`sample_latents` of one model and schedule as a CUDA graph of the whole trajectory; called like it, from z on.
+
+    The noise of ancestral sampling is drawn before, in the same order. seconds: what recording took so far.
+    """
+
+    def __init__(self, dit, diffusion, cfg_scale, schedule=None, ancestral=False):
+        def sample(z, y, *noises):
+            noises = iter(noises)
+            return sample_latents(dit, diffusion, z, y, cfg_scale, schedule, ancestral, lambda x: next(noises))
+
+        self._recorded = Recorded(sample)
+        self._draws = diffusion.steps if ancestral else 0
+        self._halves = 1 if cfg_scale == 1.0 else 2
+
+    @property
+    def seconds(self):
+        return self._recorded.seconds
+
+    def __call__(self, z, y, randn_like=torch.randn_like):
+        """Latents (N, C, H, W) from noise z (N, C, H, W) for labels y (N,)."""
+        x = z.repeat(self._halves, 1, 1, 1)
+        return self._recorded(z, y, *(randn_like(x) for _ in range(self._draws)))
 
 
 class ImageDraws:
@@ -350,10 +413,10 @@ def decode(vae, latents):
     Quantised as the published samples: clamp(127.5 x + 128, 0, 255), cut to whole numbers.
     """
     pixels = latents[0, 0].numel() * 4 ** (len(vae.config.block_out_channels) - 1)  # of an image
-    parts = [
-        vae.decode(part / vae.config.scaling_factor).sample.mul_(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
-        for part in latents.split(max(1, DECODE_PIXELS // pixels))
-    ]
+    scale, parts = vae.config.scaling_factor, []
+    for part in latents.split(max(1, DECODE_PIXELS // pixels)):
+        decoded = vae.decode((part / scale).to(vae.dtype)).sample.float()
+        parts.append(decoded.mul_(127.5).add_(128).clamp_(0, 255).to(torch.uint8))
     return torch.cat(parts).permute(0, 2, 3, 1).contiguous()
 
 
@@ -427,16 +490,17 @@ def peak_memory(device):
 
 @torch.inference_mode()
 def matmul_rate(dit, samples, seconds=1.0):
-    """Multiply-adds per second of plain float32 matrix products of the block's own shapes, for `samples` in a batch.
+    """Multiply-adds per second of plain matrix products of the block's own shapes, for `samples` in a batch.
 
-    The four linear layers of a block in turn, preallocated, on the device of `dit`: what a perfect loop could reach.
+    The four linear layers of a block in turn, preallocated, on the device and in the precision of `dit`: what a perfect
+    loop could reach.
     """
     block = dit.blocks[0]
     device = dit.pos_embed.device
     rows = samples * dit.pos_embed.shape[1]
     weights = [linear.weight for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
-    inputs = [torch.randn(rows, weight.shape[1], device=device) for weight in weights]
-    outputs = [torch.empty(rows, weight.shape[0], device=device) for weight in weights]
+    inputs = [weight.new_empty(rows, weight.shape[1]).normal_() for weight in weights]
+    outputs = [weight.new_empty(rows, weight.shape[0]) for weight in weights]
 
     def once():
         for x, weight, out in zip(inputs, weights, outputs):

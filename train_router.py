@@ -126,13 +126,7 @@ def parse_args(argv=None):
         type=cli.fraction,
         help="harden the scores at this threshold in the forward pass (straight-through)",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=["fp32", "tf32", "bf16"],
-        default="tf32",
-        help="precision of the DiT; the router and its loss stay float32; tf32 is fp32 on a CPU",
-    )
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
+    cli.add_precision_arguments(parser, ["fp32", "tf32", "bf16"], default="tf32")  # fp16 would need its loss scaled
     parser.add_argument(
         "--grad-checkpointing", action="store_true", help="less memory, more time: blocks run again to get gradients"
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from original import original_loss  # noqa: E402
 from records import markdown, read_records  # noqa: E402
 
 import cli  # noqa: E402
@@ -46,53 +47,6 @@ def parse_args(argv=None):
     cli.add_record_argument(parser)
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table of results/train-*.json")
     return parser.parse_args(argv)
-
-
-def plain_modulate(x, shift, scale):
-    """x (N, T, D) scaled and shifted by per-sample vectors (N, D), in two operations."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-def plain_forward(dit, x, t, y, scores=None, cached=None):
-    """What `DiT.forward` computes, in the plain operations of the original: (N, 2C, H, W) and every layer's output.
-
-    scores: [depth, 2], blends with `cached`, the outputs [depth][2] of a call before; None runs everything.
-    """
-    x = dit.x_embedder(x) + dit.pos_embed
-    c = dit.t_embedder(t) + dit.y_embedder(y)
-    outputs = []
-    for l, block in enumerate(dit.blocks):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(c).chunk(6, dim=1)
-        attn = block.attn(plain_modulate(block.norm1(x), shift_a, scale_a))
-        if scores is not None:
-            attn = scores[l, 0] * attn + (1 - scores[l, 0]) * cached[l][0]
-        x = x + gate_a.unsqueeze(1) * attn
-        mlp = block.mlp(plain_modulate(block.norm2(x), shift_m, scale_m))
-        if scores is not None:
-            mlp = scores[l, 1] * mlp + (1 - scores[l, 1]) * cached[l][1]
-        x = x + gate_m.unsqueeze(1) * mlp
-        outputs.append((attn, mlp))
-    shift, scale = dit.final_layer.adaLN_modulation(c).chunk(2, dim=1)
-    x = dit.final_layer.linear(plain_modulate(dit.final_layer.norm_final(x), shift, scale))
-    return dit.unpatchify(x), outputs
-
-
-def original_loss(dit, diffusion, scores, i, x_start, y, noise):
-    """`router.router_loss` as the original implementation goes about it; the same arguments, the same values (N,).
-
-    Without gradients are the pass that fills the cache and the DDIM step. The loss is differentiated through the
-    teacher as through the student, and with respect to every parameter of `dit` that requires a gradient.
-    """
-    import torch
-
-    before, at = (torch.full_like(y, int(diffusion.timestep_map[step])) for step in (i - 1, i))
-    with torch.no_grad():
-        x = diffusion.q_sample(x_start, i, noise)
-        output, cached = plain_forward(dit, x, at, y)
-        x = diffusion.ddim_step(output, x, i)
-    teacher, _ = plain_forward(dit, x, before, y)
-    student, _ = plain_forward(dit, x, before, y, scores, cached)
-    return ((teacher - student) ** 2).flatten(1).mean(1)
 
 
 def load_models(names, load):

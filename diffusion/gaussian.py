@@ -53,6 +53,13 @@ class GaussianDiffusion:
             self._on_device[key] = torch.from_numpy(self._tables[name]).float().to(like.device)
         return self._on_device[key][i].reshape(-1, *[1] * (like.dim() - 1))
 
+    def timesteps(self, device):
+        """`timestep_map` as a tensor on `device`, int64 (n,), copied there once."""
+        key = "timestep_map", device
+        if key not in self._on_device:
+            self._on_device[key] = torch.from_numpy(self.timestep_map).to(device)
+        return self._on_device[key]
+
     def q_sample(self, x_start, i, noise):
         """x_start (N, ...) noised to step i (an int, or int64 (N,)): the forward process, same shape."""
         return (

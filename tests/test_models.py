@@ -100,9 +100,9 @@ def test_a_score_in_between_blends_linearly(dit):
     fresh, cached = dit.empty_cache(), [[torch.zeros(2, 4, 24)] * 2 for _ in dit.blocks]
     dit(x, t, y, cache=fresh)
     rows = [(torch.tensor(0.25), True), *[(True, True)] * 2]
-    block, c = dit.blocks[0], dit.t_embedder(t) + dit.y_embedder(y)
+    modulation = dit.modulations(dit.condition(t, y))[0]
     tokens = dit.x_embedder(x) + dit.pos_embed
-    _, (attn, _) = block(tokens, c, rows[0], cached[0])
+    _, (attn, _) = dit.blocks[0](tokens, modulation, rows[0], cached[0])
     torch.testing.assert_close(attn, 0.25 * fresh[0][0])
 
 

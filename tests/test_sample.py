@@ -243,3 +243,18 @@ def test_released_files_that_cannot_be_fetched_name_their_url(tmp_path):
     assert result.returncode == 1
     assert "https://raw.githubusercontent.com" in result.stderr and "put it at" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_lower_precision_and_compiled_blocks_change_the_picture_little(sample, model_folder, tmp_path):
+    router = [*METHOD, "--path", model_folder / "router4.pt", "--thres", 0.5, "--ddim-sample", "--out"]
+    for name, flags in {"fp32": [], "bf16": ["--dtype", "bf16"], "compiled": ["--compile"]}.items():
+        result = sample(*router, f"{name}.png", *flags)
+        assert result.returncode == 0, result.stderr
+    fp32, bf16, compiled = (pixels(tmp_path / f"{name}.png").astype(int) for name in ("fp32", "bf16", "compiled"))
+    assert abs(compiled - fp32).max() <= 1
+    assert 0 < abs(bf16 - fp32).mean() < 8
+
+
+def test_cuda_graphs_are_refused_without_a_gpu(sample, tmp_path):
+    assert_refused(sample("--cuda-graphs"), "--cuda-graphs needs a CUDA device", "cpu", "leave it out")
+    assert list(tmp_path.iterdir()) == []

@@ -258,13 +258,39 @@ def test_pngs_and_the_set_hold_the_same_pixels(sample, tmp_path):
     assert "is there already, complete" in result.stdout and len(list(one.iterdir())) == 9
 
 
+def test_a_set_in_lower_precision_has_a_name_of_its_own(sample, tmp_path):
+    for flags in ([], ["--no-tf32"], ["--dtype", "bf16"]):
+        assert sample(*flags).returncode == 0
+    plain, lower = sorted((tmp_path / "samples").iterdir(), key=lambda path: "bf16" in path.name)
+    assert lower.stem == plain.stem.replace("-n-23", "-bf16-n-23")
+    plain, lower = (np.load(path)["arr_0"].astype(int) for path in (plain, lower))
+    assert 0 < abs(plain - lower).mean() < 8
+
+
+@pytest.mark.parametrize("flag", ["--ddim-sample", "--p-sample"])
+def test_recorded_trajectories_make_the_same_images(sample, flag, tmp_path, monkeypatch):
+    """With what a CPU has for a CUDA graph; 23 images are three full batches and one that is filled up."""
+    device = sampling.pick_device("cpu")
+    monkeypatch.setattr(sampling, "pick_device", lambda *_: device)
+    arrays = []
+    for k, more in enumerate(([], ["--cuda-graphs"])):
+        folder = tmp_path / str(k)
+        result = sample(flag, "--per-proc-batch-size", 7, *more, "--sample-dir", folder)
+        assert result.returncode == 0, result.stderr
+        arrays.append(the_set(folder)["arr_0"].astype(int))
+    assert arrays[0].shape == arrays[1].shape and abs(arrays[0] - arrays[1]).max() <= 1
+
+
 def test_a_finished_set_is_not_made_again_and_what_else_it_depends_on_is_compared(sample, model_folder, tmp_path):
     assert sample().returncode == 0
     (npz,) = (tmp_path / "samples").iterdir()
     before = npz.stat().st_mtime_ns, npz.stat().st_ino
     result = sample("--per-proc-batch-size", 3)
     assert result.returncode == 0 and f"{npz} is there already, complete" in result.stdout
-    assert_refused(sample("--no-tf32"), "tf32 was true, now it is false", "--sample-dir")
+    other = shutil.copytree(model_folder, tmp_path / "others" / model_folder.name)
+    config = json.loads((other / "vae" / "config.json").read_text())
+    (other / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    assert_refused(sample("--ckpt", other), "vae was", "--sample-dir")
     assert (npz.stat().st_mtime_ns, npz.stat().st_ino) == before and [npz] == list((tmp_path / "samples").iterdir())
 
 

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_dit
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sampling
 from diffusion import create_diffusion
 from files import UserError
+from graphs import Recorded
 from router import Router
 from schedule import Schedule
 
@@ -92,11 +94,118 @@ def test_a_schedule_changes_the_result_and_the_count_of_layers_that_run(monkeypa
     assert len(calls) == schedule.compute.sum() < schedule.compute.numel()
 
 
+@pytest.mark.parametrize("together", [1, 17, 10**6])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_step_has_its_own_modulation_however_many_are_computed_together(together, scale, monkeypatch):
+    """Against the model called with each step's timestep; 17 are four steps of two samples with guidance, then two."""
+    monkeypatch.setattr(sampling, "MODULATED", together)
+    dit, diffusion, z, y = setup()
+    t = torch.as_tensor(diffusion.timestep_map)
+    labels = torch.cat([y, torch.full_like(y, dit.num_classes)])
+
+    def plain(x, i):
+        if scale == 1.0:
+            return dit(x, t[i].expand(2), y)
+        return dit.forward_with_cfg(x, t[i].expand(4), labels, scale)
+
+    expected = diffusion.ddim_loop(plain, z if scale == 1.0 else torch.cat([z, z]))[:2]
+    torch.testing.assert_close(
+        sampling.sample_latents(dit, diffusion, z, y, scale), expected, rtol=1e-4, atol=1e-5 * expected.abs().max()
+    )
+
+
+@pytest.mark.parametrize("ancestral", [False, True])
+def test_a_recorded_trajectory_is_that_of_its_arguments_and_its_results_stay(ancestral):
+    """On a CPU, whose recording is the function on the same static tensors as a CUDA graph's."""
+    dit, diffusion, z, y = setup()
+    schedule = random_schedule(6, 3)
+    recorded = sampling.RecordedSampler(dit, diffusion, 2.0, schedule, ancestral)
+    results = []
+    for seed, labels in ((0, y), (1, y + 2)):
+        draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        noise = [lambda x, g=g: torch.randn(x.shape, generator=g) for g in draws]
+        expected = sampling.sample_latents(dit, diffusion, z + seed, labels, 2.0, schedule, ancestral, noise[0])
+        results.append((recorded(z + seed, labels, noise[1]), expected))
+    assert all(torch.equal(result, expected) for result, expected in results)
+    assert not torch.equal(*(result for result, _ in results))
+
+
+def test_a_function_is_recorded_once_for_each_shape():
+    calls = []
+    recorded = Recorded(lambda x: calls.append(x.data_ptr()) or x + 1)
+    for n in (2, 3, 2):
+        assert torch.equal(recorded(torch.full((n,), 5.0)), torch.full((n,), 6.0))
+    # The third call has the tensor of the first.
+    assert calls[0] == calls[2] != calls[1]
+
+
+def test_compiled_blocks_are_four_graphs_without_breaks_and_compute_the_same():
+    """Of two schedules with blocks that reuse neither layer, either, and both, and of none."""
+    dit, diffusion, z, y = setup()
+    compute = torch.ones(6, 3, 2, dtype=torch.bool)
+    compute[0] = torch.tensor([[True, False], [False, True], [False, False]])
+    compute[3] = torch.tensor([[False, False], [True, True], [True, False]])
+    other = random_schedule(6, 3)
+    compiled = random_dit()
+    torch._dynamo.reset()
+    counters.clear()
+    sampling.compile_blocks(compiled)
+    for schedule in (Schedule(compute), other, None):
+        expected = sampling.sample_latents(dit, diffusion, z, y, 2.0, schedule)
+        actual = sampling.sample_latents(compiled, diffusion, z, y, 2.0, schedule)
+        assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert counters["stats"]["unique_graphs"] == 4
+    assert not counters["graph_break"]
+
+
+def test_half_precision_keeps_the_cache_and_not_the_state():
+    dit, diffusion, z, y = setup()
+    full = sampling.sample_latents(dit, diffusion, z, y, 2.0)
+    dit = sampling.set_precision(dit, "bf16")
+    cache = dit.empty_cache()
+    output = dit(z, torch.tensor([10, 10]), y, cache=cache)
+    assert output.dtype == torch.float32 and {slot.dtype for slots in cache for slot in slots} == {torch.bfloat16}
+    assert sum(slot.nbytes for slots in cache for slot in slots) == dit.cache_bytes(2, torch.bfloat16)
+    latents = sampling.sample_latents(dit, diffusion, z, y, 2.0)
+    assert latents.dtype == torch.float32
+    assert 0 < (latents - full).norm() < 0.1 * full.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("ancestral", [False, True])
+def test_nothing_waits_for_a_gpu(ancestral, graphs):
+    dit, diffusion, z, y = setup()
+    dit, z, y = dit.to("cuda"), z.to("cuda"), y.to("cuda")
+    plan = diffusion, 2.0, random_schedule(6, 3), ancestral
+    if graphs:
+        sample = sampling.RecordedSampler(dit, *plan)
+    else:
+        sample = lambda z, y: sampling.sample_latents(dit, plan[0], z, y, *plan[1:])  # noqa: E731
+    sample(z, y)  # what happens once: tables are copied, a graph is recorded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample(z, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_graph_computes_what_it_recorded_on_a_gpu():
+    dit, diffusion, z, y = setup()
+    dit, z, y = dit.to("cuda"), z.to("cuda"), y.to("cuda")
+    schedule = random_schedule(6, 3)
+    recorded = sampling.RecordedSampler(sampling.set_precision(dit, "fp32"), diffusion, 2.0, schedule)
+    for noise, labels in ((z, y), (z + 1, y + 2)):
+        expected = sampling.sample_latents(dit, diffusion, noise, labels, 2.0, schedule)
+        torch.testing.assert_close(recorded(noise, labels), expected, rtol=1e-5, atol=1e-3)
+
+
 def test_guidance_of_one_equals_the_plain_conditional_model():
     dit, diffusion, z, y = setup()
     t = torch.as_tensor(diffusion.timestep_map)
     plain = diffusion.ddim_loop(lambda x, i: dit(x, t[i].expand(2), y), z)
-    assert torch.equal(sampling.sample_latents(dit, diffusion, z, y, 1.0), plain)
+    torch.testing.assert_close(sampling.sample_latents(dit, diffusion, z, y, 1.0), plain, rtol=1e-5, atol=1e-3)
     # The doubled batch at a scale next to 1 must come to the same.
     torch.testing.assert_close(sampling.sample_latents(dit, diffusion, z, y, 1 + 1e-7), plain, rtol=1e-4, atol=1e-4)
 
@@ -200,6 +309,8 @@ def test_two_trajectories_in_a_row_equal_two_fresh_processes():
 
 def test_pixels_are_rounded_clamped_and_channels_last(monkeypatch):
     class Identity:
+        dtype = torch.float32
+
         class config:
             scaling_factor = 0.5
             block_out_channels = (1,)
@@ -221,6 +332,8 @@ def test_every_level_is_quantised_as_published():
     """Against the formula in double precision: clamp(127.5 x + 128, 0, 255), cut."""
 
     class Given:
+        dtype = torch.float32
+
         class config:
             scaling_factor = 1.0
             block_out_channels = (1,)

@@ -1,0 +1,256 @@
+"""Where the time of sampling goes and what shortens it: a model with and without a router, in every way to run it.
+
+    python benchmarks/latency.py --ckpt ckpt/fashion_mnist --path ckpt/fashion_mnist/DDIM20_router.pt --reference
+    python benchmarks/latency.py --model DiT-XL/2 --path ckpt/DDIM20_router.pt --reference --quick
+    python benchmarks/latency.py --table            # the tables of the records there are
+
+All rows run in turn in one process, `--repeats` times, from the same noise; a ratio is the median over the rounds. The
+times are those of the diffusion loop with guidance. Without --ckpt the weights are random.
+
+"reference" does what the original implementation does. "eager" is sample.py as it is, "compile" and "graphs" are its
+flags --compile and --cuda-graphs. What happens once (compiling, recording) is in "first".
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from records import markdown, read_records  # noqa: E402
+
+import cli  # noqa: E402
+
+CFG_SCALE = 4.0  # as published for pictures; a step takes as long with any but 1
+MODES = ["eager", "compile", "graphs", "compile+graphs"]
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(description="Seconds of the diffusion loop in every way to run it.")
+    parser.add_argument("--model", default="DiT-XL/2", help="size and patch, with random weights; not with --ckpt")
+    parser.add_argument(
+        "--image-size", type=int, choices=[256, 512], default=256, help="pixels a side; not with --ckpt"
+    )
+    parser.add_argument("--ckpt", help="a model folder")
+    parser.add_argument("--path", help="router file; without it only the full model runs")
+    parser.add_argument("--thres", type=cli.fraction, default=0.1, help="of the router")
+    parser.add_argument("--num-sampling-steps", type=cli.sampling_steps, default=20, help="denoising steps")
+    parser.add_argument("--images", type=cli.positive, default=1, help="of a batch; guidance doubles it")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["fp32", "tf32", "bf16", "fp16"],
+        help="without it fp32 and bf16, on a GPU also tf32 and fp16",
+    )
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="without it all that the device can do")
+    parser.add_argument("--reference", action="store_true", help="also as the original implementation does it")
+    parser.add_argument("--repeats", type=cli.positive, default=5, help="rounds, after each row was warmed up")
+    parser.add_argument("--quick", action="store_true", help="one round, eager only")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
+    cli.add_record_argument(parser)
+    parser.add_argument("--table", action="store_true", help="measure nothing, print those of results/latency-*.json")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.repeats, args.modes = 1, ["eager"]
+    return args
+
+
+def make_models(load, dtypes, modes):
+    """{(dtype, whether compiled): DiT}; `load` makes one in float32. Models of one precision share their weights."""
+    import copy
+
+    import sampling
+
+    models = {}
+    for dtype in sorted(dtypes, key=["bf16", "fp16", "fp32", "tf32"].index):
+        same = next((models[d, False] for d in ("fp32", "tf32") if (d, False) in models), None)
+        models[dtype, False] = dit = same if same and dtype == "tf32" else sampling.set_precision(load(), dtype)
+        if any("compile" in mode for mode in modes):
+            compiled = copy.deepcopy(dit, {id(parameter): parameter for parameter in dit.parameters()})
+            sampling.compile_blocks(compiled)
+            models[dtype, True] = compiled
+    return models
+
+
+def make_rows(args, device, dtypes, modes, models, schedules):
+    """{(schedule, mode, dtype): a function that samples}; the functions take and return what `sample_latents` does."""
+    from functools import partial
+
+    import sampling
+    from diffusion import create_diffusion
+
+    diffusion = create_diffusion(args.num_sampling_steps)
+    rows = {}
+    for dtype in dtypes:
+        for mode in modes:
+            dit = models[dtype, "compile" in mode]
+            for name, schedule in schedules.items():
+                if "graphs" in mode:
+                    run = sampling.RecordedSampler(dit, diffusion, CFG_SCALE, schedule)
+                else:
+                    run = partial(sampling.sample_latents, dit, diffusion, cfg_scale=CFG_SCALE, schedule=schedule)
+                rows[name, mode, dtype] = run
+    if args.reference:
+        from original import original_latents
+
+        published = sampling.pick_dtype(None, device)
+        for name, schedule in schedules.items():
+            run = partial(original_latents, models[published, False], diffusion, cfg_scale=CFG_SCALE, schedule=schedule)
+            rows[name, "reference", published] = run
+    return rows
+
+
+def measure(args, device, dtypes, modes, load, schedules):
+    """The figures of all rows, a list of dicts for JSON."""
+    import statistics
+    import time
+
+    import torch
+
+    import sampling
+    from schedule import Schedule
+
+    models = make_models(load, dtypes, modes)
+    dit = next(iter(models.values()))
+    if "router" in schedules:
+        schedules["router"].check_fits(args.path, args.num_sampling_steps, dit.depth)
+    rows = make_rows(args, device, dtypes, modes, models, schedules)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(args.images, dit.in_channels, dit.input_size, dit.input_size, generator=generator).to(device)
+    y = torch.arange(args.images, device=device) % dit.num_classes
+
+    def timed(row):
+        sampling.set_precision(z, row[2])  # the TF32 of the process
+        sampling.synchronize(device)
+        start = time.perf_counter()
+        latents = rows[row](z=z, y=y)
+        sampling.synchronize(device)
+        return latents, time.perf_counter() - start
+
+    latents, first, peaks = {}, {}, {}
+    for row in rows:  # warm up; on a CPU the peak is that of the process, so it says nothing about a row
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        latents[row], first[row] = timed(row)
+        peaks[row] = sampling.peak_memory(device) if device.type == "cuda" else None
+    seconds = {row: [] for row in rows}
+    for _ in range(args.repeats):
+        for row in rows:  # in turn, so that a machine that slows down slows all
+            seconds[row].append(timed(row)[1])
+    products = {}
+    for dtype in dict.fromkeys(row[2] for row in rows):
+        model = models.get((dtype, False)) or dit
+        sampling.set_precision(z, dtype)
+        products[dtype] = sampling.matmul_rate(model, 2 * args.images)
+
+    def ratio(slow, fast):
+        # Neighbouring runs share the state of the machine: the median of their ratios.
+        return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast])) if slow in seconds else None
+
+    costs = dit.multiply_adds()
+    plans = {name: plan or Schedule.full(args.num_sampling_steps, dit.depth) for name, plan in schedules.items()}
+    published = sampling.pick_dtype(None, device)
+    exact = {name: latents[row] for name in plans for row in [(name, "eager", "fp32")] if row in latents}
+    figures = []
+    for row in rows:
+        name, mode, dtype = row
+        work = 2 * args.images * plans[name].multiply_adds(costs).sum().item()
+        rate = work / statistics.median(seconds[row])
+        error = None
+        if name in exact:
+            error = ((latents[row] - exact[name]).abs().max() / exact[name].abs().max()).item()
+        figures.append(
+            {
+                "schedule": name,
+                "mode": mode,
+                "dtype": dtype,
+                "seconds": seconds[row],
+                "first": first[row],
+                "multiply_adds": work,
+                "rate": rate,
+                "matrix_product_rate": products[dtype],
+                "share_of_matrix_product": rate / products[dtype],
+                "against_reference": ratio((name, "reference", published), row),
+                "against_full": ratio(("full", mode, dtype), row),
+                "bound_against_full": plans[name].speedup_bound(costs),
+                "error": error,
+                "peak_bytes": peaks[row],
+                "cache_bytes": dit.cache_bytes(2 * args.images, sampling.DTYPES[dtype]) if name != "full" else 0,
+            }
+        )
+    return figures
+
+
+def table(record):
+    """The Markdown text of one record: a title, then a line a row."""
+    import statistics
+
+    def number(value, form):
+        return "" if value is None else format(value, form)
+
+    flags = record["flags"]
+    head = ["schedule", "mode", "dtype", "seconds", "against the reference", "against full (bound)", "T multiply-adds"]
+    head += ["G/s", "plain products, G/s", "share", "error", "cache MB", "peak MB", "first, s"]
+    rows = []
+    for row in record["rows"]:
+        against_full = f"{number(row['against_full'], '.3f')} ({row['bound_against_full']:.3f})"
+        rows.append(
+            [
+                row["schedule"],
+                row["mode"],
+                row["dtype"],
+                f"{statistics.median(row['seconds']):.4g}",
+                number(row["against_reference"], ".3f"),
+                "" if row["schedule"] == "full" else against_full,
+                f"{row['multiply_adds'] / 1e12:.3g}",
+                f"{row['rate'] / 1e9:.4g}",
+                f"{row['matrix_product_rate'] / 1e9:.4g}",
+                f"{row['share_of_matrix_product']:.1%}",
+                number(row["error"], ".1e"),
+                f"{row['cache_bytes'] / 1e6:.3g}",
+                number(row["peak_bytes"] and row["peak_bytes"] / 1e6, ",.0f"),
+                f"{row['first']:.3g}",
+            ]
+        )
+    title = (
+        f"{flags['ckpt'] or flags['model']}, {flags['num_sampling_steps']} steps, {flags['images']} image(s) with "
+        f"guidance, {record['device']}, PyTorch {record['torch']}, {flags['repeats']} round(s)"
+    )
+    return f"{title}\n\n{markdown(head, rows)}"
+
+
+def main(args):
+    if args.table:
+        print("\n\n".join(table(record) for record in read_records("latency-*")))
+        return
+
+    import torch
+
+    import sampling
+    from files import UserError, check_writable
+
+    device = sampling.pick_device(args.device)
+    if args.record:
+        check_writable(args.record)
+    on_gpu = device.type == "cuda"
+    dtypes = args.dtypes or ["fp32", "bf16", *(["tf32", "fp16"] if on_gpu else [])]
+    published = sampling.pick_dtype(None, device)
+    if args.reference and published not in dtypes:
+        raise UserError(f"--reference is in {published} as published: add that to --dtypes")
+    modes = args.modes or [mode for mode in MODES if on_gpu or "graphs" not in mode]
+    if not on_gpu and any("graphs" in mode for mode in modes):
+        raise UserError(f"CUDA graphs need a CUDA device and this is {device}: leave them out of --modes")
+    schedules = {"full": None}
+    spec = sampling.model_spec(args.model, args.image_size, ckpt=args.ckpt)
+    if args.path:
+        schedules["router"], _ = sampling.load_schedule("dynamiclayer", args.path, args.thres)
+    load = lambda: sampling.load_dit(spec, device, None if args.ckpt else 0)  # noqa: E731
+    rows = measure(args, device, dtypes, modes, load, schedules)
+    record = {"flags": vars(args), "device": sampling.device_name(device), "torch": torch.__version__, "rows": rows}
+    print(table(record))
+    if args.record:
+        sampling.write_record(args, device, {"dtype": None, "rows": rows})
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

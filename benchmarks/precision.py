@@ -1,0 +1,124 @@
+"""What --dtype, --compile and --cuda-graphs change in the images of the shipped model.
+
+    python benchmarks/precision.py --record benchmarks/results/precision-fashion-cpu.json
+    python benchmarks/precision.py --table          # the table of the records there are
+
+The same noise and labels, as many of each class, sampled in every way with the router and without; each is compared
+with plain fp32, and judged by the classifier that is shipped with the model.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from records import markdown, read_records  # noqa: E402
+
+import cli  # noqa: E402
+
+SHIPPED = ROOT / "ckpt" / "fashion_mnist"
+STEPS, BATCH = 20, 50
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(description="What lower precision and compiling change in images.")
+    parser.add_argument("--images", type=cli.positive, default=1000, help="of each way")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
+    cli.add_record_argument(parser)
+    parser.add_argument("--table", action="store_true", help="measure nothing, print that of results/precision-*.json")
+    return parser.parse_args(argv)
+
+
+def ways(device):
+    """What is compared, as (dtype, whether compiled, whether recorded); the others are compared with the first."""
+    if device.type == "cpu":
+        return [("fp32", False, False), ("fp32", True, False), ("bf16", False, False), ("bf16", True, False)]
+    recorded = [("fp32", False, False), ("fp32", False, True)]
+    return [*recorded, *((dtype, True, True) for dtype in ("fp32", "tf32", "bf16", "fp16"))]
+
+
+def sample(dit, vae, plan, recorded, y, device):
+    """Latents (N, C, h, w) and uint8 images (N, H, W, 3), both on the CPU, for labels y (N,)."""
+    import torch
+    from tqdm import tqdm
+
+    import sampling
+
+    noise = torch.randn(
+        len(y), dit.in_channels, dit.input_size, dit.input_size, generator=torch.Generator().manual_seed(0)
+    )
+    replay = sampling.RecordedSampler(dit, *plan) if recorded else None
+    latents, images = [], []
+    for z, labels in zip(tqdm(noise.split(BATCH), leave=False, disable=None), y.split(BATCH)):
+        z, labels = z.to(device), labels.to(device)
+        latents.append(replay(z, labels) if recorded else sampling.sample_latents(dit, plan[0], z, labels, *plan[1:]))
+        images.append(sampling.decode(vae, latents[-1]).cpu())
+    return torch.cat(latents).cpu(), torch.cat(images)
+
+
+def table(records):
+    """The Markdown text: a line for each way and schedule of each record."""
+    head = ["device", "schedule", "dtype", "", "latents differ by", "PSNR, dB", "grey levels, at most"]
+    head += ["values that differ", "in their class"]
+    rows = []
+    for record in records:
+        for row in record["rows"]:
+            same = row["psnr_db"] is None
+            how = " ".join(name for name in ("compiled", "recorded") if row[name])
+            cells = [f"{row['error']:.1e}", "" if same else f"{row['psnr_db']:.1f}", f"{row['grey_levels']}"]
+            cells += [f"{row['differing']:.3%}", f"{row['class_accuracy']:.1%}"]
+            rows.append([record["device"], row["schedule"], row["dtype"], how, *cells])
+    return markdown(head, rows)
+
+
+def main(args):
+    if args.table:
+        print(table(read_records("precision-*")))
+        return
+
+    import torch
+
+    import inception
+    import sampling
+    from diffusion import create_diffusion
+    from files import check_writable
+
+    device = sampling.pick_device(args.device)
+    if args.record:
+        check_writable(args.record)
+    spec = sampling.model_spec(ckpt=SHIPPED)
+    classifier = inception.load_graph(SHIPPED / "classifier.pb", device)
+    router, _ = sampling.load_schedule("dynamiclayer", SHIPPED / f"DDIM{STEPS}_router.pt", 0.1)
+    y = torch.arange(args.images) % spec.num_classes
+    plain, rows = {}, []
+    for dtype, compiled, recorded in ways(device):
+        dit = sampling.set_precision(sampling.load_dit(spec, device), dtype)
+        vae = sampling.speed_up_vae(sampling.load_vae(spec, device), device, dtype)
+        if compiled:
+            sampling.compile_blocks(dit)
+        for name, schedule in ("full", None), ("router", router):
+            plan = create_diffusion(STEPS), spec.guidance(None, 4.0), schedule
+            latents, images = sample(dit, vae, plan, recorded, y, device)
+            exact, shown = plain.setdefault(name, (latents, images))
+            grey = (images.int() - shown.int()).abs()
+            rows.append(
+                {
+                    "schedule": name,
+                    "dtype": dtype,
+                    "compiled": compiled,
+                    "recorded": recorded,
+                    "error": ((latents - exact).abs().max() / exact.abs().max()).item(),
+                    "psnr_db": sampling.psnr(images, shown, 255) if grey.any() else None,
+                    "grey_levels": grey.max().item(),
+                    "differing": (grey > 0).float().mean().item(),
+                    "class_accuracy": classifier.class_accuracy(images, y),
+                }
+            )
+    print(table([{"device": sampling.device_name(device), "rows": rows}]))
+    if args.record:
+        sampling.write_record(args, device, {"dtype": None, "rows": rows})
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())
