@@ -2,13 +2,15 @@
 
     python benchmarks/latency.py --ckpt ckpt/fashion_mnist --path ckpt/fashion_mnist/DDIM20_router.pt --reference
     python benchmarks/latency.py --model DiT-XL/2 --path ckpt/DDIM20_router.pt --reference --quick
+    python benchmarks/latency.py --ckpt ckpt/fashion_mnist --path ckpt/fashion_mnist/DDIM20_router.pt --profile
     python benchmarks/latency.py --table            # the tables of the records there are
 
 All rows run in turn in one process, `--repeats` times, from the same noise; a ratio is the median over the rounds. The
 times are those of the diffusion loop with guidance. Without --ckpt the weights are random.
 
 "reference" does what the original implementation does. "eager" is sample.py as it is, "compile" and "graphs" are its
-flags --compile and --cuda-graphs. What happens once (compiling, recording) is in "first".
+flags --compile and --cuda-graphs. "First" is what came before: two steps with all that is done once (compiling), or
+recording a graph.
 """
 
 import sys
@@ -45,11 +47,16 @@ def parse_args(argv=None):
     parser.add_argument("--modes", nargs="+", choices=MODES, help="without it all that the device can do")
     parser.add_argument("--reference", action="store_true", help="also as the original implementation does it")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="rounds, after each row was warmed up")
-    parser.add_argument("--quick", action="store_true", help="one round, eager only")
+    parser.add_argument("--quick", action="store_true", help="one round, eager only: minutes on a CPU")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
     cli.add_record_argument(parser)
+    parser.add_argument(
+        "--profile", action="store_true", help="only where the time of a full and of a cached step goes"
+    )
     parser.add_argument("--table", action="store_true", help="measure nothing, print those of results/latency-*.json")
     args = parser.parse_args(argv)
+    if args.profile and not args.path:
+        parser.error("--profile needs a cached step: add --path")
     if args.quick:
         args.repeats, args.modes = 1, ["eager"]
     return args
@@ -73,31 +80,59 @@ def make_models(load, dtypes, modes):
 
 
 def make_rows(args, device, dtypes, modes, models, schedules):
-    """{(schedule, mode, dtype): a function that samples}; the functions take and return what `sample_latents` does."""
+    """{(schedule, mode, dtype): two functions that sample}, one to warm up with, z and y -> latents.
+
+    Two steps in which blocks reuse neither layer, either and both do once whatever is done once; a graph is recorded.
+    """
     from functools import partial
 
     import sampling
     from diffusion import create_diffusion
 
-    diffusion = create_diffusion(args.num_sampling_steps)
+    diffusion, short = create_diffusion(args.num_sampling_steps), create_diffusion(2)
     rows = {}
+
+    def both(sample, schedule):
+        """One function for the whole trajectory, and one for two steps of the schedule's kind."""
+        warm = schedule and every_kind(schedule.depth)
+        return partial(sample, diffusion, schedule=schedule), partial(sample, short, schedule=warm)
+
     for dtype in dtypes:
         for mode in modes:
             dit = models[dtype, "compile" in mode]
             for name, schedule in schedules.items():
                 if "graphs" in mode:
-                    run = sampling.RecordedSampler(dit, diffusion, CFG_SCALE, schedule)
+                    rows[name, mode, dtype] = [sampling.RecordedSampler(dit, diffusion, CFG_SCALE, schedule)] * 2
                 else:
-                    run = partial(sampling.sample_latents, dit, diffusion, cfg_scale=CFG_SCALE, schedule=schedule)
-                rows[name, mode, dtype] = run
+                    sample = partial(sampling.sample_latents, dit, cfg_scale=CFG_SCALE)
+                    rows[name, mode, dtype] = both(sample, schedule)
     if args.reference:
         from original import original_latents
 
         published = sampling.pick_dtype(None, device)
         for name, schedule in schedules.items():
-            run = partial(original_latents, models[published, False], diffusion, cfg_scale=CFG_SCALE, schedule=schedule)
-            rows[name, "reference", published] = run
+            sample = partial(original_latents, models[published, False], cfg_scale=CFG_SCALE)
+            rows[name, "reference", published] = both(sample, schedule)
     return rows
+
+
+def every_kind(depth):
+    """A schedule of two steps: a full one, then blocks that reuse neither layer, either and both in turn."""
+    import torch
+
+    from schedule import Schedule
+
+    kinds = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
+    return Schedule(torch.stack([kinds[torch.arange(depth) % 4], torch.ones(depth, 2, dtype=torch.bool)]))
+
+
+def inputs(dit, images, device):
+    """Noise z (N, C, h, w) and labels y (N,), always the same."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(images, dit.in_channels, dit.input_size, dit.input_size, generator=generator)
+    return z.to(device), torch.arange(images, device=device) % dit.num_classes
 
 
 def measure(args, device, dtypes, modes, load, schedules):
@@ -115,28 +150,26 @@ def measure(args, device, dtypes, modes, load, schedules):
     if "router" in schedules:
         schedules["router"].check_fits(args.path, args.num_sampling_steps, dit.depth)
     rows = make_rows(args, device, dtypes, modes, models, schedules)
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(args.images, dit.in_channels, dit.input_size, dit.input_size, generator=generator).to(device)
-    y = torch.arange(args.images, device=device) % dit.num_classes
+    z, y = inputs(dit, args.images, device)
 
-    def timed(row):
+    def timed(row, warm=False):
         sampling.set_precision(z, row[2])  # the TF32 of the process
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         sampling.synchronize(device)
         start = time.perf_counter()
-        latents = rows[row](z=z, y=y)
+        latents = rows[row][warm](z=z, y=y)
         sampling.synchronize(device)
         return latents, time.perf_counter() - start
 
-    latents, first, peaks = {}, {}, {}
-    for row in rows:  # warm up; on a CPU the peak is that of the process, so it says nothing about a row
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        latents[row], first[row] = timed(row)
-        peaks[row] = sampling.peak_memory(device) if device.type == "cuda" else None
-    seconds = {row: [] for row in rows}
+    first = {row: timed(row, warm=True)[1] for row in rows}
+    seconds, latents, peaks = {row: [] for row in rows}, {}, {}
     for _ in range(args.repeats):
         for row in rows:  # in turn, so that a machine that slows down slows all
-            seconds[row].append(timed(row)[1])
+            latents[row], elapsed = timed(row)
+            seconds[row].append(elapsed)
+            # On a CPU the peak is that of the process, and says nothing about a row.
+            peaks[row] = sampling.peak_memory(device) if device.type == "cuda" else None
     products = {}
     for dtype in dict.fromkeys(row[2] for row in rows):
         model = models.get((dtype, False)) or dit
@@ -179,6 +212,59 @@ def measure(args, device, dtypes, modes, load, schedules):
             }
         )
     return figures
+
+
+# What the operations of PyTorch that a step spends its time in belong to, by parts of their names.
+KINDS = {
+    "matrix products": ("addmm", "::mm", "bmm", "convolution", "gemm", "cutlass", "cublas"),
+    "attention": ("scaled_dot_product", "flash", "fmha"),
+    "GELU": ("gelu",),
+    "LayerNorm": ("layer_norm",),
+    "modulation, gates, sums": ("addcmul", "::add", "::mul", "::sub"),
+    "copies": ("copy", "::cat", "repeat", "clone"),
+}
+
+
+def profile(dit, schedule, args, device):
+    """The Markdown table of the shares of time in one full and in the cheapest cached step, with their milliseconds."""
+    from functools import partial
+
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    import sampling
+    from diffusion import create_diffusion
+
+    diffusion = create_diffusion(args.num_sampling_steps)
+    z, y = inputs(dit, args.images, device)
+    denoise = sampling.make_denoiser(dit, diffusion, y, CFG_SCALE, schedule)
+    work = schedule.multiply_adds(dit.multiply_adds())
+    cheapest = work.argmin().item()
+    # Not the first: it also computes the modulations of the steps after it.
+    full = max(i for i in range(cheapest + 1, schedule.steps - 1) if work[i] == work.max())
+    on_gpu = device.type == "cuda"
+    activity = partial(torch.profiler.profile, activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
+    times = {}
+    with torch.inference_mode():
+        x = torch.cat([z, z])
+        for i in range(schedule.steps - 1, cheapest - 1, -1):
+            if i not in (full, cheapest):
+                denoise(x, i)
+                continue
+            with activity() as profiled:
+                denoise(x, i)
+                sampling.synchronize(device)
+            times[i] = shares = dict.fromkeys([*KINDS, "the rest"], 0.0)
+            for event in profiled.key_averages():
+                kind = next((k for k, parts in KINDS.items() if any(part in event.key for part in parts)), "the rest")
+                shares[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000
+    rows = []
+    for kind in times[full]:
+        cells = [f"{times[i][kind]:.2f} ({times[i][kind] / sum(times[i].values()):.0%})" for i in (full, cheapest)]
+        rows.append([kind, *cells])
+    run = int(schedule.compute[cheapest].sum())
+    head = ["milliseconds of", f"a full step ({2 * dit.depth} layers run)", f"a cached step ({run} run)"]
+    return markdown(head, rows)
 
 
 def table(record):
@@ -245,6 +331,11 @@ def main(args):
     if args.path:
         schedules["router"], _ = sampling.load_schedule("dynamiclayer", args.path, args.thres)
     load = lambda: sampling.load_dit(spec, device, None if args.ckpt else 0)  # noqa: E731
+    if args.profile:
+        dit = sampling.set_precision(load(), (args.dtypes or [published])[0])
+        schedules["router"].check_fits(args.path, args.num_sampling_steps, dit.depth)
+        print(profile(dit, schedules["router"], args, device))
+        return
     rows = measure(args, device, dtypes, modes, load, schedules)
     record = {"flags": vars(args), "device": sampling.device_name(device), "torch": torch.__version__, "rows": rows}
     print(table(record))
