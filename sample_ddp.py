@@ -18,7 +18,7 @@ import cli
 
 CFG_SCALE = 1.5  # as published for FID
 DETERMINISTIC_BATCH = 8  # images of a batch with --deterministic, each always at the same place in it
-FORMAT = 2  # of the manifest; raised where the same flags no longer make the same images
+FORMAT = 1  # of the manifest; raised where the same flags no longer make the same images
 
 
 def parse_args(argv=None):
@@ -99,9 +99,9 @@ def describe(args, spec, dit, vae, schedule, device, dtype):
         "steps": args.num_sampling_steps,
         "seed": args.global_seed,
         "labels": "balanced" if args.balanced_labels else "uniform",
-        "dtype": dtype,
-        # Its last digits, which else may differ, depend on these too.
-        "deterministic": [sampling.device_model(device), args.compile] if args.deterministic else False,
+        "tf32": args.dtype != "fp32",
+        "dtype": dtype if dtype in ("bf16", "fp16") else None,
+        "deterministic": args.deterministic and sampling.device_model(device) + ", compiled" * args.compile,
     }
 
 
@@ -120,7 +120,7 @@ def set_name(args, spec, manifest):
         parts += [args.accelerate_method, Path(args.path).stem, digest[:8]]
         parts += [f"thres-{args.thres}"] if manifest["router"] else []
     parts += ["balanced"] if args.balanced_labels else []
-    parts += [manifest["dtype"]] if manifest["dtype"] in ("bf16", "fp16") else []
+    parts += [manifest["dtype"]] if manifest["dtype"] else []
     parts += ["deterministic"] if args.deterministic else []
     parts += [f"n-{args.num_fid_samples}"]
     return "-".join(re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII)[:40].strip("-") for part in parts)

@@ -15,6 +15,7 @@ CPU = torch.device("cpu")
 class Vae:
     """A VAE that decodes latents (N, 3, h, w) to themselves."""
 
+    dtype = torch.float32
     config = SimpleNamespace(scaling_factor=1.0, block_out_channels=(1,))
 
     @staticmethod
