@@ -290,6 +290,11 @@ def check_labels(labels, num_classes):
             raise UserError(f"class label {label} is out of range: the model has classes 0 to {num_classes - 1}")
 
 
+# Samples whose modulations are computed together, of several steps where a batch is small: a third of a DiT's weights
+# are theirs, and are read once for all of these. DiT-XL/2 keeps 50 MB of them in float32.
+MODULATED = 64
+
+
 def make_denoiser(dit, diffusion, y, cfg_scale, schedule=None):
     """A function (x, i) -> model output for the loops of `diffusion`, with a cache of its own.
 
@@ -324,11 +329,6 @@ def make_denoiser(dit, diffusion, y, cfg_scale, schedule=None):
         return output if cfg_scale == 1.0 else guided(output, cfg_scale)
 
     return denoise
-
-
-# Samples whose modulations are computed together, of several steps where a batch is small: a third of a DiT's weights
-# are theirs, and are read once for all of these. DiT-XL/2 keeps 50 MB of them in float32.
-MODULATED = 64
 
 
 @torch.inference_mode()
