@@ -93,13 +93,11 @@ def main(args):
 
     cached = "schedule" if args.accelerate_method == "schedule" else "router"
     plans = {"full": None, cached: schedule} if args.compare else {cached if schedule else "full": schedule}
-    common = dict(cfg_scale=cfg_scale, ancestral=args.p_sample)
-    if args.cuda_graphs:
-        runs = {name: sampling.RecordedSampler(dit, diffusion, schedule=plan, **common) for name, plan in plans.items()}
-    else:
-        progress = partial(tqdm, leave=False, disable=None)
-        sample = partial(sampling.sample_latents, dit, diffusion, progress=progress, **common)
-        runs = {name: partial(sample, schedule=plan) for name, plan in plans.items()}
+    progress = partial(tqdm, leave=False, disable=None)
+    runs = {
+        name: sampling.make_sampler(dit, diffusion, cfg_scale, plan, args.p_sample, args.cuda_graphs, progress)
+        for name, plan in plans.items()
+    }
 
     def timed(sample):
         """Latents and the seconds of their loop."""
@@ -108,7 +106,7 @@ def main(args):
         randn_like = lambda x: torch.randn(x.shape, generator=noise, device=device)  # noqa: E731
         sampling.synchronize(device)
         start = time.perf_counter()
-        latents = sample(z=z, y=y, randn_like=randn_like)
+        latents = sample(z, y, randn_like=randn_like)
         sampling.synchronize(device)
         return latents, time.perf_counter() - start
 

@@ -235,20 +235,17 @@ def batch_sampler(args, dit, schedule, cfg_scale, batch_size, device):
     import sampling
     from diffusion import create_diffusion
 
-    plan = create_diffusion(args.num_sampling_steps), cfg_scale, schedule, args.p_sample
+    diffusion = create_diffusion(args.num_sampling_steps)
+    sampler = sampling.make_sampler(dit, diffusion, cfg_scale, schedule, args.p_sample, args.cuda_graphs)
     shape = dit.in_channels, dit.input_size, dit.input_size
-    recorded = sampling.RecordedSampler(dit, *plan) if args.cuda_graphs else None
 
     def sample(start, stop):
-        if args.deterministic or recorded:
+        if args.deterministic or args.cuda_graphs:
             stop = start + batch_size  # a batch of fewer is filled up with images beyond it, which are dropped
         draws = sampling.ImageDraws(
             args.global_seed, range(start, stop), shape, dit.num_classes, device, args.balanced_labels
         )
-        if recorded:
-            return recorded(draws.z, draws.y, draws.randn_like), draws.labels
-        diffusion, *rest = plan
-        return sampling.sample_latents(dit, diffusion, draws.z, draws.y, *rest, draws.randn_like), draws.labels
+        return sampler(draws.z, draws.y, randn_like=draws.randn_like), draws.labels
 
     return sample
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -370,6 +371,17 @@ class RecordedSampler:
         """Latents (N, C, H, W) from noise z (N, C, H, W) for labels y (N,)."""
         x = z.repeat(self._halves, 1, 1, 1)
         return self._recorded(z, y, *(randn_like(x) for _ in range(self._draws)))
+
+
+def make_sampler(dit, diffusion, cfg_scale, schedule=None, ancestral=False, cuda_graphs=False, progress=None):
+    """A function (z, y, randn_like=...) -> latents, `sample_latents` of all the rest, recorded where `cuda_graphs`.
+
+    A replayed graph has no steps to show, so `progress` is not used there.
+    """
+    if cuda_graphs:
+        return RecordedSampler(dit, diffusion, cfg_scale, schedule, ancestral)
+    plan = dict(cfg_scale=cfg_scale, schedule=schedule, ancestral=ancestral, progress=progress)
+    return partial(sample_latents, dit, diffusion, **plan)
 
 
 class ImageDraws:

@@ -92,27 +92,27 @@ def make_rows(args, device, dtypes, modes, models, schedules):
     diffusion, short = create_diffusion(args.num_sampling_steps), create_diffusion(2)
     rows = {}
 
-    def both(sample, schedule):
-        """One function for the whole trajectory, and one for two steps of the schedule's kind."""
-        warm = schedule and every_kind(schedule.depth)
-        return partial(sample, diffusion, schedule=schedule), partial(sample, short, schedule=warm)
+    def warm(schedule):
+        return schedule and every_kind(schedule.depth)
 
     for dtype in dtypes:
         for mode in modes:
-            dit = models[dtype, "compile" in mode]
+            make = partial(sampling.make_sampler, models[dtype, "compile" in mode], cfg_scale=CFG_SCALE)
             for name, schedule in schedules.items():
                 if "graphs" in mode:
-                    rows[name, mode, dtype] = [sampling.RecordedSampler(dit, diffusion, CFG_SCALE, schedule)] * 2
+                    rows[name, mode, dtype] = [make(diffusion, schedule=schedule, cuda_graphs=True)] * 2
                 else:
-                    sample = partial(sampling.sample_latents, dit, cfg_scale=CFG_SCALE)
-                    rows[name, mode, dtype] = both(sample, schedule)
+                    rows[name, mode, dtype] = make(diffusion, schedule=schedule), make(short, schedule=warm(schedule))
     if args.reference:
         from original import original_latents
 
         published = sampling.pick_dtype(None, device)
         for name, schedule in schedules.items():
-            sample = partial(original_latents, models[published, False], cfg_scale=CFG_SCALE)
-            rows[name, "reference", published] = both(sample, schedule)
+            make = partial(partial, original_latents, models[published, False], cfg_scale=CFG_SCALE)
+            rows[name, "reference", published] = (
+                make(diffusion, schedule=schedule),
+                make(short, schedule=warm(schedule)),
+            )
     return rows
 
 
@@ -158,7 +158,7 @@ def measure(args, device, dtypes, modes, load, schedules):
             torch.cuda.reset_peak_memory_stats(device)
         sampling.synchronize(device)
         start = time.perf_counter()
-        latents = rows[row][warm](z=z, y=y)
+        latents = rows[row][warm](z, y)
         sampling.synchronize(device)
         return latents, time.perf_counter() - start
 
@@ -172,9 +172,8 @@ def measure(args, device, dtypes, modes, load, schedules):
             peaks[row] = sampling.peak_memory(device) if device.type == "cuda" else None
     products = {}
     for dtype in dict.fromkeys(row[2] for row in rows):
-        model = models.get((dtype, False)) or dit
         sampling.set_precision(z, dtype)
-        products[dtype] = sampling.matmul_rate(model, 2 * args.images)
+        products[dtype] = sampling.matmul_rate(models[dtype, False], 2 * args.images)
 
     def ratio(slow, fast):
         # Neighbouring runs share the state of the machine: the median of their ratios.

@@ -38,7 +38,7 @@ def ways(device):
     return [*recorded, *((dtype, True, True) for dtype in ("fp32", "tf32", "bf16", "fp16"))]
 
 
-def sample(dit, vae, plan, recorded, y, device):
+def sample(dit, vae, sampler, y, device):
     """Latents (N, C, h, w) and uint8 images (N, H, W, 3), both on the CPU, for labels y (N,)."""
     import torch
     from tqdm import tqdm
@@ -48,11 +48,9 @@ def sample(dit, vae, plan, recorded, y, device):
     noise = torch.randn(
         len(y), dit.in_channels, dit.input_size, dit.input_size, generator=torch.Generator().manual_seed(0)
     )
-    replay = sampling.RecordedSampler(dit, *plan) if recorded else None
     latents, images = [], []
     for z, labels in zip(tqdm(noise.split(BATCH), leave=False, disable=None), y.split(BATCH)):
-        z, labels = z.to(device), labels.to(device)
-        latents.append(replay(z, labels) if recorded else sampling.sample_latents(dit, plan[0], z, labels, *plan[1:]))
+        latents.append(sampler(z.to(device), labels.to(device)))
         images.append(sampling.decode(vae, latents[-1]).cpu())
     return torch.cat(latents).cpu(), torch.cat(images)
 
@@ -99,7 +97,8 @@ def main(args):
             sampling.compile_blocks(dit)
         for name, schedule in ("full", None), ("router", router):
             plan = create_diffusion(STEPS), spec.guidance(None, 4.0), schedule
-            latents, images = sample(dit, vae, plan, recorded, y, device)
+            sampler = sampling.make_sampler(dit, *plan, cuda_graphs=recorded)
+            latents, images = sample(dit, vae, sampler, y, device)
             exact, shown = plain.setdefault(name, (latents, images))
             grey = (images.int() - shown.int()).abs()
             rows.append(
