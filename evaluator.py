@@ -174,12 +174,12 @@ def main(args):
 
     from tqdm import tqdm
 
+    import devices
     import download
     import image_sets
-    import sampling
     from files import check_writable
 
-    device = sampling.pick_device(args.device)
+    device = devices.pick_device(args.device)
     for place in filter(None, (args.save_stats, args.record)):
         check_writable(place)
     paths = {"reference": args.reference} | ({"sample": args.sample} if args.sample else {})
@@ -227,7 +227,7 @@ def main(args):
                 "stored": sorted(needed[role] - missing[role]),
             }
         backend = network and {"name": network.backend, "graph_sha256": network.sha256, "versions": network.versions}
-        sampling.write_record(args, device, figures | {"backend": backend, "seconds": seconds, "warnings": said})
+        devices.write_record(args, device, figures | {"backend": backend, "seconds": seconds, "warnings": said})
 
 
 if __name__ == "__main__":

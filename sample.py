@@ -56,13 +56,14 @@ def main(args):
     import torch
     from tqdm import tqdm
 
+    import devices
     import sampling
     from diffusion import create_diffusion
     from files import check_writable
 
     # What can be refused is refused before the weights are read.
-    device = sampling.pick_device(args.device, cuda_graphs=args.cuda_graphs)
-    dtype = sampling.pick_dtype(args.dtype, device)
+    device = devices.pick_device(args.device, cuda_graphs=args.cuda_graphs)
+    dtype = devices.pick_dtype(args.dtype, device)
     spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
     labels = args.class_labels or spec.default_labels
     sampling.check_labels(labels, spec.num_classes)
@@ -77,13 +78,13 @@ def main(args):
     if args.random_weights:
         print(f"Random weights from seed {args.seed}: the times are meant, there will be no picture")
     dit = sampling.load_dit(spec, device, args.seed if args.random_weights else None)
-    dit = sampling.set_precision(dit, dtype)
+    dit = devices.set_precision(dit, dtype)
     if args.compile:
-        sampling.compile_blocks(dit)
+        devices.compile_blocks(dit)
     if schedule:
         schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
-        print(sampling.describe_schedule(schedule, dit.multiply_adds()))
-    vae = None if args.random_weights else sampling.speed_up_vae(sampling.load_vae(spec, device), device, dtype)
+        print(schedule.describe(dit.multiply_adds()))
+    vae = None if args.random_weights else devices.speed_up_vae(sampling.load_vae(spec, device), device, dtype)
 
     diffusion = create_diffusion(args.num_sampling_steps)
     cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
@@ -104,10 +105,10 @@ def main(args):
         # The ancestral noise continues the stream of the seed, and is the same in every repeat.
         noise = torch.Generator(device).manual_seed(args.seed + 1)
         randn_like = lambda x: torch.randn(x.shape, generator=noise, device=device)  # noqa: E731
-        sampling.synchronize(device)
+        devices.synchronize(device)
         start = time.perf_counter()
         latents = sample(z, y, randn_like=randn_like)
-        sampling.synchronize(device)
+        devices.synchronize(device)
         return latents, time.perf_counter() - start
 
     latents, times = {}, {name: [] for name in runs}
@@ -149,7 +150,7 @@ def main(args):
             f"{figures['psnr_db']:.2f} dB"
         )
         if args.record:
-            sampling.write_record(args, device, figures)
+            devices.write_record(args, device, figures)
 
 
 def compare(dit, schedule, times, batch):
@@ -159,7 +160,7 @@ def compare(dit, schedule, times, batch):
     """
     import statistics
 
-    import sampling
+    import devices
     from schedule import Schedule
 
     costs = dit.multiply_adds()
@@ -179,7 +180,7 @@ def compare(dit, schedule, times, batch):
         "share_of_bound": ratio / bound,
         "cached_share": schedule.cached_share(),
         "layers_run_per_step": schedule.compute.sum(dim=(1, 2)).tolist(),
-        "g_multiply_adds_per_second": rates | {"matrix_product": sampling.matmul_rate(dit, batch) / 1e9},
+        "g_multiply_adds_per_second": rates | {"matrix_product": devices.matmul_rate(dit, batch) / 1e9},
     }
 
 

@@ -59,6 +59,7 @@ def parse_args(argv=None):
 
 def load(args, device, dtype, processes):
     """The model's spec, its DiT in `dtype`, its VAE, and its schedule or None with what the manifest says of it."""
+    import devices
     import sampling
 
     spec = processes.together(
@@ -71,10 +72,10 @@ def load(args, device, dtype, processes):
         dit = sampling.load_dit(spec, device)
         if schedule:
             schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
-        dit = sampling.set_precision(dit, dtype)
+        dit = devices.set_precision(dit, dtype)
         if args.compile:
-            sampling.compile_blocks(dit)
-        return dit, sampling.speed_up_vae(sampling.load_vae(spec, device), device, dtype), schedule, described
+            devices.compile_blocks(dit)
+        return dit, devices.speed_up_vae(sampling.load_vae(spec, device), device, dtype), schedule, described
 
     return spec, *processes.together(read, in_turn=True)
 
@@ -83,6 +84,7 @@ def describe(args, spec, dit, vae, schedule, device, dtype):
     """The manifest: all that determines the images, as JSON types; schedule: its part of it."""
     from importlib.metadata import version
 
+    import devices
     import sampling
 
     return {
@@ -101,7 +103,7 @@ def describe(args, spec, dit, vae, schedule, device, dtype):
         "labels": "balanced" if args.balanced_labels else "uniform",
         "tf32": args.dtype != "fp32",
         "dtype": dtype if dtype in ("bf16", "fp16") else None,
-        "deterministic": args.deterministic and sampling.device_model(device) + ", compiled" * args.compile,
+        "deterministic": args.deterministic and devices.device_model(device) + ", compiled" * args.compile,
     }
 
 
@@ -154,7 +156,7 @@ def main(args):
     import torch
     from tqdm import tqdm
 
-    import sampling
+    import devices
     from files import UserError, check_writable
     from metrics import out_of_memory
     from pipeline import Pipeline
@@ -162,10 +164,10 @@ def main(args):
     from shards import SampleSet
 
     processes = Processes()
-    device = sampling.pick_device(args.device, processes, args.cuda_graphs)
-    dtype = sampling.pick_dtype(args.dtype, device)
+    device = devices.pick_device(args.device, processes, args.cuda_graphs)
+    dtype = devices.pick_dtype(args.dtype, device)
     if args.deterministic:
-        sampling.make_deterministic(device)
+        devices.make_deterministic(device)
         if device.type == "cpu":
             torch.set_num_threads(1)  # a sum depends on how many threads share it
     processes.connect(device)
@@ -189,7 +191,7 @@ def main(args):
         if not (args.ddim_sample or args.p_sample):
             print("Neither --ddim-sample nor --p-sample: DDIM is meant")
         if schedule:
-            print(sampling.describe_schedule(schedule, dit.multiply_adds()))
+            print(schedule.describe(dit.multiply_adds()))
     # From here on no process waits for a message from another, which may be dead.
     processes.disconnect()
 
@@ -227,7 +229,7 @@ def main(args):
     figures = summarise(sum(stop - start for start, stop in ranges), seconds, spent, pipeline.overlaps, processes.size)
     print(f"Samples: {images.npz} ({images.count} images, SHA-256 of arr_0 {digest})")
     if args.record:
-        sampling.write_record(args, device, {"dtype": dtype} | figures)
+        devices.write_record(args, device, {"dtype": dtype} | figures)
 
 
 def batch_sampler(args, dit, schedule, cfg_scale, batch_size, device):

@@ -149,6 +149,28 @@ class Schedule:
         full = Schedule.full(self.steps, self.depth)
         return full.multiply_adds(costs).sum().item() / self.multiply_adds(costs).sum().item()
 
+    def describe(self, costs):
+        """A table of what runs: a line per kind of step with its layers and multiply-adds, then share and bound."""
+        compute, work = self.compute, self.multiply_adds(costs)
+        kinds = {}
+        for i in range(self.steps - 1, -1, -1):
+            kinds.setdefault(tuple(compute[i].flatten().tolist()), []).append(i)
+        lines = [f"{'attention':>9} {'MLP':>7} {'G multiply-adds':>16} {'of full':>8}  steps (the sampler counts down)"]
+        full = work.max().item()
+        for steps in kinds.values():
+            attention, mlp = compute[steps[0]].sum(0).tolist()
+            lines.append(
+                f"{attention:>6}/{self.depth} {mlp:>4}/{self.depth} {work[steps[0]] / 1e9:>16.4g} "
+                f"{work[steps[0]] / full:>8.1%}  {' '.join(map(str, steps))}"
+            )
+        lines.append(
+            f"cached {self.cached_share():.1%} of all layers, {self.distinct_rows()} distinct steps; "
+            f"{work.sum() / 1e9:.4g} of "
+            f"{full * self.steps / 1e9:.4g} G multiply-adds an image, so the speed-up is at most "
+            f"{self.speedup_bound(costs):.3f}"
+        )
+        return "\n".join(lines)
+
 
 def _spread(layers, places, depth, unit=1):
     """`layers` in `places` parts of at most 2 * depth, ints: units of `unit` layers evenly, what is left in one part.

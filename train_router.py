@@ -243,7 +243,7 @@ def main(args):
     from importlib.metadata import version
 
     import data
-    import sampling
+    import devices
     from diffusion import create_diffusion
     from files import written_whole
     from processes import Processes
@@ -251,8 +251,8 @@ def main(args):
     from updates import Training
 
     processes = Processes()
-    device = sampling.pick_device(args.device, processes)
-    sampling.make_deterministic(device)  # so that a resumed run ends where the unbroken one does
+    device = devices.pick_device(args.device, processes)
+    devices.make_deterministic(device)  # so that a resumed run ends where the unbroken one does
     processes.connect(device)
     spec, dit, vae, source, identity = prepare(args, processes, device)
     if args.extract_latents:
@@ -283,10 +283,10 @@ def main(args):
         return saved
 
     saved = processes.by_first(open_folder)
-    dit = sampling.set_precision(dit, args.dtype)
+    dit = devices.set_precision(dit, args.dtype)
     dit.grad_checkpointing = args.grad_checkpointing
     if args.compile:
-        processes.together(lambda: sampling.compile_blocks(dit))
+        processes.together(lambda: devices.compile_blocks(dit))
     batches = data.Batches(
         len(source),
         args.global_batch_size,
@@ -361,7 +361,7 @@ def train(args, processes, training, source, batches, flips, run, save, log):
     from tqdm import tqdm
 
     import data
-    import sampling
+    import devices
     from files import UserError
 
     dit, device = training.dit, training.device
@@ -398,7 +398,7 @@ def train(args, processes, training, source, batches, flips, run, save, log):
                 line = training.report() | {
                     "epoch": batches.epoch(step - 1),
                     "images_per_second": (step - timed) * args.global_batch_size / (time.perf_counter() - since),
-                    "memory_bytes": sampling.peak_memory(device),
+                    "memory_bytes": devices.peak_memory(device),
                 }
                 run.log(line)
                 bar.write(describe(line))

@@ -61,13 +61,11 @@ def measure(backend, path, args):
 
     import numpy as np
 
+    import devices
     import inception
     import inception_tf
-    import sampling
 
-    graph = {"torch": inception, "tensorflow": inception_tf}[backend].load_graph(
-        path, sampling.pick_device(args.device)
-    )
+    graph = {"torch": inception, "tensorflow": inception_tf}[backend].load_graph(path, devices.pick_device(args.device))
     shape = args.batch_size, args.image_size, args.image_size, 3
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
@@ -154,13 +152,13 @@ def main(args):
             alone(write_graph, path)
         measured = measure_all(args, path)
 
-    import sampling
+    import devices
 
-    device = sampling.pick_device(args.device)
+    device = devices.pick_device(args.device)
     flags = vars(args) | {"graph": args.graph and Path(args.graph).name}
-    print(table([{"flags": flags, "device": sampling.device_name(device), **measured}]))
+    print(table([{"flags": flags, "device": devices.device_name(device), **measured}]))
     if args.record:
-        sampling.write_record(argparse.Namespace(**flags), device, measured)
+        devices.write_record(argparse.Namespace(**flags), device, measured)
 
 
 if __name__ == "__main__":

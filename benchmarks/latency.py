@@ -66,15 +66,15 @@ def make_models(load, dtypes, modes):
     """{(dtype, whether compiled): DiT}; `load` makes one in float32. Models of one precision share their weights."""
     import copy
 
-    import sampling
+    import devices
 
     models = {}
     for dtype in sorted(dtypes, key=["bf16", "fp16", "fp32", "tf32"].index):
         same = next((models[d, False] for d in ("fp32", "tf32") if (d, False) in models), None)
-        models[dtype, False] = dit = same if same and dtype == "tf32" else sampling.set_precision(load(), dtype)
+        models[dtype, False] = dit = same if same and dtype == "tf32" else devices.set_precision(load(), dtype)
         if any("compile" in mode for mode in modes):
             compiled = copy.deepcopy(dit, {id(parameter): parameter for parameter in dit.parameters()})
-            sampling.compile_blocks(compiled)
+            devices.compile_blocks(compiled)
             models[dtype, True] = compiled
     return models
 
@@ -86,6 +86,7 @@ def make_rows(args, device, dtypes, modes, models, schedules):
     """
     from functools import partial
 
+    import devices
     import sampling
     from diffusion import create_diffusion
 
@@ -106,7 +107,7 @@ def make_rows(args, device, dtypes, modes, models, schedules):
     if args.reference:
         from original import original_latents
 
-        published = sampling.pick_dtype(None, device)
+        published = devices.pick_dtype(None, device)
         for name, schedule in schedules.items():
             make = partial(partial, original_latents, models[published, False], cfg_scale=CFG_SCALE)
             rows[name, "reference", published] = (
@@ -142,7 +143,7 @@ def measure(args, device, dtypes, modes, load, schedules):
 
     import torch
 
-    import sampling
+    import devices
     from schedule import Schedule
 
     models = make_models(load, dtypes, modes)
@@ -153,13 +154,13 @@ def measure(args, device, dtypes, modes, load, schedules):
     z, y = inputs(dit, args.images, device)
 
     def timed(row, warm=False):
-        sampling.set_precision(z, row[2])  # the TF32 of the process
+        devices.set_precision(z, row[2])  # the TF32 of the process
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        sampling.synchronize(device)
+        devices.synchronize(device)
         start = time.perf_counter()
         latents = rows[row][warm](z, y)
-        sampling.synchronize(device)
+        devices.synchronize(device)
         return latents, time.perf_counter() - start
 
     first = {row: timed(row, warm=True)[1] for row in rows}
@@ -169,11 +170,11 @@ def measure(args, device, dtypes, modes, load, schedules):
             latents[row], elapsed = timed(row)
             seconds[row].append(elapsed)
             # On a CPU the peak is that of the process, and says nothing about a row.
-            peaks[row] = sampling.peak_memory(device) if device.type == "cuda" else None
+            peaks[row] = devices.peak_memory(device) if device.type == "cuda" else None
     products = {}
     for dtype in dict.fromkeys(row[2] for row in rows):
-        sampling.set_precision(z, dtype)
-        products[dtype] = sampling.matmul_rate(models[dtype, False], 2 * args.images)
+        devices.set_precision(z, dtype)
+        products[dtype] = devices.matmul_rate(models[dtype, False], 2 * args.images)
 
     def ratio(slow, fast):
         # Neighbouring runs share the state of the machine: the median of their ratios.
@@ -181,7 +182,7 @@ def measure(args, device, dtypes, modes, load, schedules):
 
     costs = dit.multiply_adds()
     plans = {name: plan or Schedule.full(args.num_sampling_steps, dit.depth) for name, plan in schedules.items()}
-    published = sampling.pick_dtype(None, device)
+    published = devices.pick_dtype(None, device)
     exact = {name: latents[row] for name in plans for row in [(name, "eager", "fp32")] if row in latents}
     figures = []
     for row in rows:
@@ -207,7 +208,7 @@ def measure(args, device, dtypes, modes, load, schedules):
                 "bound_against_full": plans[name].speedup_bound(costs),
                 "error": error,
                 "peak_bytes": peaks[row],
-                "cache_bytes": dit.cache_bytes(2 * args.images, sampling.DTYPES[dtype]) if name != "full" else 0,
+                "cache_bytes": dit.cache_bytes(2 * args.images, devices.DTYPES[dtype]) if name != "full" else 0,
             }
         )
     return figures
@@ -231,6 +232,7 @@ def profile(dit, schedule, args, device):
     import torch
     from torch.profiler import ProfilerActivity
 
+    import devices
     import sampling
     from diffusion import create_diffusion
 
@@ -252,7 +254,7 @@ def profile(dit, schedule, args, device):
                 continue
             with activity() as profiled:
                 denoise(x, i)
-                sampling.synchronize(device)
+                devices.synchronize(device)
             times[i] = shares = dict.fromkeys([*KINDS, "the rest"], 0.0)
             for event in profiled.key_averages():
                 kind = next((k for k, parts in KINDS.items() if any(part in event.key for part in parts)), "the rest")
@@ -311,15 +313,16 @@ def main(args):
 
     import torch
 
+    import devices
     import sampling
     from files import UserError, check_writable
 
-    device = sampling.pick_device(args.device)
+    device = devices.pick_device(args.device)
     if args.record:
         check_writable(args.record)
     on_gpu = device.type == "cuda"
     dtypes = args.dtypes or ["fp32", "bf16", *(["tf32", "fp16"] if on_gpu else [])]
-    published = sampling.pick_dtype(None, device)
+    published = devices.pick_dtype(None, device)
     if args.reference and published not in dtypes:
         raise UserError(f"--reference is in {published} as published: add that to --dtypes")
     modes = args.modes or [mode for mode in MODES if on_gpu or "graphs" not in mode]
@@ -331,15 +334,15 @@ def main(args):
         schedules["router"], _ = sampling.load_schedule("dynamiclayer", args.path, args.thres)
     load = lambda: sampling.load_dit(spec, device, None if args.ckpt else 0)  # noqa: E731
     if args.profile:
-        dit = sampling.set_precision(load(), (args.dtypes or [published])[0])
+        dit = devices.set_precision(load(), (args.dtypes or [published])[0])
         schedules["router"].check_fits(args.path, args.num_sampling_steps, dit.depth)
         print(profile(dit, schedules["router"], args, device))
         return
     rows = measure(args, device, dtypes, modes, load, schedules)
-    record = {"flags": vars(args), "device": sampling.device_name(device), "torch": torch.__version__, "rows": rows}
+    record = {"flags": vars(args), "device": devices.device_name(device), "torch": torch.__version__, "rows": rows}
     print(table(record))
     if args.record:
-        sampling.write_record(args, device, {"dtype": None, "rows": rows})
+        devices.write_record(args, device, {"dtype": None, "rows": rows})
 
 
 if __name__ == "__main__":

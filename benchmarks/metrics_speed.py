@@ -176,13 +176,13 @@ def main(args):
 
     import torch
 
-    import sampling
+    import devices
 
     device = torch.device("cpu")
-    print(table([{"flags": vars(args), "device": sampling.device_name(device), **measured}]))
+    print(table([{"flags": vars(args), "device": devices.device_name(device), **measured}]))
     if args.record:
         flags = {name: value for name, value in vars(args).items() if name != "quick"}
-        sampling.write_record(argparse.Namespace(**flags), device, measured)
+        devices.write_record(argparse.Namespace(**flags), device, measured)
 
 
 if __name__ == "__main__":

@@ -77,12 +77,13 @@ def main(args):
 
     import torch
 
+    import devices
     import inception
     import sampling
     from diffusion import create_diffusion
     from files import check_writable
 
-    device = sampling.pick_device(args.device)
+    device = devices.pick_device(args.device)
     if args.record:
         check_writable(args.record)
     spec = sampling.model_spec(ckpt=SHIPPED)
@@ -91,10 +92,10 @@ def main(args):
     y = torch.arange(args.images) % spec.num_classes
     plain, rows = {}, []
     for dtype, compiled, recorded in ways(device):
-        dit = sampling.set_precision(sampling.load_dit(spec, device), dtype)
-        vae = sampling.speed_up_vae(sampling.load_vae(spec, device), device, dtype)
+        dit = devices.set_precision(sampling.load_dit(spec, device), dtype)
+        vae = devices.speed_up_vae(sampling.load_vae(spec, device), device, dtype)
         if compiled:
-            sampling.compile_blocks(dit)
+            devices.compile_blocks(dit)
         for name, schedule in ("full", None), ("router", router):
             plan = create_diffusion(STEPS), spec.guidance(None, 4.0), schedule
             sampler = sampling.make_sampler(dit, *plan, cuda_graphs=recorded)
@@ -114,9 +115,9 @@ def main(args):
                     "class_accuracy": classifier.class_accuracy(images, y),
                 }
             )
-    print(table([{"device": sampling.device_name(device), "rows": rows}]))
+    print(table([{"device": devices.device_name(device), "rows": rows}]))
     if args.record:
-        sampling.write_record(args, device, {"dtype": None, "rows": rows})
+        devices.write_record(args, device, {"dtype": None, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -124,14 +124,14 @@ def main(args):
 
     import torch
 
-    import sampling
+    import devices
 
     torch.set_num_threads(1)
     device = torch.device("cpu")
     measured = json.loads(json.dumps(figures(runs)))  # as a record: names are texts
-    print(table([{"device": sampling.device_name(device), **measured}]))
+    print(table([{"device": devices.device_name(device), **measured}]))
     if args.record:
-        sampling.write_record(args, device, measured)
+        devices.write_record(args, device, measured)
 
 
 if __name__ == "__main__":

@@ -222,11 +222,12 @@ def fill(args):
     """Samples, judges and times what is missing in the records."""
     from importlib.metadata import version
 
+    import devices
     import sampling
 
-    device = sampling.pick_device("auto")
+    device = devices.pick_device("auto")
     spec = sampling.model_spec(ckpt=str(ROOT / MODEL))
-    dit = sampling.set_precision(sampling.load_dit(spec, device), "tf32")
+    dit = devices.set_precision(sampling.load_dit(spec, device), "tf32")
     plans = {row: plan(row, dit.depth) for row in ROWS}
     judges, versions = fingerprints(), {name: version(name) for name in ("torch", "diffusers", "timm", "numpy")}
     # All rows once come before some of them with other seeds.
@@ -244,12 +245,12 @@ def fill(args):
             plans[row].save(ROOT / schedule_path(row, args))
         seeds = dict(sorted((seeds | {str(seed): judge(sample(row, seed, args))}).items()))
         figures = {**known, "versions": versions, "seeds": seeds}
-        sampling.write_record(argparse.Namespace(record=path, **flags), device, figures)
+        devices.write_record(argparse.Namespace(record=path, **flags), device, figures)
     path = args.results / "timing.json"
     if args.timing or not args.rows and list(read(path).get("rows", [])) != [row.name for row in ROWS]:
         print("times of all rows, in turn:", flush=True)
         timing = {"batch": BATCH, "cfg_scale": spec.cfg_scale, "rows": times(spec, dit, plans, device)}
-        sampling.write_record(argparse.Namespace(record=path), device, timing)
+        devices.write_record(argparse.Namespace(record=path), device, timing)
 
 
 def times(spec, dit, plans, device):
@@ -259,6 +260,7 @@ def times(spec, dit, plans, device):
     import torch
     from tqdm import tqdm
 
+    import devices
     import sampling
     from diffusion import create_diffusion
 
@@ -269,10 +271,10 @@ def times(spec, dit, plans, device):
     for repeat, row in tqdm([(k, row) for k in range(REPEATS + 1) for row in plans], unit="batch", disable=None):
         schedule = None if row.method == "ddim" else plans[row]
         diffusion = create_diffusion(row.steps)
-        sampling.synchronize(device)
+        devices.synchronize(device)
         since = time.perf_counter()
         sampling.sample_latents(dit, diffusion, z, y, spec.cfg_scale, schedule)
-        sampling.synchronize(device)
+        devices.synchronize(device)
         if repeat:  # the first round warms up
             seconds[row].append(time.perf_counter() - since)
     return {row.name: {"seconds": some, "speedup": speedup(seconds, row)} for row, some in seconds.items()}

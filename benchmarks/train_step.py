@@ -53,20 +53,20 @@ def load_models(names, load):
     """{name: the frozen DiT of that variant}; `load` makes one. One set of weights serves all but bf16."""
     import copy
 
-    import sampling
+    import devices
 
     # First, so that the float32 weights it came from are gone before others are made.
-    models = {"bf16": sampling.set_precision(load(), "bf16")} if "bf16" in names else {}
+    models = {"bf16": devices.set_precision(load(), "bf16")} if "bf16" in names else {}
     rest = [name for name in names if name != "bf16"]
     if rest:
         # As train_router.py: TF32 where a GPU has it, in the original's variant too.
-        dit = sampling.set_precision(load(), "tf32")
+        dit = devices.set_precision(load(), "tf32")
         for name in rest:
             models[name] = copy.deepcopy(dit, {id(parameter): parameter for parameter in dit.parameters()})
     if "checkpointing" in models:
         models["checkpointing"].grad_checkpointing = True
     if "compiled" in models:
-        sampling.compile_blocks(models["compiled"])
+        devices.compile_blocks(models["compiled"])
     return models
 
 
@@ -101,7 +101,7 @@ class Updates:
         """One update of the variant `name`. Returns its seconds."""
         import time
 
-        import sampling
+        import devices
         from router import router_loss
 
         dit, router, optimizer = self.models[name], self.routers[name], self.optimizers[name]
@@ -110,7 +110,7 @@ class Updates:
         # there stay: the original's optimizer holds the router alone, so nobody clears the others, they add up.
         dit.requires_grad_(name == "original")
         dit.pos_embed.requires_grad_(False)
-        sampling.synchronize(self.device)
+        devices.synchronize(self.device)
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         scores = router(self.row)
@@ -118,7 +118,7 @@ class Updates:
         (error.mean() + L1 * scores.sum()).backward()
         optimizer.step()
         router.clamp_()
-        sampling.synchronize(self.device)
+        devices.synchronize(self.device)
         return time.perf_counter() - start
 
 
@@ -127,14 +127,14 @@ def measure_memory(args, name):
 
     What tensors took on a GPU; else the resident set. The process must be a fresh one.
     """
-    import sampling
+    import devices
 
-    device = sampling.pick_device(args.device)
-    base = sampling.peak_memory(device)
+    device = devices.pick_device(args.device)
+    base = devices.peak_memory(device)
     updates = Updates(args, device, [name])
     for _ in range(2):  # the second finds the gradients that the first left
         updates.run(name)
-    return {"base": base, "peak": sampling.peak_memory(device)}
+    return {"base": base, "peak": devices.peak_memory(device)}
 
 
 def measure_times(args, device, names):
@@ -206,10 +206,11 @@ def main(args):
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
+    import devices
     import sampling
     from files import check_writable
 
-    device = sampling.pick_device(args.device)
+    device = devices.pick_device(args.device)
     sampling.model_spec(args.model, args.image_size)  # an unknown name is refused here
     if args.record:
         check_writable(args.record)
@@ -219,9 +220,9 @@ def main(args):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             memory[name] = pool.submit(measure_memory, args, name).result()
     measured = figures(measure_times(args, device, names), memory, args.batch_size)
-    print(table([{"flags": vars(args), "device": sampling.device_name(device), **measured}]))
+    print(table([{"flags": vars(args), "device": devices.device_name(device), **measured}]))
     if args.record:
-        sampling.write_record(args, device, measured)
+        devices.write_record(args, device, measured)
 
 
 if __name__ == "__main__":

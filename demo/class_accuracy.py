@@ -44,13 +44,14 @@ def main(args):
     from tqdm import tqdm
     from training import load_split
 
+    import devices
     import download
     import inception
     import sampling
     from diffusion import create_diffusion
     from router import Router
 
-    device = sampling.pick_device(args.device)
+    device = devices.pick_device(args.device)
     classifier = inception.load_graph(args.classifier, device)
     spec = sampling.model_spec(ckpt=args.ckpt)
     dit, vae = sampling.load_dit(spec, device), sampling.load_vae(spec, device)
@@ -59,7 +60,7 @@ def main(args):
         router = Router.load(download.find(args.path))
         router.check_fits(args.path, args.num_sampling_steps, dit.depth)
         schedules[f"with {args.path}"] = schedule = router.schedule(args.thres)
-        print(sampling.describe_schedule(schedule, dit.multiply_adds()))
+        print(schedule.describe(dit.multiply_adds()))
     diffusion = create_diffusion(args.num_sampling_steps)
     cfg_scale = spec.guidance(args.cfg_scale, 4.0)
     noise = torch.randn(

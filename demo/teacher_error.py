@@ -32,12 +32,13 @@ def main(args):
     from torch.utils.data import DataLoader
 
     import data
+    import devices
     import sampling
     from diffusion import create_diffusion
     from files import UserError
     from router import Router, router_loss
 
-    device = sampling.pick_device(args.device)
+    device = devices.pick_device(args.device)
     spec = sampling.model_spec(ckpt=args.ckpt)
     images = data.Images(args.data_path, spec)
     if args.samples > len(images):

@@ -88,7 +88,7 @@ def main(args):
     from training import load_split, normalise, train
 
     import inception
-    from sampling import pick_device
+    from devices import pick_device
 
     args.device = pick_device(args.device)
     images, labels = load_split(args.data, "train")

@@ -73,10 +73,10 @@ def main(args):
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     from training import autocast, load_split, train
 
+    from devices import pick_device
     from diffusion import create_diffusion
     from files import load_tensors
     from models import DiT
-    from sampling import pick_device
 
     args.device = pick_device(args.device)
     torch.manual_seed(args.seed)

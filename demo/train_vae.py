@@ -34,7 +34,7 @@ def main(args):
     from diffusers import AutoencoderKL
     from training import autocast, load_split, normalise, train
 
-    from sampling import pick_device
+    from devices import pick_device
 
     args.device = pick_device(args.device)
     images, _ = load_split(args.data, "train")

@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, assert_refused, call, run
 from PIL import Image
 
+import devices
 import sampling
 from diffusion import create_diffusion
 from router import Router
@@ -271,8 +272,8 @@ def test_a_set_in_lower_precision_has_a_name_of_its_own(sample, tmp_path):
 @pytest.mark.parametrize("flag", ["--ddim-sample", "--p-sample"])
 def test_recorded_trajectories_make_the_same_images(sample, flag, tmp_path, monkeypatch):
     """With what a CPU has for a CUDA graph; 23 images are three full batches and one that is filled up."""
-    device = sampling.pick_device("cpu")
-    monkeypatch.setattr(sampling, "pick_device", lambda *_: device)
+    device = devices.pick_device("cpu")
+    monkeypatch.setattr(devices, "pick_device", lambda *_: device)
     arrays = []
     for k, more in enumerate(([], ["--cuda-graphs"])):
         folder = tmp_path / str(k)

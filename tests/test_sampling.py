@@ -10,6 +10,7 @@ from conftest import ROOT, random_dit
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import devices
 import sampling
 from diffusion import create_diffusion
 from files import UserError
@@ -149,7 +150,7 @@ def test_compiled_blocks_are_four_graphs_without_breaks_and_compute_the_same():
     compiled = random_dit()
     torch._dynamo.reset()
     counters.clear()
-    sampling.compile_blocks(compiled)
+    devices.compile_blocks(compiled)
     for schedule in (Schedule(compute), other, None):
         expected = sampling.sample_latents(dit, diffusion, z, y, 2.0, schedule)
         actual = sampling.sample_latents(compiled, diffusion, z, y, 2.0, schedule)
@@ -161,7 +162,7 @@ def test_compiled_blocks_are_four_graphs_without_breaks_and_compute_the_same():
 def test_half_precision_keeps_the_cache_and_not_the_state():
     dit, diffusion, z, y = setup()
     full = sampling.sample_latents(dit, diffusion, z, y, 2.0)
-    dit = sampling.set_precision(dit, "bf16")
+    dit = devices.set_precision(dit, "bf16")
     cache = dit.empty_cache()
     output = dit(z, torch.tensor([10, 10]), y, cache=cache)
     assert output.dtype == torch.float32 and {slot.dtype for slots in cache for slot in slots} == {torch.bfloat16}
@@ -195,7 +196,7 @@ def test_a_graph_computes_what_it_recorded_on_a_gpu():
     dit, diffusion, z, y = setup()
     dit, z, y = dit.to("cuda"), z.to("cuda"), y.to("cuda")
     schedule = random_schedule(6, 3)
-    recorded = sampling.RecordedSampler(sampling.set_precision(dit, "fp32"), diffusion, 2.0, schedule)
+    recorded = sampling.RecordedSampler(devices.set_precision(dit, "fp32"), diffusion, 2.0, schedule)
     for noise, labels in ((z, y), (z + 1, y + 2)):
         expected = sampling.sample_latents(dit, diffusion, noise, labels, 2.0, schedule)
         torch.testing.assert_close(recorded(noise, labels), expected, rtol=1e-5, atol=1e-3)
@@ -371,19 +372,6 @@ def test_psnr_of_a_known_error():
     assert sampling.psnr(a, a, 255) == float("inf")
 
 
-def test_the_table_of_a_schedule_adds_up():
-    compute = torch.ones(4, 2, 2, dtype=torch.bool)
-    compute[0] = False
-    compute[2, 0, 1] = False
-    text = sampling.describe_schedule(Schedule(compute), {"layer": (10**9, 10**10), "fixed": 10**9})
-    rows = [line.split() for line in text.splitlines()]
-    assert rows[1] == ["2/2", "2/2", "23", "100.0%", "3", "1"]
-    assert rows[2] == ["2/2", "1/2", "13", "56.5%", "2"]
-    assert rows[3] == ["0/2", "0/2", "1", "4.3%", "0"]
-    assert "cached 31.2% of all layers, 3 distinct steps; 60 of 92 G multiply-adds an image" in text
-    assert text.endswith("so the speed-up is at most 1.533")
-
-
 def test_a_model_folder_needs_no_other_flag(model_folder):
     spec = sampling.model_spec(ckpt=str(model_folder))
     assert (spec.name, spec.image_size, spec.num_classes, spec.cfg_scale) == ("tiny", 8, 5, 2.0)
@@ -486,9 +474,3 @@ def test_models_without_released_weights_ask_for_a_checkpoint():
             sampling.load_dit(spec, "cpu")
     with pytest.raises(UserError, match="unknown model"):
         sampling.model_spec("DiT-XXL/2")
-
-
-def test_an_absent_device_is_refused():
-    for name in ("cuda:63", "tpu", "meta", "meta:"):
-        with pytest.raises(UserError, match="--device cpu"):
-            sampling.pick_device(name)

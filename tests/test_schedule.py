@@ -174,3 +174,16 @@ def test_a_schedule_of_other_steps_or_depth_is_refused():
         schedule.check_fits("s.pt", 50, 3)
     with pytest.raises(UserError, match="s.pt is for 3 blocks, the model has 28"):
         schedule.check_fits("s.pt", 20, 28)
+
+
+def test_the_table_of_a_schedule_adds_up():
+    compute = torch.ones(4, 2, 2, dtype=torch.bool)
+    compute[0] = False
+    compute[2, 0, 1] = False
+    text = Schedule(compute).describe({"layer": (10**9, 10**10), "fixed": 10**9})
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[1] == ["2/2", "2/2", "23", "100.0%", "3", "1"]
+    assert rows[2] == ["2/2", "1/2", "13", "56.5%", "2"]
+    assert rows[3] == ["0/2", "0/2", "1", "4.3%", "0"]
+    assert "cached 31.2% of all layers, 3 distinct steps; 60 of 92 G multiply-adds an image" in text
+    assert text.endswith("so the speed-up is at most 1.533")
