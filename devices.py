@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -140,19 +141,26 @@ def matmul_rate(dit, samples, seconds=1.0):
     return count * rows * sum(weight.numel() for weight in weights) / (time.perf_counter() - start)
 
 
+def _commit():
+    """The commit of this repository, "-dirty" where code is not as committed; None where there is no git."""
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        # Records are what a measurement leaves, not what it depends on.
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/results"]).returncode
+    except OSError:
+        return None
+    return commit + "-dirty" * bool(changed) if commit else None
+
+
 def write_record(args, device, figures):
     """Writes `figures`, a dict that was measured on `device`, and all that they depend on, as JSON to args.record."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
     record = {
         "device": device_name(device),
         "dtype": "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "float32",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit or None,
+        "commit": _commit(),
         "flags": {name: value for name, value in vars(args).items() if name not in ("out", "record", "table")},
         **figures,
     }
