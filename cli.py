@@ -13,14 +13,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Adds the default to a flag's help, where there is one to tell; keeps the lines of a table below them."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults shown in --help and errors of one line, exit code 2."""
+    """argparse with defaults shown in --help and errors of one line, exit code 2.
 
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+    description: of the five programs their docstring, with the command lines as they are typed.
+    positional: what the usage says after the flags, which are all optional and listed below it.
+    """
+
+    def __init__(self, positional="", **kwargs):
+        usage = f"%(prog)s [FLAG ...] {positional}".rstrip()
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, usage=usage, **kwargs)
 
     def error(self, message):
         if os.environ.get("RANK", "0") != "0":  # torchrun's first process says it for all
@@ -62,6 +67,11 @@ def json_file(text):
     return text
 
 
+def add_device_argument(parser):
+    """Where a program computes, as `devices.pick_device` reads it."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
+
+
 def add_record_argument(parser, only=""):
     """The flag of programs that measure; only: when it means anything."""
     parser.add_argument(
@@ -74,59 +84,86 @@ def add_record_argument(parser, only=""):
 
 def add_model_arguments(parser, vae):
     """The flags that say which model; with a model folder --ckpt says it all. vae: the default of --vae."""
+    group = parser.add_argument_group("model")
     only = "; not used with a model folder"
-    parser.add_argument("--model", default="DiT-XL/2", help=f"size and patch, as DiT-XL/2{only}")
-    parser.add_argument("--vae", choices=["ema", "mse"], default=vae, help=f"released VAE{only}")
-    parser.add_argument("--image-size", type=int, choices=[256, 512], default=256, help=f"pixels a side{only}")
-    parser.add_argument("--num-classes", type=positive, default=1000, help=f"classes of the model{only}")
-    parser.add_argument(
-        "--ckpt", help=".pt or .safetensors of weights, or a model folder; without it the released weights are fetched"
+    group.add_argument("--model", default="DiT-XL/2", help=f"size and patch, as DiT-XL/2{only}")
+    group.add_argument("--vae", choices=["ema", "mse"], default=vae, help=f"released VAE{only}")
+    group.add_argument("--image-size", type=int, choices=[256, 512], default=256, help=f"pixels a side{only}")
+    group.add_argument("--num-classes", metavar="N", type=positive, default=1000, help=f"classes of the model{only}")
+    group.add_argument(
+        "--ckpt",
+        metavar="PATH",
+        help=".pt or .safetensors of weights, or a model folder; without it the released weights are fetched",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
+    return group
 
 
 def add_sampling_arguments(parser, cfg_scale):
     """The flags that say how to sample; cfg_scale: the published guidance of the program."""
-    parser.add_argument(
-        "--cfg-scale",
-        type=finite,
-        help=f"guidance, 1 is none; without it {cfg_scale}, or what a model folder recommends",
-    )
-    parser.add_argument("--num-sampling-steps", type=sampling_steps, default=250, help="denoising steps, at most 1000")
-    parser.add_argument(
-        "--accelerate-method",
-        choices=["dynamiclayer", "schedule"],
-        help="dynamiclayer: skip what the router of --path says; schedule: what the Schedule saved there says",
-    )
-    parser.add_argument("--path", help="router or schedule file; a released one that is not there is fetched")
-    parser.add_argument(
-        "--thres", type=fraction, default=0.1, help="layers to which a router gives at most this are skipped, 0 to 1"
-    )
-    sampler = parser.add_mutually_exclusive_group()
+    group = parser.add_argument_group("sampling")
+    sampler = group.add_mutually_exclusive_group()
     sampler.add_argument(
         "--ddim-sample", action="store_true", help="DDIM, eta 0; this is also meant without a sampler flag"
     )
     sampler.add_argument("--p-sample", action="store_true", help="ancestral sampling (DDPM)")
+    group.add_argument(
+        "--num-sampling-steps",
+        metavar="N",
+        type=sampling_steps,
+        default=250,
+        help="denoising steps, at most 1000",
+    )
+    group.add_argument(
+        "--cfg-scale",
+        metavar="SCALE",
+        type=finite,
+        help=f"guidance, 1 is none; without it {cfg_scale}, or what a model folder recommends",
+    )
+    group.add_argument(
+        "--accelerate-method",
+        choices=["dynamiclayer", "schedule"],
+        help="dynamiclayer: skip what the router of --path says; schedule: what the Schedule saved there says",
+    )
+    group.add_argument(
+        "--path", metavar="FILE", help="router or schedule file; a released one that is not there is fetched"
+    )
+    add_threshold_argument(group)
+    return group
+
+
+def add_threshold_argument(parser):
+    """From which score on a router runs a layer."""
+    parser.add_argument(
+        "--thres",
+        metavar="SCORE",
+        type=fraction,
+        default=0.1,
+        help="layers to which a router gives at most this are skipped, 0 to 1",
+    )
 
 
 def add_precision_arguments(parser, choices, default=None):
     """The flags that say in which precision a DiT runs, and whether its blocks are compiled."""
-    parser.add_argument(
+    group = parser.add_argument_group("device and speed")
+    group.add_argument(
         "--dtype",
         choices=choices,
         default=default,
         help="precision of the transformer; all else is float32; tf32 is fp32 on a CPU"
         + ("" if default else "; without it tf32 on a GPU, fp32 on a CPU"),
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
+    group.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
+    add_device_argument(group)
+    return group
 
 
 def add_speed_arguments(parser):
     """The flags of the sampling programs that change how fast they are, and the numbers in their last digits."""
-    add_precision_arguments(parser, ["fp32", "tf32", "bf16", "fp16"])
-    parser.add_argument(
+    group = add_precision_arguments(parser, ["fp32", "tf32", "bf16", "fp16"])
+    group.add_argument(
         "--cuda-graphs", action="store_true", help="record a batch's whole trajectory once and replay it; needs a GPU"
     )
+    return group
 
 
 def check_sampling_arguments(parser, args):

@@ -380,7 +380,8 @@ def _shown(path):
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(
-        description="Fetch the weights, VAEs, routers and evaluation files from their sources; each is checked.",
+        description=__doc__,
+        positional="[NAME ...]",
         epilog=f"NAME is one of: {', '.join(names())}.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", default="all", help="files to fetch, list or check")

@@ -33,39 +33,53 @@ def metric_names(text):
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Inception Score, FID, sFID, precision and recall of samples.")
-    parser.add_argument("reference", help="images or statistics to compare with")
-    parser.add_argument("sample", nargs="?", help="images or statistics to judge; only --save-stats does without")
+    parser = cli.ArgumentParser(description=__doc__, positional="REFERENCE [SAMPLES]")
+    parser.add_argument("reference", metavar="REFERENCE", help="images or statistics to compare with")
     parser.add_argument(
-        "--metrics", type=metric_names, default=",".join(METRICS), help="which to compute, with commas between them"
+        "sample", metavar="SAMPLES", nargs="?", help="images or statistics to judge; only --save-stats does without"
     )
-    parser.add_argument("--graph", help="network of the features, a frozen TensorFlow graph; without it Inception v3")
-    parser.add_argument(
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--graph",
+        metavar="FILE",
+        help="network of the features, a frozen TensorFlow graph; without it Inception v3",
+    )
+    network.add_argument(
         "--backend",
         choices=["auto", "torch", "tensorflow"],
         default="auto",
         help="what runs the graph; auto is torch, the faster one (benchmarks/README.md)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
-    parser.add_argument("--batch-size", type=cli.positive, default=64, help="images in the network at a time")
-    parser.add_argument(
+    cli.add_device_argument(network)
+    network.add_argument(
+        "--batch-size", metavar="N", type=cli.positive, default=64, help="images in the network at a time"
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--metrics",
+        metavar="NAMES",
+        type=metric_names,
+        default=",".join(METRICS),
+        help="which to compute, with commas between them",
+    )
+    results.add_argument(
         "--distance",
         choices=["fp16", "fp32"],
         default="fp16",
         help="precision of the distances behind precision and recall: fp16 is the published one",
     )
-    parser.add_argument(
+    results.add_argument(
         "--save-stats",
         metavar="NPZ",
         help="write the sample's statistics and pool features (without a sample, the reference's) to this file",
     )
-    parser.add_argument(
+    results.add_argument(
         "--keep-features",
         metavar="N",
         type=cli.positive,
         help="with --save-stats: pool features of N images, evenly spaced; without it of all",
     )
-    parser.add_argument(
+    results.add_argument(
         "--json",
         dest="record",
         metavar="JSON",

@@ -14,29 +14,29 @@ CFG_SCALE = 4.0  # as published for pictures
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Sample a picture from a DiT, with or without a router, and time it.")
-    cli.add_model_arguments(parser, vae="mse")
-    cli.add_sampling_arguments(parser, cfg_scale=CFG_SCALE)
-    cli.add_speed_arguments(parser)
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise")
-    parser.add_argument("--out", help="picture to write; without it Sample_NFE{n}_Method_{method}.png")
-    parser.add_argument(
+    parser = cli.ArgumentParser(description=__doc__)
+    cli.add_model_arguments(parser, vae="mse").add_argument(
+        "--random-weights", action="store_true", help="weights drawn from the seed: for timing only, no picture"
+    )
+    sampling = cli.add_sampling_arguments(parser, cfg_scale=CFG_SCALE)
+    sampling.add_argument(
         "--class-labels",
         type=int,
         nargs="+",
         metavar="LABEL",
         help="classes to sample, one image each; without it eight of ImageNet's, or a small model's all",
     )
-    parser.add_argument("--repeats", type=cli.positive, default=5, help="timed runs after a warm-up")
-    parser.add_argument(
+    sampling.add_argument("--seed", type=cli.seed, default=0, help="of the noise")
+    cli.add_speed_arguments(parser)
+    output = parser.add_argument_group("picture and times")
+    output.add_argument("--out", metavar="FILE", help="picture to write; without it Sample_NFE{n}_Method_{method}.png")
+    output.add_argument("--repeats", metavar="N", type=cli.positive, default=5, help="timed runs after a warm-up")
+    output.add_argument(
         "--compare",
         action="store_true",
         help="also sample without the file of --path, in turn, from the same noise; the picture shows those above",
     )
-    cli.add_record_argument(parser, only="with --compare: ")
-    parser.add_argument(
-        "--random-weights", action="store_true", help="weights drawn from the seed: for timing only, no picture"
-    )
+    cli.add_record_argument(output, only="with --compare: ")
     args = parser.parse_args(argv)
     cli.check_sampling_arguments(parser, args)
     if args.compare and not args.path:

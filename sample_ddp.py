@@ -22,36 +22,45 @@ FORMAT = 1  # of the manifest; raised where the same flags no longer make the sa
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Sample the images of an evaluation into one .npz.")
+    parser = cli.ArgumentParser(description=__doc__)
     cli.add_model_arguments(parser, vae="ema")
-    cli.add_sampling_arguments(parser, cfg_scale=CFG_SCALE)
-    cli.add_speed_arguments(parser)
-    parser.add_argument("--sample-dir", default="samples", help="folder for the .npz and what it is made from")
-    parser.add_argument("--num-fid-samples", type=cli.positive, default=50000, help="images, all processes together")
-    parser.add_argument(
-        "--per-proc-batch-size", type=cli.positive, default=32, help="images that a process samples at a time"
+    sampling = cli.add_sampling_arguments(parser, cfg_scale=CFG_SCALE)
+    sampling.add_argument(
+        "--num-fid-samples", metavar="N", type=cli.positive, default=50000, help="images, all processes together"
     )
-    parser.add_argument("--global-seed", type=cli.seed, default=0, help="an image follows it and its number alone")
-    parser.add_argument(
+    sampling.add_argument("--global-seed", type=cli.seed, default=0, help="an image follows it and its number alone")
+    sampling.add_argument(
         "--balanced-labels",
         action="store_true",
         help="image k is of class k modulo the classes; without it classes are drawn uniformly",
     )
-    for flag, dtype in ("--tf32", "tf32"), ("--no-tf32", "fp32"):
-        parser.add_argument(flag, dest="dtype", action="store_const", const=dtype, help=f"the same as --dtype {dtype}")
-    parser.add_argument(
+    sampling.add_argument(
         "--deterministic",
         action="store_true",
         help="not a bit depends on processes or batch size: the model always runs on "
         f"{DETERMINISTIC_BATCH} images, whatever --per-proc-batch-size, and on a CPU in one thread a process",
     )
-    parser.add_argument("--save-to-disk", action="store_true", help="also write each image as NNNNNN.png")
-    parser.add_argument(
+    speed = cli.add_speed_arguments(parser)
+    for flag, dtype in ("--tf32", "tf32"), ("--no-tf32", "fp32"):
+        speed.add_argument(flag, dest="dtype", action="store_const", const=dtype, help=f"the same as --dtype {dtype}")
+    speed.add_argument(
+        "--per-proc-batch-size",
+        metavar="N",
+        type=cli.positive,
+        default=32,
+        help="images that a process samples at a time",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--sample-dir", metavar="DIR", default="samples", help="folder for the .npz and what it is made from"
+    )
+    output.add_argument("--save-to-disk", action="store_true", help="also write each image as NNNNNN.png")
+    output.add_argument(
         "--keep-shards",
         action="store_true",
         help="leave the parts of the .npz where they are, until a start without this flag",
     )
-    cli.add_record_argument(parser)
+    cli.add_record_argument(output)
     args = parser.parse_args(argv)
     cli.check_sampling_arguments(parser, args)
     return args

@@ -53,82 +53,105 @@ DETERMINING = (
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(
-        description="Train a router over the layers of a frozen DiT.", epilog=describe_presets()
+    parser = cli.ArgumentParser(description=__doc__, epilog=describe_presets())
+    parser.add_argument(
+        "--preset", choices=PRESETS, metavar="NAME", help="sets flags as in the table below; any that is given wins"
     )
-    parser.add_argument("--preset", choices=PRESETS, help="sets flags as in the table below; any that is given wins")
-    parser.add_argument("--data-path", help="folder of images, a folder a class")
-    parser.add_argument("--latents", metavar="DIR", help="what --extract-latents wrote, instead of --data-path")
-    parser.add_argument("--extract-latents", metavar="DIR", help="encode --data-path into this folder, then end")
-    parser.add_argument("--results-dir", default="results", help="each run makes NNN-MODEL/ in it")
     cli.add_model_arguments(parser, vae="ema")
-    parser.add_argument(
-        "--epochs",
-        type=cli.positive,
-        help="stop after so many passes over the data; without it --max-steps alone decides",
-    )
-    parser.add_argument(
-        "--global-batch-size", type=cli.positive, default=64, help="images an update, all processes together"
-    )
-    parser.add_argument(
-        "--draws-per-step",
-        type=cli.positive,
-        default=8,
-        help="sampler steps drawn an update, each for its part of the batch; whatever the number of processes",
-    )
-    parser.add_argument(
-        "--global-seed", type=cli.seed, default=0, help="of the initial scores, the draws, the data order, the noise"
-    )
-    parser.add_argument(
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-path", metavar="DIR", help="folder of images, a folder a class")
+    data.add_argument("--latents", metavar="DIR", help="what --extract-latents wrote, instead of --data-path")
+    data.add_argument("--extract-latents", metavar="DIR", help="encode --data-path into this folder, then end")
+    data.add_argument(
         "--num-workers",
+        metavar="N",
         type=cli.not_negative_int,
         default=4,
         help="data loading processes of each process, at most the cores",
     )
-    parser.add_argument("--log-every", type=cli.positive, default=100, help="updates between lines of the log")
-    parser.add_argument("--ckpt-every", type=cli.positive, default=1000, help="updates between checkpoints")
-    parser.add_argument("--keep", type=cli.positive, help="newest checkpoints that stay; without it all do")
-    parser.add_argument(
-        "--resume",
-        metavar="PATH|auto",
-        help="continue a run's folder or checkpoint, up to --max-steps; auto: the newest run like this one, if any",
-    )
-    parser.add_argument(
-        "--wandb", action="store_true", help="log to Weights & Biases; offline where there is no account"
-    )
-    parser.add_argument(
+    training = parser.add_argument_group("training")
+    training.add_argument(
         "--num-sampling-steps",
+        metavar="N",
         type=cli.router_steps,
         default=20,
         help="denoising steps of the sampler the router is for",
     )
-    parser.add_argument(
+    training.add_argument(
         "--l1",
+        metavar="WEIGHT",
         type=cli.not_negative,
         default=5e-6,
         help="weight of the sum of scores: more caches more; with --target-cached the weight to start from",
     )
-    parser.add_argument(
+    training.add_argument(
         "--target-cached",
         type=cli.share,
         metavar="SHARE",
         help="share of all layers, at all steps, to cache at --thres: finds the weight of --l1 while training",
     )
-    parser.add_argument(
-        "--thres", type=cli.fraction, default=0.1, help="score up to which the log counts a layer as cached"
+    cli.add_threshold_argument(training)
+    training.add_argument("--lr", type=cli.not_negative, default=1e-3, help="learning rate of AdamW")
+    training.add_argument(
+        "--max-steps",
+        metavar="N",
+        type=cli.positive,
+        default=20000,
+        help="updates; published 20000, for 50 sampling steps 40000",
     )
-    parser.add_argument("--lr", type=cli.not_negative, default=1e-3, help="learning rate of AdamW")
-    parser.add_argument(
-        "--max-steps", type=cli.positive, default=20000, help="updates; published 20000, for 50 sampling steps 40000"
+    training.add_argument(
+        "--epochs",
+        metavar="N",
+        type=cli.positive,
+        help="stop after so many passes over the data; without it --max-steps alone decides",
     )
-    parser.add_argument(
+    training.add_argument(
+        "--global-batch-size",
+        metavar="N",
+        type=cli.positive,
+        default=64,
+        help="images an update, all processes together",
+    )
+    training.add_argument(
+        "--draws-per-step",
+        metavar="N",
+        type=cli.positive,
+        default=8,
+        help="sampler steps drawn an update, each for its part of the batch; whatever the number of processes",
+    )
+    training.add_argument(
         "--ste-threshold",
+        metavar="SCORE",
         type=cli.fraction,
         help="harden the scores at this threshold in the forward pass (straight-through)",
     )
-    cli.add_precision_arguments(parser, ["fp32", "tf32", "bf16"], default="tf32")  # fp16 would need its loss scaled
-    parser.add_argument(
+    training.add_argument(
+        "--global-seed", type=cli.seed, default=0, help="of the initial scores, the draws, the data order, the noise"
+    )
+    speed = cli.add_precision_arguments(
+        parser, ["fp32", "tf32", "bf16"], default="tf32"
+    )  # fp16: its loss needs scaling
+    speed.add_argument(
         "--grad-checkpointing", action="store_true", help="less memory, more time: blocks run again to get gradients"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--results-dir", metavar="DIR", default="results", help="each run makes NNN-MODEL/ in it")
+    output.add_argument(
+        "--resume",
+        metavar="PATH|auto",
+        help="continue a run's folder or checkpoint, up to --max-steps; auto: the newest run like this one, if any",
+    )
+    output.add_argument(
+        "--ckpt-every", metavar="N", type=cli.positive, default=1000, help="updates between checkpoints"
+    )
+    output.add_argument(
+        "--keep", metavar="N", type=cli.positive, help="newest checkpoints that stay; without it all do"
+    )
+    output.add_argument(
+        "--log-every", metavar="N", type=cli.positive, default=100, help="updates between lines of the log"
+    )
+    output.add_argument(
+        "--wandb", action="store_true", help="log to Weights & Biases; offline where there is no account"
     )
     given, _ = parser.parse_known_args(argv)
     if given.preset:

@@ -37,7 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=cli.positive, default=64, help="images handed over at a time")
     parser.add_argument("--batches", type=cli.positive, default=4, help="timed batches of a round")
     parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds, the backends in turn")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
+    cli.add_device_argument(parser)
     cli.add_record_argument(parser)
     parser.add_argument(
         "--table", action="store_true", help="measure nothing, print the table of results/extraction-*.json"

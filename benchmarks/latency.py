@@ -48,7 +48,7 @@ def parse_args(argv=None):
     parser.add_argument("--reference", action="store_true", help="also as the original implementation does it")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="rounds, after each row was warmed up")
     parser.add_argument("--quick", action="store_true", help="one round, eager only: minutes on a CPU")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
+    cli.add_device_argument(parser)
     cli.add_record_argument(parser)
     parser.add_argument(
         "--profile", action="store_true", help="only where the time of a full and of a cached step goes"

@@ -24,7 +24,7 @@ STEPS, BATCH = 20, 50
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description="What lower precision and compiling change in images.")
     parser.add_argument("--images", type=cli.positive, default=1000, help="of each way")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
+    cli.add_device_argument(parser)
     cli.add_record_argument(parser)
     parser.add_argument("--table", action="store_true", help="measure nothing, print that of results/precision-*.json")
     return parser.parse_args(argv)

@@ -42,7 +42,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=cli.positive, default=8, help="images of the one draw of an update")
     parser.add_argument("--num-sampling-steps", type=cli.router_steps, default=20, help="denoising steps")
     parser.add_argument("--repeats", type=cli.positive, default=3, help="timed updates of each variant")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
+    cli.add_device_argument(parser)
     parser.add_argument("--compile", action="store_true", help="also with torch.compile of the blocks")
     cli.add_record_argument(parser)
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table of results/train-*.json")

@@ -32,7 +32,7 @@ def parse_args(argv=None):
     parser.add_argument("--samples", type=cli.positive, default=2000, help="images")
     parser.add_argument("--batch-size", type=cli.positive, default=100, help="images at a time")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise")
-    parser.add_argument("--device", default="auto", help="torch device")
+    cli.add_device_argument(parser)
     parser.add_argument(
         "--data", type=Path, default=HERE / "data", help="ImageFolder whose test images judge the judge"
     )

@@ -15,7 +15,9 @@ import cli  # noqa: E402
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Compare routers by their error against the plain model.")
+    parser = cli.ArgumentParser(
+        description="Compare routers by their error against the plain model.", positional="ROUTER [ROUTER ...]"
+    )
     parser.add_argument("routers", nargs="+", metavar="ROUTER", help="router files for the same number of steps")
     parser.add_argument("--ckpt", default=str(HERE.parent / "ckpt" / "fashion_mnist"), help="model folder")
     parser.add_argument("--data-path", default=str(HERE / "data" / "test"), help="folder of images, a folder a class")
@@ -23,7 +25,7 @@ def parse_args(argv=None):
     parser.add_argument("--samples", type=cli.positive, default=512, help="images a step, drawn from all")
     parser.add_argument("--batch-size", type=cli.positive, default=64, help="images at once")
     parser.add_argument("--seed", type=cli.seed, default=1, help="of the images and the noise")
-    parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes CUDA where there is one")
+    cli.add_device_argument(parser)
     return parser.parse_args(argv)
 
 

@@ -33,7 +33,7 @@ def add_arguments(parser, name, steps, batch_size=128):
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile; faster, needs a C++ compiler")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of weights and batches")
-    parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes CUDA where there is one")
+    cli.add_device_argument(parser)
 
 
 def load_split(data, split):
