@@ -171,6 +171,7 @@ class Latents:
         return len(self.labels)
 
     def shard_path(self, shard):
+        """The file of the `shard`-th part."""
         return self.folder / f"{shard:06d}.npy"
 
     # A map of a file costs no memory of its own, opening one anew for each sample would cost time; each holds one of
@@ -185,6 +186,7 @@ class Latents:
         return torch.from_numpy(moments.astype(np.float32)), int(self.labels[index]), []
 
     def fingerprint(self):
+        """A text that is another one for other images: `prepare_latents` keeps that of the files."""
         return self.about["files"]
 
 

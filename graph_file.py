@@ -205,7 +205,7 @@ class GraphWriter:
         return self.node(name, "Relu", x, **floats)
 
     def pool(self, name, op, x, size=3, stride=1, padding=b"SAME"):
-        """Adds AvgPool or MaxPool over windows of size x size."""
+        """Adds AvgPool or MaxPool of x (N, H, W, C) over windows of size x size; returns the node's name."""
         sides = {key: {"list": {"i": [1, side, side, 1]}} for key, side in (("ksize", size), ("strides", stride))}
         return self.node(name, op, x, **sides, padding={"s": padding}, T={"type": FLOAT})
 

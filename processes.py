@@ -81,6 +81,7 @@ class Processes:
         return dist.PrefixStore(name, store)
 
     def disconnect(self):
+        """Leaves the group, where there is one."""
         if self.size > 1:
             dist.destroy_process_group()
 

@@ -165,7 +165,7 @@ class SampleSet:
         return not all(self._is_free(self._lock_path(rank), 0) for rank in range(1, size))
 
     def finished(self):
-        """The ranges (start, stop) of the shards, sorted, none overlapping."""
+        """The ranges (start, stop) of the shards, sorted, none overlapping. Raises UserError if unreadable."""
         ranges, covered = [], 0
         try:
             names = [re.fullmatch(r"(\d{7,})-(\d{7,})\.npz", name) for name in os.listdir(self.shards)]

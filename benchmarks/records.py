@@ -32,13 +32,14 @@ def row(record):
         ", ".join(f"{statistics.median(seconds):.2f}" for seconds in record["seconds"].values()),
         ", ".join(f"{rate:.0f}" for rate in record["g_multiply_adds_per_second"].values()),
         f"{record['psnr_db']:.1f}{' (latents)' if flags['random_weights'] else ''}",
+        record["commit"][:7],
     ]
 
 
 def table():
     """The Markdown text."""
     head = ["model", "steps", "images", "layers cached", "bound", "speed-up (of the bound)"]
-    head += ["seconds: full, router", "G multiply-adds/s: full, router, plain products", "PSNR, dB"]
+    head += ["seconds: full, router", "G multiply-adds/s: full, router, plain products", "PSNR, dB", "commit"]
     return markdown(head, [row(record) for record in read_records("*") if "speedup" in record])
 
 

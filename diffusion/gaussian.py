@@ -94,7 +94,7 @@ class GaussianDiffusion:
         return x + sigma * noise if sigma > 0 else x
 
     def ancestral_step(self, output, x, i, noise):
-        """One DDPM step from i to i-1 with the learned variance; shapes as in `ddim_step`.
+        """One DDPM step from i to i-1, learned variance: model output (N, 2C, H, W) and x (N, C, H, W) -> x.
 
         noise: like x, not used at i = 0. Source: Ho et al. 2020, alg. 2; Nichol and Dhariwal 2021, eq. 15.
         """
