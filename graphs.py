@@ -1,8 +1,10 @@
 """CUDA graphs: what a function gives the device to do, recorded once and launched as a whole."""
 
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 
 class Recorded:
@@ -16,13 +18,13 @@ class Recorded:
     stays as it is when the next is computed. On a CPU, which has no graphs, the function runs on the same tensors.
     """
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         self._function = function
-        self._recordings = {}
+        self._recordings: dict[tuple, tuple[list[Tensor], Callable[[], Tensor]]] = {}
         self.seconds = 0.0
 
     @torch.inference_mode()
-    def __call__(self, *tensors):
+    def __call__(self, *tensors: Tensor) -> Tensor:
         """What the function returns for `tensors`, a new tensor."""
         key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
         if key not in self._recordings:
@@ -34,7 +36,7 @@ class Recorded:
             own.copy_(tensor)
         return replay().clone()
 
-    def _record(self, tensors):
+    def _record(self, tensors: tuple[Tensor, ...]) -> tuple[list[Tensor], Callable[[], Tensor]]:
         """Tensors like these, and a function without arguments that computes from them."""
         static = [tensor.clone() for tensor in tensors]
         if static[0].device.type != "cuda":
@@ -51,7 +53,7 @@ class Recorded:
             output = self._function(*static)
         torch.cuda.synchronize()
 
-        def replay():
+        def replay() -> Tensor:
             graph.replay()
             return output
 

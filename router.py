@@ -7,18 +7,24 @@ Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.
 
 import argparse
 from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from files import UserError, load_tensors, written_whole
 from schedule import Schedule
+
+if TYPE_CHECKING:
+    from diffusion import GaussianDiffusion
+    from models import DiT
 
 
 class Row(nn.Module):
     """The logits of one step, float32 (2*depth,): attention 0, MLP 0, attention 1, ..."""
 
-    def __init__(self, layers, generator=None):
+    def __init__(self, layers: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.prob = nn.Parameter(torch.randn(layers, generator=generator))  # the released files' name; it holds logits
 
@@ -31,28 +37,28 @@ class Router(nn.Module):
 
     LIMIT = 5.0  # of a logit in training: the sigmoid still has a gradient there
 
-    def __init__(self, steps, depth, generator=None):
+    def __init__(self, steps: int, depth: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.steps, self.depth = steps, depth
         self.routers = nn.ModuleList(Row(2 * depth, generator) for _ in range(steps))
 
-    def forward(self, i):
+    def forward(self, i: int) -> Tensor:
         """The scores of step i, float32 [depth, 2], with their gradient."""
-        return torch.sigmoid(self.routers[i].prob).reshape(self.depth, 2)
+        return torch.sigmoid(self.get_parameter(f"routers.{i}.prob")).reshape(self.depth, 2)
 
     @torch.no_grad()
-    def scores(self):
+    def scores(self) -> Tensor:
         """The scores of all steps, float32 [steps, depth, 2] on the CPU; only those of trained steps mean anything."""
         return torch.stack([self(i) for i in range(self.steps)]).cpu()
 
     @torch.no_grad()
-    def clamp_(self):
+    def clamp_(self) -> None:
         """Logits back into [-LIMIT, LIMIT]."""
-        for row in self.routers:
-            row.prob.clamp_(-self.LIMIT, self.LIMIT)
+        for logits in self.parameters():
+            logits.clamp_(-self.LIMIT, self.LIMIT)
 
     @staticmethod
-    def trained_steps(steps):
+    def trained_steps(steps: int) -> range:
         """The steps i that a router of `steps` decides: the even ones that follow an odd one.
 
         Steps go in pairs from i = steps-1 down; with an odd count the first one executed stays alone, in full.
@@ -60,7 +66,7 @@ class Router(nn.Module):
         return range(0, steps - 1, 2)
 
     @torch.no_grad()
-    def schedule(self, threshold):
+    def schedule(self, threshold: float) -> Schedule:
         """The `Schedule` in which a layer of a trained step runs where its score > threshold; other steps are full.
 
         Raises ValueError where the threshold is outside [0, 1].
@@ -72,17 +78,17 @@ class Router(nn.Module):
         compute[trained] = self.scores()[trained] > threshold
         return Schedule(compute)
 
-    def state(self):
+    def state(self) -> OrderedDict[str, Tensor]:
         """The layout of router files: {"0.prob": float32 (2*depth,), "1.prob": ...}."""
-        return OrderedDict((f"{i}.prob", row.prob.detach().cpu().clone()) for i, row in enumerate(self.routers))
+        return OrderedDict((name, row.detach().cpu().clone()) for name, row in self.routers.named_parameters())
 
-    def save(self, path, **extra):
+    def save(self, path: str | Path, **extra: Any) -> None:
         """Writes a router file whole or not at all; `extra` ("opt", "args") must be tensors and plain types."""
         with written_whole(path) as part:
             torch.save({"routers": self.state(), **extra}, part)
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> "Router":
         """Reads a router file, ours or a released one, without running what is in it, onto the CPU.
 
         Raises UserError where the file is missing, cut off, or holds something else.
@@ -106,12 +112,21 @@ class Router(nn.Module):
         router.routers.load_state_dict({name: row.float() for name, row in rows.items()})
         return router
 
-    def check_fits(self, path, steps, depth):
+    def check_fits(self, path: str | Path, steps: int, depth: int) -> None:
         """Raises UserError where this router, read from `path`, is not one for `steps` steps and `depth` blocks."""
         Schedule.full(self.steps, self.depth).check_fits(path, steps, depth)
 
 
-def router_loss(dit, diffusion, scores, i, x_start, y, noise, threshold=None):
+def router_loss(
+    dit: "DiT",
+    diffusion: "GaussianDiffusion",
+    scores: Tensor,
+    i: int,
+    x_start: Tensor,
+    y: Tensor,
+    noise: Tensor,
+    threshold: float | None = None,
+) -> Tensor:
     """How far the blended model is from the plain one at step i-1, per image: float32 (N,).
 
     scores: [depth, 2] of step i-1, the only thing that gets a gradient; i: odd step, an int.

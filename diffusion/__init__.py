@@ -4,7 +4,7 @@ from .gaussian import GaussianDiffusion
 from .respace import linear_betas, space_timesteps
 
 
-def create_diffusion(steps="", diffusion_steps=1000):
+def create_diffusion(steps: int | str | None = "", diffusion_steps: int = 1000) -> GaussianDiffusion:
     """The published process (linear betas, noise prediction, learned-range variance), respaced to fewer steps.
 
     steps: how many of the `diffusion_steps` are kept, as `space_timesteps` reads it; "" or None keeps all.

@@ -6,9 +6,13 @@ Sources: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol and Dhariwal 202
 """
 
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+from torch import Tensor
+
+Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps the steps of a loop, as tqdm does
 
 
 class GaussianDiffusion:
@@ -18,7 +22,7 @@ class GaussianDiffusion:
     The betas of the kept steps follow from their cumulative products.
     """
 
-    def __init__(self, betas, timestep_map):
+    def __init__(self, betas: np.ndarray, timestep_map: np.ndarray) -> None:
         self.timestep_map = np.asarray(timestep_map)
         alphas_cumprod = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
         previous = np.append(1.0, alphas_cumprod[:-1])
@@ -39,9 +43,9 @@ class GaussianDiffusion:
             "posterior_log_variance": np.log(clipped),
             "log_betas": np.log(betas),
         }
-        self._on_device = {}
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
-    def _at(self, name, i, like):
+    def _at(self, name: str, i: int | Tensor, like: Tensor) -> float | Tensor:
         """Coefficient `name` at step i: a float for an int i, float32 (N, 1, 1, ...) for a tensor i (N,).
 
         A float reaches a kernel as an argument, so a loop over ints moves nothing to the device.
@@ -53,47 +57,51 @@ class GaussianDiffusion:
             self._on_device[key] = torch.from_numpy(self._tables[name]).float().to(like.device)
         return self._on_device[key][i].reshape(-1, *[1] * (like.dim() - 1))
 
-    def timesteps(self, device):
+    def timesteps(self, device: torch.device) -> Tensor:
         """`timestep_map` as a tensor on `device`, int64 (n,), copied there once."""
         key = "timestep_map", device
         if key not in self._on_device:
             self._on_device[key] = torch.from_numpy(self.timestep_map).to(device)
         return self._on_device[key]
 
-    def q_sample(self, x_start, i, noise):
+    def q_sample(self, x_start: Tensor, i: int | Tensor, noise: Tensor) -> Tensor:
         """x_start (N, ...) noised to step i (an int, or int64 (N,)): the forward process, same shape."""
         return (
             self._at("sqrt_alphas_cumprod", i, x_start) * x_start
             + self._at("sqrt_one_minus_alphas_cumprod", i, x_start) * noise
         )
 
-    def _predict_start(self, x, i, noise):
+    def _predict_start(self, x: Tensor, i: int | Tensor, noise: Tensor) -> Tensor:
         return self._at("sqrt_recip_alphas_cumprod", i, x) * x - self._at("sqrt_recipm1_alphas_cumprod", i, x) * noise
 
-    def _posterior(self, x_start, x, i):
+    def _posterior(self, x_start: Tensor, x: Tensor, i: int | Tensor) -> tuple[Tensor, float | Tensor]:
         mean = self._at("posterior_mean_coef_start", i, x) * x_start + self._at("posterior_mean_coef_x", i, x) * x
         return mean, self._at("posterior_log_variance", i, x)
 
-    def _model_log_variance(self, output, i):
+    def _model_log_variance(self, output: Tensor, i: int | Tensor) -> Tensor:
         """The model's variance channels interpolate between the posterior's and beta, in the logarithm."""
         fraction = (output + 1) / 2
         return fraction * self._at("log_betas", i, output) + (1 - fraction) * self._at(
             "posterior_log_variance", i, output
         )
 
-    def ddim_step(self, output, x, i, eta=0.0, noise=None):
+    def ddim_step(self, output: Tensor, x: Tensor, i: int, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
         """One DDIM step from i to i-1: model output (N, 2C, H, W) and x (N, C, H, W) -> x (N, C, H, W).
 
-        noise: like x; needed where eta > 0. Source: Song et al. 2021, eq. 12.
+        noise: like x; needed where eta > 0, else ValueError. Source: Song et al. 2021, eq. 12.
         """
         predicted = output[:, : x.shape[1]]
         start = self._predict_start(x, i, predicted)
         alpha, previous = self._tables["alphas_cumprod"][i], self._tables["alphas_cumprod_prev"][i]
         sigma = eta * math.sqrt((1 - previous) / (1 - alpha) * (1 - alpha / previous))
         x = math.sqrt(previous) * start + math.sqrt(1 - previous - sigma**2) * predicted
-        return x + sigma * noise if sigma > 0 else x
+        if sigma > 0:
+            if noise is None:
+                raise ValueError(f"a DDIM step with eta {eta} adds noise: pass it")
+            x = x + sigma * noise
+        return x
 
-    def ancestral_step(self, output, x, i, noise):
+    def ancestral_step(self, output: Tensor, x: Tensor, i: int, noise: Tensor) -> Tensor:
         """One DDPM step from i to i-1, learned variance: model output (N, 2C, H, W) and x (N, C, H, W) -> x.
 
         noise: like x, not used at i = 0. Source: Ho et al. 2020, alg. 2; Nichol and Dhariwal 2021, eq. 15.
@@ -102,7 +110,14 @@ class GaussianDiffusion:
         mean, _ = self._posterior(self._predict_start(x, i, predicted), x, i)
         return mean + torch.exp(0.5 * self._model_log_variance(variance, i)) * noise if i > 0 else mean
 
-    def ddim_loop(self, denoise, x, eta=0.0, randn_like=torch.randn_like, progress=None):
+    def ddim_loop(
+        self,
+        denoise: Callable[[Tensor, int], Tensor],
+        x: Tensor,
+        eta: float = 0.0,
+        randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+        progress: Progress | None = None,
+    ) -> Tensor:
         """Sample from noise x (N, C, H, W) with DDIM.
 
         denoise: function (x, i) -> model output (N, 2C, H, W). randn_like: draws noise like x, where eta > 0.
@@ -113,7 +128,13 @@ class GaussianDiffusion:
             x = self.ddim_step(denoise(x, i), x, i, eta, noise)
         return x
 
-    def ancestral_loop(self, denoise, x, randn_like=torch.randn_like, progress=None):
+    def ancestral_loop(
+        self,
+        denoise: Callable[[Tensor, int], Tensor],
+        x: Tensor,
+        randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+        progress: Progress | None = None,
+    ) -> Tensor:
         """Sample from noise x (N, C, H, W) with DDPM; arguments as in `ddim_loop`.
 
         One draw like x per step, the last included: the random stream of the published samples.
@@ -123,11 +144,13 @@ class GaussianDiffusion:
             x = self.ancestral_step(denoise(x, i), x, i, noise)
         return x
 
-    def _countdown(self, progress):
+    def _countdown(self, progress: Progress | None) -> Iterable[int]:
         steps = range(self.steps - 1, -1, -1)
         return progress(steps) if progress else steps
 
-    def pretraining_loss(self, output, x_start, x, i, noise):
+    def pretraining_loss(
+        self, output: Tensor, x_start: Tensor, x: Tensor, i: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The hybrid loss per sample, two tensors (N,): mean squared error of the noise, and the variational term.
 
         output: the model's (N, 2C, H, W) at x = q_sample(x_start, i, noise), i int64 (N,). The second term, in

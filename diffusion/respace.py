@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def linear_betas(steps):
+def linear_betas(steps: int) -> np.ndarray:
     """Linear betas, float64 (steps,): 1e-4 to 0.02 at 1000 steps, scaled so that other counts end as noisy.
 
     Source: Ho et al. 2020, sec. 4.
@@ -12,7 +12,7 @@ def linear_betas(steps):
     return np.linspace(scale * 1e-4, scale * 0.02, steps)
 
 
-def space_timesteps(num_timesteps, sections):
+def space_timesteps(num_timesteps: int, sections: int | str | None) -> np.ndarray:
     """The sorted timesteps of the original process that a respaced one keeps, int64 (n,).
 
     sections: an int or a decimal string n: n steps, spread with the fractional stride (T-1)/(n-1);
@@ -41,7 +41,7 @@ def space_timesteps(num_timesteps, sections):
     return np.array(kept)
 
 
-def _integer_stride(num_timesteps, count):
+def _integer_stride(num_timesteps: int, count: int) -> np.ndarray:
     for stride in range(1, num_timesteps + 1):
         kept = np.arange(0, num_timesteps, stride)
         if len(kept) == count:
@@ -49,7 +49,7 @@ def _integer_stride(num_timesteps, count):
     raise ValueError(f"no integer stride takes exactly {count} of {num_timesteps} steps: pass {count} without 'ddim'")
 
 
-def _count(text, sections):
+def _count(text: str, sections: int | str | None) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"steps {sections!r}: expected a positive count such as 20, sections such as 10,10, or ddim20")
     return int(text)
