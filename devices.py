@@ -8,28 +8,36 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from files import UserError, peak_resident, written_whole
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from models import DiT
+    from processes import Processes
 
 # What --dtype may name; "tf32" is float32 whose products use the matrix units of a GPU, where it has them.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_dtype(name, device):
+def pick_dtype(name: str | None, device: torch.device) -> str:
     """The name of the precision that is meant; None means as published, tf32, which on a CPU is fp32."""
     name = name or "tf32"
     return "fp32" if (name, device.type) == ("tf32", "cpu") else name
 
 
-def set_precision(module, dtype):
+def set_precision(module: nn.Module, dtype: str) -> Any:
     """`module` with its weights in a precision of `DTYPES`, and the float32 of a GPU with or without TF32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
     return module.to(DTYPES[dtype])
 
 
-def speed_up_vae(vae, device, dtype):
+def speed_up_vae(vae: Any, device: torch.device, dtype: str) -> Any:
     """`vae` as it decodes fastest on `device` with at most one grey level of difference, beside a DiT in `dtype`.
 
     On a GPU that is channels last, and fp16 where that is asked for; bf16 differs by more (docs/performance.md).
@@ -39,7 +47,7 @@ def speed_up_vae(vae, device, dtype):
     return vae.to(DTYPES["fp16" if dtype == "fp16" else "fp32"], memory_format=torch.channels_last)
 
 
-def compile_blocks(dit):
+def compile_blocks(dit: "DiT") -> None:
     """Compiles each block of a DiT with `torch.compile`, the model around them staying as it is.
 
     Raises UserError where a CPU's compiler is missing.
@@ -51,7 +59,7 @@ def compile_blocks(dit):
         block.compile(fullgraph=True)
 
 
-def pick_device(name, processes=None, cuda_graphs=False):
+def pick_device(name: str, processes: "Processes | None" = None, cuda_graphs: bool = False) -> torch.device:
     """torch.device of "auto" (CUDA where there is one), "cpu", "cuda:1". Raises UserError where it cannot be used.
 
     processes: where they are several, each takes the GPU of its number on its machine, and makes it its default.
@@ -77,20 +85,20 @@ def pick_device(name, processes=None, cuda_graphs=False):
     return device
 
 
-def make_deterministic(device):
+def make_deterministic(device: torch.device) -> None:
     """The same numbers each time from the same calls on `device`; before anything ran there."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def device_name(device):
+def device_name(device: torch.device) -> str:
     """What a record of times says about the hardware: its model, on a CPU with the threads in use."""
     return device_model(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
 
 
-def device_model(device):
+def device_model(device: torch.device) -> str:
     """The name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -100,13 +108,13 @@ def device_model(device):
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
     """Waits for the work of a CUDA device; nothing to wait for elsewhere."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def peak_memory(device):
+def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on a CUDA device so far, elsewhere the largest resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -114,7 +122,7 @@ def peak_memory(device):
 
 
 @torch.inference_mode()
-def matmul_rate(dit, samples, seconds=1.0):
+def matmul_rate(dit: "DiT", samples: int, seconds: float = 1.0) -> float:
     """Multiply-adds per second of plain matrix products of the block's own shapes, for `samples` in a batch.
 
     The four linear layers of a block in turn, preallocated, on the device and in the precision of `dit`: what a perfect
@@ -127,7 +135,7 @@ def matmul_rate(dit, samples, seconds=1.0):
     inputs = [weight.new_empty(rows, weight.shape[1]).normal_() for weight in weights]
     outputs = [weight.new_empty(rows, weight.shape[0]) for weight in weights]
 
-    def once():
+    def once() -> None:
         for x, weight, out in zip(inputs, weights, outputs):
             torch.mm(x, weight.t(), out=out)
 
@@ -141,7 +149,7 @@ def matmul_rate(dit, samples, seconds=1.0):
     return count * rows * sum(weight.numel() for weight in weights) / (time.perf_counter() - start)
 
 
-def _commit():
+def _commit() -> str | None:
     """The commit of this repository, "-dirty" where code is not as committed; None where there is no git."""
     git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
@@ -153,7 +161,7 @@ def _commit():
     return commit + "-dirty" * bool(changed) if commit else None
 
 
-def write_record(args, device, figures):
+def write_record(args: "Namespace", device: torch.device, figures: dict[str, Any]) -> None:
     """Writes `figures`, a dict that was measured on `device`, and all that they depend on, as JSON to args.record."""
     record = {
         "device": device_name(device),
