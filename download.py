@@ -14,7 +14,6 @@ When a file is used its size is checked, and its SHA-256 too unless it has more 
 Where no SHA-256 is published, that of the first fetch is kept in `<file>.sha256` and compared from then on.
 """
 
-import argparse
 import contextlib
 import hashlib
 import http.client
@@ -26,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cli
-from files import UserError, load_tensors, written_whole
+from files import UserError, written_whole
 
 ROOT = Path(__file__).resolve().parent  # destinations are relative to it
 TIMEOUT = 60  # seconds without a byte
@@ -133,31 +132,6 @@ FILES = (
 def names():
     """What can be fetched, by name, in the order of the table."""
     return list(dict.fromkeys(file.name for file in FILES))
-
-
-def find_model(name):
-    """The weights of a DiT as a state dict {str: tensor} on the CPU.
-
-    name: a released checkpoint (`DiT-XL-2-256x256.pt`, fetched where needed), or a path to a .pt or .safetensors.
-    Of a training checkpoint, the averaged weights (`ema`), else `model`. A DistributedDataParallel prefix is removed.
-    Raises UserError where there is no such file or it holds no state dict; code in a file is never run.
-    """
-    path = find(name)
-    # DiT's training script pickles its arguments beside the weights.
-    state = load_tensors(path, allow=[argparse.Namespace])
-    if isinstance(state, dict):
-        state = next((state[key] for key in ("ema", "model") if isinstance(state.get(key), dict)), state)
-    import torch
-
-    if not isinstance(state, dict) or not state:
-        raise UserError(f"{path} holds no state dict: save the model's state_dict(), alone or as 'ema' or 'model'")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise UserError(
-                f"{path} is no state dict, its entry {key!r} is no tensor: "
-                "save the model's state_dict(), alone or as 'ema' or 'model'"
-            )
-    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def find(path):

@@ -69,23 +69,29 @@ def modulate(x, shift, scale):
 class TimestepEmbedder(nn.Module):
     """Timesteps (N,) -> vectors (N, D): sinusoidal features, then a two-layer MLP."""
 
-    def __init__(self, hidden_size, frequency_embedding_size=256):
+    def __init__(self, hidden_size, frequency_embedding_size=256, frequency_shift=0):
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
         self.frequency_embedding_size = frequency_embedding_size
+        self.frequency_shift = frequency_shift
 
     @staticmethod
-    def features(t, size, max_period=10000):
-        """Cosines, then sines, of t (N,) at size/2 geometric frequencies -> (N, size), float32; size even."""
+    def features(t, size, max_period=10000, shift=0):
+        """Cosines, then sines, of t (N,) at size/2 geometric frequencies -> (N, size), float32; size even.
+
+        Frequency k is max_period ** -(k / (size/2 - shift)).
+        """
         half = size // 2
-        frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        k = torch.arange(half, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(max_period) * k / (half - shift))
         angles = t.float()[:, None] * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
     def forward(self, t):
-        return self.mlp(self.features(t, self.frequency_embedding_size).to(self.mlp[0].weight.dtype))
+        features = self.features(t, self.frequency_embedding_size, shift=self.frequency_shift)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -110,11 +116,11 @@ class LabelEmbedder(nn.Module):
 class DiTBlock(nn.Module):
     """One transformer block with adaLN-Zero conditioning: an attention layer, then an MLP layer."""
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, mlp_norm_eps=1e-6):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=mlp_norm_eps)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
@@ -151,6 +157,7 @@ class DiT(nn.Module):
 
     input_size: height and width of the latent in cells, a multiple of patch_size.
     hidden_size: a multiple of num_heads, and of 4 for the fixed positions.
+    frequency_shift, mlp_norm_eps: 1 and 1e-5 make it the DiT of diffusers (`checkpoints.py`).
     Raises ValueError where these do not hold.
     """
 
@@ -166,6 +173,8 @@ class DiT(nn.Module):
         class_dropout_prob=0.1,
         num_classes=1000,
         learn_sigma=True,
+        frequency_shift=0,
+        mlp_norm_eps=1e-6,
     ):
         super().__init__()
         sizes = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size)
@@ -187,11 +196,11 @@ class DiT(nn.Module):
         self.grad_checkpointing = False
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # Fixed, but part of the released state dicts, hence a parameter without gradient.
         self.pos_embed = nn.Parameter(position_table(hidden_size, input_size // patch_size), requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, mlp_norm_eps) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 

@@ -9,7 +9,6 @@ Image k follows --global-seed and k alone. Finished images stay, so the same com
 whatever number of processes and batch size; several machines need a folder that they share (docs/clusters.md).
 """
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -72,7 +71,7 @@ def load(args, device, dtype, processes):
     import sampling
 
     spec = processes.together(
-        lambda: sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+        lambda: sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt), in_turn=True
     )
 
     def read():
@@ -118,11 +117,10 @@ def describe(args, spec, dit, vae, schedule, device, dtype):
 
 def set_name(args, spec, manifest):
     """The name of the set: the original's rule, and what else tells runs apart. Paths in it may hold anything."""
-    folder = args.ckpt and os.path.isdir(args.ckpt)
     parts = [spec.name]
-    parts += [] if folder else [Path(args.ckpt).stem if args.ckpt else "pretrained"]
+    parts += [Path(args.ckpt).stem if args.ckpt else "pretrained"] if spec.registered else []
     parts += [f"size-{spec.image_size}"]
-    parts += [] if folder else [f"vae-{spec.vae}"]
+    parts += [f"vae-{spec.vae}"] if spec.vae in ("ema", "mse") else []
     parts += [f"cfg-{manifest['cfg_scale']}", f"seed-{args.global_seed}"]
     parts += [f"{manifest['sampler']}-{args.num_sampling_steps}"]
     if args.path:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
+import checkpoints
 import download
 from data import stream
 from files import UserError, written_whole
 from graphs import Recorded
-from models import DiT, DiT_models, guided
+from models import DiT, DiT_models, guided, position_table
 from router import Router
 from schedule import Schedule
 
@@ -29,7 +30,7 @@ class ModelSpec:
     name: of `DiT_models`, or of a model folder; config: arguments of `DiT` (beyond those of the name).
     image_size: pixels a side; class_names: one a class, or None; cfg_scale: recommended guidance, or None.
     vae: "ema" or "mse" for a released one, or a folder.
-    weights: a file, or a name that `download.find_model` knows; None where there are no released ones.
+    weights: a file, or a name that `checkpoints.find_model` knows; None where there are no released ones.
     horizontal_flip: whether mirrored training images are images too.
     """
 
@@ -46,6 +47,11 @@ class ModelSpec:
     def num_classes(self):
         return self.config["num_classes"]
 
+    @property
+    def registered(self):
+        """Whether the name is one of `DiT_models`, so that other flags belong to it; else a folder says it all."""
+        return self.name in DiT_models
+
     def guidance(self, asked, published):
         """The guidance scale: the one that was asked for, else what the model folder recommends, else the published."""
         return next(scale for scale in (asked, self.cfg_scale, published) if scale is not None)
@@ -58,13 +64,18 @@ class ModelSpec:
 
 
 def model_spec(model="DiT-XL/2", image_size=256, num_classes=1000, vae="mse", ckpt=None):
-    """The `ModelSpec` of a model folder, where ckpt is one, else of the registered name.
+    """The `ModelSpec` of a folder, where ckpt is one, else of the registered name.
 
-    ckpt: a folder, a .pt or .safetensors file, or None for the released weights.
-    Raises UserError where the folder is incomplete, or the name unknown.
+    ckpt: a model folder, a folder or Hub name of a DiT of diffusers (fetched where needed), a .pt or .safetensors file,
+    or None for the released weights. vae: also that of a folder of diffusers without one.
+    Raises UserError where the folder is incomplete or cannot be fetched, or the name unknown.
     """
-    if ckpt is not None and Path(ckpt).is_dir():
-        return _folder_spec(Path(ckpt))
+    if ckpt is not None:
+        folder, name = checkpoints.find_folder(ckpt), Path(ckpt).resolve().name
+        if folder.is_dir() and checkpoints.is_diffusers(folder):
+            return ModelSpec(name, **({"vae": vae} | checkpoints.read_diffusers(folder)))
+        if folder.is_dir():
+            return _folder_spec(folder)
     if model not in DiT_models:
         raise UserError(
             f"unknown model {model!r}: choose one of {', '.join(DiT_models)}, or a model folder with --ckpt"
@@ -105,7 +116,7 @@ def load_dit(spec, device, random_seed=None):
     random_seed: an int draws all weights from it instead of reading any (a fresh DiT would output exactly 0).
     Raises UserError where the weights are missing, damaged, or of another model.
     """
-    build = DiT if spec.name not in DiT_models else DiT_models[spec.name]
+    build = DiT_models[spec.name] if spec.registered else DiT
     try:
         with torch.device("meta"):
             dit = build(**spec.config)
@@ -123,7 +134,9 @@ def load_dit(spec, device, random_seed=None):
             "for DiT-XL/2 at 256 and 512 with 1000: pass --ckpt with weights of your own"
         )
     else:
-        state = {name: value.float() for name, value in download.find_model(spec.weights).items()}
+        state = {name: value.float() for name, value in checkpoints.find_model(spec.weights).items()}
+        # They are fixed, and not everyone saves them.
+        state.setdefault("pos_embed", position_table(dit.pos_embed.shape[-1], dit.input_size // dit.patch_size))
         expected = {name: value.shape for name, value in dit.state_dict().items()}
         wrong = sorted(
             name
@@ -151,7 +164,9 @@ def load_vae(spec, device):
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: a VAE folder is what diffusers' save_pretrained writes")
     try:
-        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        # An older .bin is read only where there is nothing else, and as weights only: nothing in it is run.
+        pickled = not (folder / checkpoints.WEIGHTS[0]).is_file() and (folder / checkpoints.WEIGHTS[1]).is_file()
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=not pickled)
         vae = vae.requires_grad_(False).eval().to(device)
     except Exception as error:  # diffusers raises whatever a damaged configuration or file leads it to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -234,10 +234,9 @@ def prepare(args, processes, device):
     """The model's spec, its DiT (None for --extract-latents), its VAE, the data, and the VAE's fingerprint."""
     import data
     import sampling
-    from models import DiT_models
 
     spec = processes.together(
-        lambda: sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+        lambda: sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt), in_turn=True
     )
     source = processes.together(lambda: data.Images(args.data_path, spec)) if args.data_path else None
 
@@ -256,7 +255,7 @@ def prepare(args, processes, device):
                 f"{args.data_path or args.latents} has {len(source)} images, fewer than --global-batch-size "
                 f"{args.global_batch_size}"
             )
-        size = spec.name if spec.name in DiT_models else ""  # a folder's name says nothing
+        size = spec.name if spec.registered else ""  # a folder's name says nothing
         identity |= {"model": sampling.fingerprint(dit, {"size": size, **spec.config}), "data": source.fingerprint()}
     return spec, dit, vae, source, identity
 
@@ -346,7 +345,7 @@ def main(args):
         save()  # so that a restart finds the run
     told = train(args, processes, training, source, batches, spec.horizontal_flip, run, save, log)
     if processes.first:
-        conclude(args, run, training, log)
+        conclude(args, spec, run, training, log)
     processes.disconnect()
     if told:
         raise KeyboardInterrupt
@@ -445,7 +444,7 @@ def train(args, processes, training, source, batches, flips, run, save, log):
     return told
 
 
-def conclude(args, run, training, log):
+def conclude(args, spec, run, training, log):
     """The pictures, and what to do next."""
     import shlex
 
@@ -462,7 +461,7 @@ def conclude(args, run, training, log):
     if args.target_cached and abs(share - args.target_cached) > 0.01:
         print(f"note: {share:.1%} cached, not the {args.target_cached:.1%} asked for: give it more updates")
     print(f"router: {path}; how it came about: {run.folder / 'router.gif'}")
-    print(f"sample with it: {sample_command(args, path)}")
+    print(f"sample with it: {sample_command(args, spec.registered, path)}")
 
 
 def extract(args, images, vae, spec, vae_fingerprint, processes):
@@ -495,12 +494,12 @@ def describe(line):
     )
 
 
-def sample_command(args, path):
-    """What a user types to sample with the router at `path`."""
+def sample_command(args, registered, path):
+    """What a user types to sample with the router at `path`; registered: as in `ModelSpec`."""
     import shlex
 
     model = ["--ckpt", args.ckpt] if args.ckpt else []
-    if not args.ckpt or not os.path.isdir(args.ckpt):
+    if registered:
         model += ["--model", args.model, "--image-size", args.image_size, "--num-classes", args.num_classes]
     command = ["python", "sample.py", *model, "--num-sampling-steps", args.num_sampling_steps, "--ddim-sample"]
     command += ["--accelerate-method", "dynamiclayer", "--path", path, "--thres", args.thres]

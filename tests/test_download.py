@@ -11,8 +11,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import download
 from files import UserError
@@ -393,78 +391,6 @@ def test_other_missing_paths_are_refused_and_nothing_is_fetched(server, table, t
     monkeypatch.chdir(tmp_path)
     assert refused(download.find, path).startswith(f"no such file: {path}")
     assert server.asked == [] and everything_in(tmp_path) == []
-
-
-# Models.
-
-STATE = {"x_embedder.weight": torch.arange(6.0).reshape(2, 3), "y": torch.ones(2, dtype=torch.float16)}
-OTHER = {"y": torch.zeros(1)}
-
-
-def same(one, two):
-    return list(one) == list(two) and all(torch.equal(one[key], two[key]) for key in one)
-
-
-@pytest.mark.parametrize(
-    "checkpoint",
-    [
-        STATE,
-        {"model": OTHER, "ema": STATE, "opt": {"lr": 1e-4}, "args": argparse.Namespace(model="DiT-XL/2")},
-        {"model": STATE},
-        {"model": STATE, "ema": None},
-        {f"module.{key}": value for key, value in STATE.items()},
-        {"ema": {f"module.{key}": value for key, value in STATE.items()}},
-    ],
-    ids=["state dict", "ema", "model", "no ema", "module", "ema with module"],
-)
-def test_find_model_reads(tmp_path, checkpoint):
-    torch.save(checkpoint, tmp_path / "x.pt")
-    assert same(download.find_model(str(tmp_path / "x.pt")), STATE)
-
-
-def test_find_model_reads_safetensors(tmp_path):
-    save_file(STATE, tmp_path / "x.safetensors")
-    assert same(download.find_model(tmp_path / "x.safetensors"), dict(sorted(STATE.items())))
-
-
-def test_find_model_fetches_a_released_name(server, table, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save(STATE, tmp_path / "content")
-    content = (tmp_path / "content").read_bytes()
-    monkeypatch.setitem(globals(), "CONTENT", content)
-    table(server.address + "/right", size=len(content), sha256=hashlib.sha256(content).hexdigest())
-    assert same(download.find_model("model.pt"), STATE)
-
-
-@pytest.mark.parametrize(
-    "checkpoint",
-    [{}, [torch.ones(1)], torch.ones(1), {"epoch": 3}, {"ema": {}}, {1: torch.ones(1)}, {"model": {"y": "text"}}],
-    ids=str,
-)
-def test_find_model_refuses_what_is_no_state_dict(tmp_path, checkpoint):
-    torch.save(checkpoint, tmp_path / "x.pt")
-    message = refused(download.find_model, tmp_path / "x.pt")
-    assert str(tmp_path / "x.pt") in message and "state_dict()" in message
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_find_model_does_not_run_what_is_in_a_file(tmp_path):
-    torch.save({"ema": STATE, "args": Hostile(tmp_path / "ran")}, tmp_path / "x.pt")
-    assert str(tmp_path / "x.pt") in refused(download.find_model, tmp_path / "x.pt")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_find_model_refuses_a_file_that_was_cut_off(tmp_path):
-    torch.save(STATE, tmp_path / "x.pt")
-    os.truncate(tmp_path / "x.pt", 700)
-    assert str(tmp_path / "x.pt") in refused(download.find_model, tmp_path / "x.pt")
 
 
 # The program.
