@@ -230,8 +230,9 @@ def read_diffusers(folder):
         part, vae = folder / "transformer", folder / "vae"
         labels = _read_json(folder / "model_index.json").get("id2label") or {}
         if _weights(vae):
-            channels = _read_json(vae / "config.json").get("block_out_channels", [0])
-            spec["vae"], pixels = str(vae), 2 ** (len(channels) - 1)
+            # A configuration without them is `load_vae`'s to refuse.
+            channels = _read_json(vae / "config.json").get("block_out_channels")
+            spec["vae"], pixels = str(vae), 2 ** (len(channels) - 1) if isinstance(channels, list) else pixels
     config = _read_json(part / "config.json")
     kind, weights = config.get("_class_name"), _weights(part)
     if kind not in CLASSES or kind == CLASSES[1] and "norm_type" not in config:
@@ -281,9 +282,8 @@ def find_folder(name):
 
     safe, pickled = WEIGHTS
     parts = ("", "transformer/", "vae/")
-    wanted = ["model_index.json", "scheduler/*.json"] + [
-        part + file for part in parts for file in ("config.json", safe)
-    ]
+    wanted = [part + file for part in parts for file in ("config.json", safe)]
+    wanted += ["model_index.json", "scheduler/*.json"]
     # The client tries again for half a minute and logs each time; we say it once, when it has given up.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -86,13 +86,15 @@ def add_model_arguments(parser, vae):
     """The flags that say which model; with a model folder --ckpt says it all. vae: the default of --vae."""
     group = parser.add_argument_group("model")
     only = "; not used with a model folder"
+    group.add_argument("--model", default="DiT-XL/2", help=f"size and patch, as DiT-XL/2{only}")
+    group.add_argument("--vae", choices=["ema", "mse"], default=vae, help=f"released VAE{only}")
+    group.add_argument("--image-size", type=int, choices=[256, 512], default=256, help=f"pixels a side{only}")
     group.add_argument("--num-classes", metavar="N", type=positive, default=1000, help=f"classes of the model{only}")
     group.add_argument(
         "--ckpt",
         metavar="PATH",
         help=".pt or .safetensors of weights, a model folder, or a folder or Hub name of a DiT of diffusers; "
         "without it the released weights are fetched",
-    )
     )
     return group
 

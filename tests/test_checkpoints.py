@@ -214,8 +214,12 @@ def test_diffusers_itself_needs_one_line_to_run_a_dit_as_it_was_trained(tmp_path
 def test_the_frequencies_of_diffusers_change_what_a_trained_model_predicts():
     dit = sampling.load_dit(sampling.model_spec(ckpt=str(ROOT / "ckpt" / "fashion_mnist")), "cpu")
     x, y = torch.randn(40, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10
-    with torch.no_grad():
-        own, other = (dit(x, torch.full((40,), 500), y)[:, :4] for dit.t_embedder.frequency_shift in (0, 1))
+    t, noise = torch.full((40,), 500), []
+    for shift in (0, 1):
+        dit.t_embedder.frequency_shift = shift
+        with torch.no_grad():
+            noise.append(dit(x, t, y)[:, :4])
+    own, other = noise
     assert ((own - other).square().mean() / own.square().mean()).sqrt().item() == pytest.approx(0.028, abs=5e-4)
 
 
@@ -359,6 +363,11 @@ def test_a_model_that_is_no_dit_is_refused_in_one_line(copied, sample, changes, 
 
 
 def test_a_damaged_folder_is_refused_in_one_line(copied, sample, tmp_path):
+    vae = (copied / "vae" / "config.json").read_text()
+    for damaged in ("{", "[]", json.dumps({"block_out_channels": 3})):
+        (copied / "vae" / "config.json").write_text(damaged)
+        assert_refused(sample(copied), "vae")
+    (copied / "vae" / "config.json").write_text(vae)
     state = load_file(copied / "transformer" / SAFE)
 
     def with_weights(state):

@@ -112,6 +112,7 @@ def test_each_call_starts_anew(pipe):
     assert torch.equal(latents_of(pipe), plain)
 
 
+@pytest.mark.filterwarnings("ignore:__array__")  # of diffusers
 def test_another_number_of_steps_is_refused_and_the_next_call_works(pipe):
     accelerate(pipe, router_schedule())
     expected = latents_of(pipe)
@@ -123,6 +124,7 @@ def test_another_number_of_steps_is_refused_and_the_next_call_works(pipe):
         latents_of(pipe)
 
 
+@pytest.mark.filterwarnings("ignore:__array__")  # of diffusers
 def test_another_scheduler_may_be_set_afterwards(pipe):
     accelerate(pipe, Schedule.full(20, 3))
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
