@@ -8,7 +8,7 @@ What the pipeline does differently from our sampler: it guides all channels of t
 timesteps are the scheduler's. Those of diffusers' DDIMScheduler as published ("leading") are those of
 `create_diffusion("ddim20")`, where the number of steps divides 1000; the routers were trained with other ones, spread
 up to 999 (`create_diffusion(20)`), for which DDIMScheduler has no configuration: "linspace" hands these to the model,
-but steps from each to where the integer stride leads. A router loses nothing by it (README.md).
+but steps from each to where the integer stride leads. A router loses nothing by it (docs/guide.md).
 """
 
 import torch

@@ -169,7 +169,7 @@ def test_the_example_runs_as_a_user_runs_it(tmp_path):
 
 
 def test_the_three_lines_are_the_same_everywhere():
-    readme, module = ((ROOT / name).read_text() for name in ("README.md", "dit_pipeline.py"))
+    readme, module = ((ROOT / name).read_text() for name in ("docs/guide.md", "dit_pipeline.py"))
     lines = [line.strip() for line in module.splitlines() if line.startswith("    ")][:3]
     assert [line.partition("=")[0].strip() for line in lines][::2] == ["pipe", "images"]
     assert all(line in readme for line in lines)
