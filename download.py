@@ -5,32 +5,34 @@
     python download.py --list                   what is there
     python download.py --check                  hashes all that is there
 
-A file gets its name once its size and SHA-256 are right; until then, and after any fault, nothing is there.
-(The VAEs lie in the cache of the Hugging Face Hub, whose client writes them: checked before use, and refused if wrong.)
+A file gets its name once its size and SHA-256 are right. A download that was stopped goes on from where it was; what
+came and is another file is kept beside, as `<file>.rejected` (fetching.py has the rules).
+The VAEs lie in the cache of the Hugging Face Hub, whose client fetches them: checked before use, and refused if wrong.
 A file that is there and is wrong is refused and left alone: it is the user's.
 
-When a file is used its size is checked, and its SHA-256 too unless it has more than `HASHED_AT_EACH_USE` bytes
-(the DiT weights and reference batches, seconds each): those are hashed when they are fetched and by --check.
-Where no SHA-256 is published, that of the first fetch is kept in `<file>.sha256` and compared from then on.
+A file that is there is hashed before its first use, and again once its size or time is another: a change that keeps
+both is seen by --check only. Where no SHA-256 is published, that of the first use is kept in `<file>.sha256` and
+compared from then on.
 """
 
-import contextlib
 import hashlib
-import http.client
+import json
 import os
 import re
-import urllib.error
-import urllib.request
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import cli
+import fetching
+from fetching import amount
 from files import UserError, written_whole
 
 ROOT = Path(__file__).resolve().parent  # destinations are relative to it
-TIMEOUT = 60  # seconds without a byte
-BLOCK = 1 << 20  # bytes read, hashed and written at a time
-HASHED_AT_EACH_USE = 400_000_000  # bytes, so that the VAEs count: the Hub's client compares sizes only
+PLAIN = re.compile(r"(?!\.+$)[\w.+-]+", re.ASCII)  # the name of a file or folder that leads nowhere else
+# Without a user or a query; after the host anything printable but # and ?.
+MIRROR = re.compile(r'https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[!"$->@-~]*)?', re.ASCII)
+MIRROR_RULE = "give the address of a folder, as http://HOST/FOLDER or https://HOST/FOLDER"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class File:
     size: bytes, or None where nobody states it.    sha256: 64 hex digits, or None.
     folder: where it lies under ROOT; or, for a file in the cache of the Hugging Face Hub,
     hub: its repository, revision (a full commit, so what comes cannot change) and file name there.
+    Raises ValueError where one of them could lead to another place than below ROOT or that cache.
     """
 
     name: str
@@ -49,6 +52,14 @@ class File:
     licence: str
     folder: str = ""
     hub: tuple[str, str, str] | None = None
+
+    def __post_init__(self):
+        parts = [self.name]
+        for path in [*([self.folder] if self.folder else []), *(self.hub or [])]:
+            parts += path.split("/")
+        for part in parts:
+            if not PLAIN.fullmatch(part):
+                raise ValueError(f"{part!r}, for file {self.name!r}, is no plain name: use letters, digits and _.+-")
 
     @property
     def path(self):
@@ -62,8 +73,8 @@ class File:
         return Path(constants.HF_HUB_CACHE, cached, "snapshots", revision, filename)
 
     @property
-    def remembered(self):
-        """The file beside it that keeps the SHA-256 of the first fetch, where none is published."""
+    def pin(self):
+        """The file beside it that keeps the SHA-256 of its first use, where none is published."""
         return self.path.with_name(self.path.name + ".sha256")
 
 
@@ -138,11 +149,17 @@ def find(path):
     """The Path of a user's file: as it is where it exists, fetched where it is missing but in the table.
 
     A file of the table is meant by its bare name, or by its destination seen from here or from the repository
-    (`ckpt/DDIM20_router.pt`). A file of one's own in that place is returned unchecked.
+    (`ckpt/DDIM20_router.pt`). A file of one's own in that place is returned too, after a line that says so.
     Raises UserError where there is no such file or it cannot be fetched.
     """
     path = Path(path)
     if path.exists():
+        for file in FILES:
+            if not file.hub and file.path.resolve() == path.resolve():
+                try:
+                    check(file)
+                except UserError as error:
+                    print(f"warning: {path} is used, but it is not the released file: {error}", file=sys.stderr)
         return path
     places = {path.resolve(), (ROOT / path).resolve()}
     for name in names():
@@ -160,20 +177,33 @@ def fetch_vae(kind):
     return fetch(f"sd-vae-ft-{kind}")
 
 
-def fetch(name):
+def fetch(name, mirror=None):
     """The Path of a file of the table (of a VAE, its folder), fetched where it is missing, checked as said above.
 
-    Raises UserError where the name is unknown, the file cannot be fetched, what came is not the file of the table
-    (nothing is left of it outside the Hub's cache), or a file that was there is not (it is left alone).
+    mirror: the URL of a folder that has the files by their names (the VAEs not), instead of their own sources; None
+    is $L2C_MIRROR, where that is set.
+    Raises UserError where the name is unknown, the file cannot be fetched, what came is not the file of the table,
+    or a file that was there is not (it is left alone).
     """
-    paths = [_fetch_from_hub(file) if file.hub else _fetch_from_url(file) for file in _files(name)]
-    return paths[0] if len(paths) == 1 else paths[0].parent
+    files = _files(name)
+    for file in files:
+        if not _is_there(file):
+            from huggingface_hub import constants
+
+            if constants.HF_HUB_OFFLINE:
+                raise _cannot_fetch(file, file.url, "HF_HUB_OFFLINE is set, so nobody is asked")
+            if file.hub:
+                _fetch_from_hub(file)
+            else:
+                _fetch_from_url(file, mirror)
+        check(file)
+    return files[0].path if len(files) == 1 else files[0].path.parent
 
 
 def check(file, hashed=False):
-    """Compares a file that is there with the table. Returns its SHA-256 where that was computed, else None.
+    """Compares a file that is there with the table, and returns its SHA-256.
 
-    hashed: compute it whatever the size.
+    hashed: compute it even where it is remembered, with the size and time that the file still has.
     Raises UserError where the size or the SHA-256 is another, or the file cannot be read; it is left alone.
     """
     path = file.path
@@ -182,22 +212,27 @@ def check(file, hashed=False):
     way_out = f"it was left as it is; move {away} away, then python download.py {file.name}"
     if not path.is_file():
         raise UserError(f"{path} is there but is not a file: {way_out}")
+    expected = _expected_sha256(file)
     try:
-        size = path.stat().st_size
-        if file.size not in (None, size):
-            raise UserError(f"{path} has {size} bytes, the released file has {file.size}: {way_out}")
-        if size > HASHED_AT_EACH_USE and not hashed:
-            return None
-        digest = hashlib.sha256()
-        with path.open("rb") as opened:
-            while block := opened.read(BLOCK):
-                digest.update(block)
+        stat = path.stat()
+        if file.size not in (None, stat.st_size):
+            raise UserError(f"{path} has {stat.st_size} bytes, the released file has {file.size}: {way_out}")
+        actual = known = _memory().get(str(path), {}).get(_state(stat))
+        if hashed or known != expected or known is None:
+            digest = hashlib.sha256()
+            with path.open("rb") as opened:
+                while block := opened.read(fetching.BLOCK):
+                    digest.update(block)
+            actual = digest.hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; make it readable, or move it away") from error
-    actual, expected = digest.hexdigest(), _expected_sha256(file)
     if expected not in (None, actual):
-        source = "the released file has" if file.sha256 else f"{file.remembered} says"
+        source = "the released file has" if file.sha256 else f"{file.pin} says"
         raise UserError(f"{path} has SHA-256 {actual}, {source} {expected}: {way_out}")
+    if actual != known:
+        _remember(path, stat, actual)
+    if expected is None:
+        _pin(file, actual)
     return actual
 
 
@@ -215,26 +250,60 @@ def _is_there(file):
 
 
 def _expected_sha256(file):
-    """The published SHA-256, else that of the first fetch, else None. Raises UserError where it cannot be read."""
+    """The published SHA-256, else that of the first use, else None. Raises UserError where it cannot be read."""
     if file.sha256:
         return file.sha256
     try:
-        written = file.remembered.read_text()
+        written = file.pin.read_text()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file.remembered} ({error}): make it readable, or move it away") from error
+        raise UserError(f"cannot read {file.pin} ({error}): make it readable, or move it away") from error
     match = re.match(r"[0-9a-f]{64}\b", written)
     if not match:
-        raise UserError(f"{file.remembered} does not start with a SHA-256 (64 hex digits): move it away")
+        raise UserError(f"{file.pin} does not start with a SHA-256 (64 hex digits): move it away")
     return match[0]
 
 
+def _pin(file, actual):
+    """Keeps the SHA-256 of a file for which none is published, to be compared from now on."""
+    try:
+        with written_whole(file.pin) as part:
+            part.write_text(f"{actual}  {file.name}\n")  # as `sha256sum -c` reads it
+        kept = f"kept in {file.pin}"
+    except UserError as error:
+        kept = f"not kept: {error}"
+    print(f"{file.name}: no SHA-256 is published; this one has {actual}, {kept}", flush=True)
+
+
+def _memory_file():
+    return ROOT / "pretrained_models" / ".hashed.json"
+
+
+def _memory():
+    """What was hashed: {path: {size and time: SHA-256}}; empty where that is lost, so that all is hashed again."""
+    try:
+        memory = json.loads(_memory_file().read_text())
+        return memory if all(isinstance(entry, dict) for entry in memory.values()) else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _state(stat):
+    return f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
+
+
+def _remember(path, stat, sha256):
+    """Spares the next uses of a file the time to hash it."""
+    try:
+        with written_whole(_memory_file()) as part:
+            part.write_text(json.dumps(_memory() | {str(path): {_state(stat): sha256}}, indent=1))
+    except UserError:
+        pass  # it cannot be written: the file is hashed at each use
+
+
 def _fetch_from_hub(file):
-    if _is_there(file):
-        check(file)
-        return file.path
-    _announce(file)
+    _begin(file, file.url)
     import huggingface_hub
     from huggingface_hub.utils import logging
 
@@ -247,104 +316,54 @@ def _fetch_from_hub(file):
     except Exception as error:
         # The client lets through what its transports raise, and these share no class of their own;
         # the cause of its own "not in the cache" is what went wrong.
-        raise _cannot_fetch(file, error.__cause__ or error) from error
+        raise _cannot_fetch(file, file.url, fetching.reason(error.__cause__ or error)) from error
     finally:
         logging.set_verbosity(verbosity)
-    check(file, hashed=True)
-    return file.path
 
 
-def _fetch_from_url(file):
-    path = file.path
-    if _is_there(file):
-        check(file)
-        return path
-    _announce(file)
-    with written_whole(path) as part:
-        actual = _stream(file, part)
+def _fetch_from_url(file, mirror):
+    mirror = mirror or os.environ.get("L2C_MIRROR")
+    if mirror and not MIRROR.fullmatch(mirror):
+        raise UserError(f"L2C_MIRROR is {mirror}: {MIRROR_RULE}")
+    url = f"{mirror.rstrip('/')}/{file.name}" if mirror else file.url
+    path, expected = file.path, _expected_sha256(file)
+    with fetching.alone(path) as part:
         if _is_there(file):
-            # It came from elsewhere in the meantime: replace it only by the same.
-            check(file, hashed=True)
-        if _expected_sha256(file) is None:
-            with written_whole(file.remembered) as memory:
-                memory.write_text(f"{actual}  {file.name}\n")  # as `sha256sum -c` reads it
-            print(f"{file.name}: no SHA-256 is published; what came has {actual}, kept in {file.remembered}")
-    return path
+            return  # another process has brought it
+        _begin(file, url)
+        try:
+            actual = fetching.fetch(url, path, part, file.size, expected)
+        except fetching.Rejected as error:
+            if file.sha256:
+                raise _cannot_fetch(file, url, error) from error
+            raise UserError(
+                f"{url} sends another file than at first ({error}): to take it, move {file.pin} away"
+            ) from error
+        except fetching.Failed as error:
+            raise _cannot_fetch(file, url, error) from error
+        if actual:  # else something else lies there by now
+            _remember(path, path.stat(), actual)
+            if expected is None:
+                _pin(file, actual)
 
 
-def _stream(file, part):
-    """Writes what `file.url` sends to the path `part` and returns its SHA-256.
-
-    Raises UserError where it is not all of the file, or another.
-    """
-    digest, received = hashlib.sha256(), 0
-    expected = _expected_sha256(file)
-    from tqdm import tqdm
-
-    with _network(file):
-        request = urllib.request.Request(file.url, headers={"User-Agent": "learning-to-cache-dit"})
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    with response:
-        offered = response.length  # None where the server does not say
-        size = file.size or offered
-        if size is None:
-            raise _cannot_fetch(file, "the server does not say how large it is, so a cut would go unseen")
-        if offered not in (None, size):
-            raise _cannot_fetch(file, f"the server offers {offered} bytes, the released file has {size}")
-        # disable=None: a bar on a terminal, nothing in a log
-        bar = tqdm(total=size, desc=file.name, unit="B", unit_scale=True, disable=None)
-        with part.open("wb") as written, bar:
-            while received <= size:
-                with _network(file):
-                    block = response.read(BLOCK)
-                if not block:
-                    break
-                written.write(block)
-                digest.update(block)
-                received += len(block)
-                bar.update(len(block))
-    if received != size:
-        raise _cannot_fetch(file, f"{received} bytes came where {size} belong")
-    actual = digest.hexdigest()
-    if expected not in (None, actual):
-        if file.sha256:
-            raise _cannot_fetch(file, f"what came has SHA-256 {actual}, the released file has {expected}")
-        raise UserError(
-            f"{file.url} sends a file with SHA-256 {actual}, {file.remembered} says {expected}; it was not kept: "
-            f"move {file.remembered} away to accept it"
-        )
-    return actual
+def _cannot_fetch(file, url, reason):
+    elsewhere = "it" if url == file.url else file.url
+    return UserError(f"cannot fetch {url} ({reason}): download {elsewhere} elsewhere and put it at {file.path}")
 
 
-@contextlib.contextmanager
-def _network(file):
-    """Turns faults of the network into a UserError, before `written_whole` takes an OSError for one of the disk."""
-    try:
-        yield
-    except (OSError, http.client.HTTPException) as error:
-        raise _cannot_fetch(file, error) from error
+def _begin(file, url):
+    """Says what will be fetched. Raises UserError where there is no room for it."""
+    (free,) = fetching.room({file.path: _to_come(file)}).values()
+    print(
+        f"fetching {url} ({amount(file.size)}, licence: {file.licence}) to {_shown(file.path)} ({amount(free)} free)",
+        flush=True,
+    )
 
 
-def _cannot_fetch(file, reason):
-    if type(reason) is urllib.error.URLError:
-        reason = reason.reason  # its own text wraps this one in brackets
-    if isinstance(reason, BaseException):
-        reason = str(reason).strip().partition("\n")[0] or type(reason).__name__
-    return UserError(f"cannot fetch {file.url} ({reason}): download it elsewhere and put it at {file.path}")
-
-
-def _announce(file):
-    print(f"fetching {file.url} ({_amount(file.size)}, licence: {file.licence}) to {_shown(file.path)}", flush=True)
-
-
-def _amount(size):
-    """Bytes as a person reads them, in powers of 1000."""
-    if size is None:
-        return "size unknown"
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size} B"
+def _to_come(file):
+    """Bytes, as far as they are known."""
+    return max((file.size or 0) - fetching.begun(file.path), 0)
 
 
 def _shown(path):
@@ -356,13 +375,22 @@ def parse_args(argv=None):
     parser = cli.ArgumentParser(
         description=__doc__,
         positional="[NAME ...]",
-        epilog=f"NAME is one of: {', '.join(names())}.",
+        epilog=f"""NAME is one of: {", ".join(names())}.
+
+Environment, for all programs:
+  L2C_MIRROR        what --mirror is here
+  HF_HOME           the folder with the cache of the Hugging Face Hub, where the VAEs lie
+  HF_ENDPOINT       the Hub's mirror
+  HF_HUB_OFFLINE=1  nobody is asked: a file that is not there is an error""",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", default="all", help="files to fetch, list or check")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--list", action="store_true", help="show each file, and whether it is there; fetch nothing")
     action.add_argument("--check", action="store_true", help="hash the files that are there; fetch nothing")
+    parser.add_argument("--mirror", metavar="URL", help="fetch each file from URL/NAME; not the VAEs")
     args = parser.parse_args(argv)
+    if args.mirror is not None and not MIRROR.fullmatch(args.mirror):
+        parser.error(f"--mirror is {args.mirror}: {MIRROR_RULE}")
     args.names = names() if args.names == "all" else list(dict.fromkeys(args.names))
     unknown = [name for name in args.names if name not in names()]
     if unknown:
@@ -378,12 +406,16 @@ def main(args):
         check_all(chosen)
     else:
         absent = [file for file in chosen if not _is_there(file)]
-        known = sum(file.size or 0 for file in absent)
+        known = sum(map(_to_come, absent))
         unknown = sum(file.size is None for file in absent)
-        print(f"to fetch: {len(absent)} of {len(chosen)} files, {_amount(known)}", end="")
-        print(f" and {unknown} of unknown size (see --list)" if unknown else "", flush=True)
+        text = f"to fetch: {len(absent)} of {len(chosen)} files, {amount(known)}"
+        if unknown:
+            text += f" and {unknown} of unknown size (see --list)"
+        for folder, free in fetching.room({file.path: _to_come(file) for file in absent}).items():
+            text += f"; {amount(free)} free in {folder}"
+        print(text, flush=True)
         for name in args.names:
-            print(f"{name}: {_shown(fetch(name))}", flush=True)
+            print(f"{name}: {_shown(fetch(name, args.mirror))}", flush=True)
 
 
 def print_list(chosen):
@@ -394,7 +426,7 @@ def print_list(chosen):
         if _is_there(file):
             right = file.path.is_file() and file.size in (None, file.path.stat().st_size)
             there = "yes" if right else "wrong"
-        rows.append((file.name, _amount(file.size), there, file.licence, str(_shown(file.path))))
+        rows.append((file.name, amount(file.size), there, file.licence, str(_shown(file.path))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -409,12 +441,13 @@ def check_all(chosen):
             print(f"{shown}: not there")
             continue
         try:
+            compared = _expected_sha256(file)
             actual = check(file, hashed=True)
         except UserError as error:
             faults.append(str(error))
             print(f"{shown}: wrong", flush=True)
         else:
-            verdict = "right" if _expected_sha256(file) else "no SHA-256 known to compare with"
+            verdict = "right" if compared else "no SHA-256 known to compare with until now"
             print(f"{shown}: {verdict}, SHA-256 {actual}", flush=True)
     if faults:
         raise UserError("; ".join(faults))

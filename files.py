@@ -63,7 +63,8 @@ def written_whole(path):
 def lock_file(path, patience):
     """A lock on the file at `path`, which the system drops with this process, even one that is killed.
 
-    None where another process holds it for longer than `patience` seconds. Raises OSError where there can be none.
+    patience: seconds to wait where another process holds it, then None is returned; -1 waits for ever.
+    Raises OSError where there can be none.
     """
     import errno
 

@@ -1,6 +1,7 @@
 import argparse
 import hashlib
 import http.server
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import download
+import fetching
 from files import UserError
 
 CONTENT = b"weights " * 1000
@@ -52,6 +54,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(fetching, "DELAY", 0.001)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("L2C_MIRROR", raising=False)
+
+
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -78,7 +87,15 @@ def table(monkeypatch, tmp_path):
 
 
 def everything_in(folder):
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+    """The names of the files, but of locks and of the memory of what was hashed."""
+    names = (path.name for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if not name.endswith(".lock") and name != ".hashed.json")
+
+
+def touched(path, seconds=1):
+    """Moves the time of a file, as writing to it later would."""
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + seconds * 10**9))
 
 
 def refused(call, *args, **kwargs):
@@ -117,6 +134,32 @@ def test_destinations_are_in_the_repository_and_vaes_in_the_cache_of_the_hub():
             assert file.hub[1] in file.url
 
 
+UNSAFE = ["", ".", "..", "../x", "/x", "/", "a/../x", "a//x", "a\\x", "C:x", "C:/x", "a\0", "a\n", "..\n", "~/x"]
+
+
+@pytest.mark.parametrize("unsafe", UNSAFE, ids=repr)
+def test_a_name_or_folder_that_could_lead_elsewhere_cannot_be_in_a_table(unsafe):
+    fields = dict(name="x.pt", url="http://h/x.pt", size=1, sha256=SHA256, licence="MIT")
+    download.File(**fields, folder="a/b-c_d.e"), download.File(**fields, hub=("a/b", "c" * 40, "d/e.json"))
+    tables = [fields | {"name": unsafe}, *(fields | {"hub": hub} for hub in hubs("a/b", "c" * 40, "d", unsafe))]
+    if unsafe:  # the repository itself
+        tables.append(fields | {"folder": unsafe})
+    for table in tables:
+        with pytest.raises(ValueError, match="no plain name"):
+            download.File(**table)
+
+
+def hubs(*parts):
+    """The first three, with the last in the place of each."""
+    *parts, other = parts
+    return [tuple(other if i == k else part for i, part in enumerate(parts)) for k in range(3)]
+
+
+def test_a_name_has_no_folder():
+    with pytest.raises(ValueError, match="no plain name"):
+        download.File("a/x.pt", "http://h/x.pt", 1, SHA256, "MIT")
+
+
 # Fetching.
 
 
@@ -131,20 +174,26 @@ def test_an_absent_file_is_fetched_and_then_used_without_asking_again(server, ta
 
 
 @pytest.mark.parametrize(
-    ("page", "reason"),
+    ("page", "reason", "left"),
     [
-        ("/wrong", "SHA-256 " + hashlib.sha256(CONTENT[::-1]).hexdigest()),
-        ("/cut", "4000 bytes came where 8000 belong|IncompleteRead"),
-        ("/long", "offers 16000 bytes"),
-        ("/nowhere", "404"),
+        (
+            "/wrong",
+            "SHA-256 " + hashlib.sha256(CONTENT[::-1]).hexdigest() + ".*kept as .*rejected",
+            "model.pt.rejected",
+        ),
+        ("/cut", "ended after 4000 of 8000 bytes, 5 times", None),
+        ("/long", "offers 16000 bytes", None),
+        ("/nowhere", "404", None),
     ],
 )
-def test_what_is_not_the_file_leaves_nothing_and_names_url_reason_and_place(server, table, tmp_path, page, reason):
+def test_what_is_not_the_file_never_has_its_name_and_url_reason_and_place_are_named(
+    server, table, tmp_path, page, reason, left
+):
     table(server.address + page)
     message = refused(download.fetch, "model.pt")
     assert server.address + page in message and str(tmp_path / "ckpt" / "model.pt") in message
     assert re.search(reason, message)
-    assert everything_in(tmp_path) == []
+    assert [name for name in everything_in(tmp_path) if not name.startswith(".")] == ([left] if left else [])
 
 
 def test_a_body_without_stated_length_is_still_checked_by_the_table(server, table):
@@ -164,7 +213,7 @@ def test_a_refused_connection_is_a_fault_of_the_network_and_not_of_the_disk(tabl
 
 def test_a_silent_server_is_given_up(table, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    monkeypatch.setattr(fetching, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         table(f"http://127.0.0.1:{silent.getsockname()[1]}/right")
         assert "timed out" in refused(download.fetch, "model.pt")
@@ -207,27 +256,95 @@ def test_a_folder_or_a_link_to_nowhere_in_its_place_is_refused_and_kept(server, 
     assert file.path.is_symlink() and server.asked == []
 
 
-def test_a_wrong_file_that_appears_while_we_fetch_is_kept(server, table, monkeypatch):
+@pytest.mark.parametrize("content", [b"the user's", CONTENT], ids=["another", "the same"])
+def test_a_file_that_appears_while_we_fetch_is_kept(server, table, monkeypatch, content):
     file = table(server.address + "/right")
-    stream = download._stream
+    receive = fetching._receive
 
-    def meanwhile(file, part):
-        file.path.write_bytes(b"the user's")
-        return stream(file, part)
+    def meanwhile(*args):
+        file.path.write_bytes(content)
+        return receive(*args)
 
-    monkeypatch.setattr(download, "_stream", meanwhile)
-    assert "move" in refused(download.fetch, "model.pt")
-    assert file.path.read_bytes() == b"the user's"
+    monkeypatch.setattr(fetching, "_receive", meanwhile)
+    if content == CONTENT:
+        assert download.fetch("model.pt") == file.path
+    else:
+        assert "move" in refused(download.fetch, "model.pt")
+    assert file.path.read_bytes() == content
     assert everything_in(file.path.parent) == ["model.pt"]
 
 
-def test_large_files_are_hashed_only_when_asked(table, monkeypatch):
-    file = table("http://unused/")
-    file.path.parent.mkdir()
+# Hashed once.
+
+
+@pytest.fixture
+def there(server, table):
+    """A right file that was fetched, whose address is dead by now."""
+    table(server.address + "/right")
+    download.fetch("model.pt")
+    return table("http://127.0.0.1:9/")
+
+
+def spoil(file):
+    """Writes other bytes and keeps the size and time, which only a hash can see."""
+    stat = file.path.stat()
     file.path.write_bytes(CONTENT[::-1])
-    monkeypatch.setattr(download, "HASHED_AT_EACH_USE", len(CONTENT) - 1)
-    assert download.check(file) is None
-    assert SHA256 in refused(download.check, file, hashed=True)
+    os.utime(file.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_a_file_that_was_hashed_is_not_hashed_again_until_its_time_changes(there):
+    spoil(there)
+    assert download.fetch("model.pt") == there.path  # the known limit: nothing tells that it changed
+    touched(there.path)
+    assert SHA256 in refused(download.fetch, "model.pt")
+    assert there.path.read_bytes() == CONTENT[::-1]
+
+
+def test_check_hashes_whatever_is_remembered(there):
+    spoil(there)
+    assert SHA256 in refused(download.check, there, hashed=True)
+
+
+def test_a_right_file_that_was_touched_is_hashed_once_more(there, monkeypatch):
+    touched(there.path)
+    assert download.fetch("model.pt") == there.path
+    spoil(there)
+    assert download.fetch("model.pt") == there.path
+
+
+def test_a_file_that_was_not_fetched_by_us_is_hashed_at_its_first_use(server, table):
+    file = table(server.address + "/right")
+    file.path.parent.mkdir()
+    file.path.write_bytes(CONTENT)
+    assert download.fetch("model.pt") == file.path
+    spoil(file)
+    assert download.fetch("model.pt") == file.path
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("lost", [None, "", "nonsense", "[]", "{}", '{"PATH": 1}', '{"PATH": {"STATE": 1}}', "cut"])
+def test_where_the_memory_is_lost_the_file_is_hashed(there, tmp_path, lost):
+    memory = tmp_path / "pretrained_models" / ".hashed.json"
+    written = memory.read_text()
+    ((path, entry),) = json.loads(written).items()
+    if lost is None:
+        memory.unlink()
+    else:
+        lost = written[:50] if lost == "cut" else lost.replace("PATH", path).replace("STATE", next(iter(entry)))
+        memory.write_text(lost)
+    assert download.fetch("model.pt") == there.path
+    assert json.loads(memory.read_text()) == json.loads(written)
+    memory.write_text(lost or "")
+    spoil(there)
+    assert SHA256 in refused(download.fetch, "model.pt")
+
+
+def test_where_nothing_can_be_remembered_the_file_is_hashed_at_each_use(server, table, tmp_path):
+    (tmp_path / "pretrained_models").write_text("a file, where no memory can be")
+    file = table(server.address + "/right")
+    assert download.fetch("model.pt") == download.fetch("model.pt") == file.path
+    spoil(file)
+    assert SHA256 in refused(download.fetch, "model.pt")
 
 
 # Files whose hash nobody published.
@@ -237,7 +354,7 @@ def test_without_a_published_hash_the_first_one_is_kept_and_said(server, table, 
     file = table(server.address + "/right", size=None, sha256=None)
     download.fetch("model.pt")
     assert everything_in(tmp_path) == ["model.pt", "model.pt.sha256"]
-    assert file.remembered.read_text() == f"{SHA256}  model.pt\n"
+    assert file.pin.read_text() == f"{SHA256}  model.pt\n"
     assert SHA256 in capsys.readouterr().out
     assert download.check(file) == SHA256
 
@@ -246,25 +363,51 @@ def test_a_kept_hash_is_compared_with_the_file_and_with_the_next_fetch(server, t
     file = table(server.address + "/right", size=None, sha256=None)
     path = download.fetch("model.pt")
     path.write_bytes(CONTENT[::-1])
-    assert str(file.remembered) in refused(download.fetch, "model.pt")
+    touched(path)
+    assert str(file.pin) in refused(download.fetch, "model.pt")
     path.unlink()
     table(server.address + "/wrong", size=None, sha256=None)
-    assert f"move {file.remembered} away" in refused(download.fetch, "model.pt")
-    assert everything_in(path.parent) == ["model.pt.sha256"]
+    assert f"move {file.pin} away" in refused(download.fetch, "model.pt")
+    assert everything_in(path.parent) == ["model.pt.rejected", "model.pt.sha256"]
+    file.pin.unlink()
+    assert download.fetch("model.pt").read_bytes() == CONTENT[::-1]
+
+
+def test_a_file_put_there_by_hand_is_pinned_at_its_first_use(table, capsys):
+    file = table("http://unused/", size=None, sha256=None)
+    file.path.parent.mkdir()
+    file.path.write_bytes(CONTENT)
+    assert download.fetch("model.pt") == file.path
+    assert file.pin.read_text() == f"{SHA256}  model.pt\n" and SHA256 in capsys.readouterr().out
+    file.path.write_bytes(CONTENT[::-1])
+    touched(file.path)
+    assert str(file.pin) in refused(download.fetch, "model.pt")
+
+
+def test_a_pin_that_cannot_be_written_is_said_and_the_file_is_used(table, monkeypatch, capsys):
+    def unwritable(path):
+        raise UserError(f"cannot write {path}: Read-only file system")
+
+    file = table("http://unused/", size=None, sha256=None)
+    file.path.parent.mkdir()
+    file.path.write_bytes(CONTENT)
+    monkeypatch.setattr(download, "written_whole", unwritable)
+    assert download.fetch("model.pt") == file.path
+    assert "not kept: cannot write" in capsys.readouterr().out
 
 
 def test_a_kept_hash_that_is_none_is_refused(server, table):
     file = table(server.address + "/right", size=None, sha256=None)
     file.path.parent.mkdir()
-    file.remembered.write_text("nonsense")
+    file.pin.write_text("nonsense")
     assert "64 hex digits" in refused(download.fetch, "model.pt")
 
 
-@pytest.mark.parametrize(("page", "reason"), [("/unsized", "how large"), ("/cut", "4000 bytes came|IncompleteRead")])
+@pytest.mark.parametrize(("page", "reason"), [("/unsized", "how large"), ("/cut", "after 4000 of 8000 bytes")])
 def test_without_a_known_size_a_cut_is_still_seen(server, table, tmp_path, page, reason):
     table(server.address + page, size=None, sha256=None)
-    assert re.search(reason, refused(download.fetch, "model.pt"))
-    assert everything_in(tmp_path) == []
+    assert reason in refused(download.fetch, "model.pt")
+    assert [name for name in everything_in(tmp_path) if not name.startswith(".")] == []
 
 
 # The VAEs.
@@ -360,12 +503,25 @@ def test_an_unknown_kind_of_vae_is_refused():
 # A user's path.
 
 
-def test_a_path_that_exists_is_returned_as_it_is(server, table, tmp_path):
+def test_a_path_that_exists_is_returned_as_it_is(server, table, tmp_path, capsys):
+    file = table(server.address + "/right")
+    (tmp_path / "model.pt").write_bytes(b"a router of one's own")
+    assert download.find(tmp_path / "model.pt") == tmp_path / "model.pt"
+    assert capsys.readouterr().err == ""
+    file.path.parent.mkdir()
+    file.path.write_bytes(CONTENT)
+    assert download.find(file.path) == file.path
+    assert capsys.readouterr().err == "" and server.asked == []
+
+
+def test_a_file_of_ones_own_in_the_place_of_a_released_one_is_used_and_said(server, table, capsys):
     file = table(server.address + "/right")
     file.path.parent.mkdir()
     file.path.write_bytes(b"a router of one's own")
     assert download.find(str(file.path)) == file.path
-    assert server.asked == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and str(file.path) in line and "not the released file" in line
+    assert file.path.read_bytes() == b"a router of one's own" and server.asked == []
 
 
 def test_a_missing_file_of_the_table_is_fetched_by_its_place_or_its_bare_name(server, table, tmp_path, monkeypatch):
@@ -399,15 +555,16 @@ def test_other_missing_paths_are_refused_and_nothing_is_fetched(server, table, t
 @pytest.fixture
 def program(tmp_path):
     """Runs a copy of the program, so that its destinations are below tmp_path, where no address can be reached."""
-    for name in ("download.py", "files.py", "cli.py"):
+    for name in ("download.py", "fetching.py", "files.py", "cli.py"):
         shutil.copy(Path(download.__file__).with_name(name), tmp_path)
 
-    def run(*args):
+    def run(*args, **environment):
         with socket.socket() as closed:
             closed.bind(("127.0.0.1", 0))
             proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
             environ = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
             environ |= {"https_proxy": proxy, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+            environ |= environment
             command = [sys.executable, str(tmp_path / "download.py"), *args]
             return subprocess.run(
                 command, env=environ, cwd=tmp_path.parent, capture_output=True, text=True, check=False
@@ -416,10 +573,18 @@ def program(tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("name", "file"), [("DDIM20_router.pt",) * 2, ("sd-vae-ft-ema", "config.json")])
-def test_without_a_network_the_program_says_one_line_and_exits_1(program, tmp_path, name, file):
-    done = program(name)
+@pytest.mark.parametrize(
+    ("name", "file", "offline"),
+    [
+        ("DDIM20_router.pt", "DDIM20_router.pt", "0"),
+        ("DDIM20_router.pt", "DDIM20_router.pt", "1"),
+        ("sd-vae-ft-ema", "config.json", "1"),  # else the Hub's client tries for half a minute
+    ],
+)
+def test_without_a_network_the_program_says_one_line_and_exits_1(program, tmp_path, name, file, offline):
+    done = program(name, HF_HUB_OFFLINE=offline)
     assert done.returncode == 1
+    assert ("HF_HUB_OFFLINE is set" if offline == "1" else "refused") in done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("download.py: error: cannot fetch https://")
     assert re.search(rf"put it at {re.escape(str(tmp_path))}/.*{re.escape(file)}$", line)
@@ -461,9 +626,98 @@ def test_the_program_fetches_what_is_missing_and_says_how_much(server, table, ca
     download.main(download.parse_args([]))
     download.main(download.parse_args(["model.pt", "model.pt"]))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "to fetch: 1 of 1 files, 8.00 kB"
+    assert re.fullmatch(r"to fetch: 1 of 1 files, 8.00 kB; [\d.]+ .?B free in /.*", lines[0])
+    assert re.fullmatch(rf"fetching {server.address}/right \(8.00 kB, licence: MIT\) to .* free\)", lines[1])
     assert lines[-2:] == ["to fetch: 0 of 1 files, 0 B", "model.pt: ckpt/model.pt"]
     assert server.asked == ["/right"]
+
+
+def test_what_does_not_fit_on_the_disk_is_not_begun(server, table, tmp_path, monkeypatch):
+    file = table(server.address + "/right")
+    other = download.File("other.pt", server.address + "/right", SIZE, SHA256, "MIT")
+    monkeypatch.setattr(download, "FILES", (file, other))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: argparse.Namespace(total=10 * SIZE, free=2 * SIZE - 1))
+    message = refused(download.main, download.parse_args([]))
+    assert message.startswith("16.00 kB are to come to") and "make room" in message
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: argparse.Namespace(total=10 * SIZE, free=SIZE - 1))
+    refused(download.fetch, "model.pt")
+    assert server.asked == [] and everything_in(tmp_path) == []
+
+
+def test_without_room_the_client_of_the_hub_is_not_begun(hub, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: argparse.Namespace(total=10, free=1))
+    assert "make room" in refused(download.fetch_vae, "ema") and hub.asked == []
+
+
+# Mirrors, and no network at all.
+
+
+@pytest.mark.parametrize("by", ["flag", "environment"])
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_mirror_has_the_files_by_their_names(server, table, monkeypatch, by, slash):
+    table("http://127.0.0.1:9/elsewhere/right", name="right")
+    mirror = server.address + slash
+    if by == "flag":
+        monkeypatch.setenv("L2C_MIRROR", "http://127.0.0.1:9/")
+        download.main(download.parse_args(["right", "--mirror", mirror]))
+    else:
+        monkeypatch.setenv("L2C_MIRROR", mirror)
+        download.fetch("right")
+    assert server.asked == ["/right"] and download.FILES[0].path.read_bytes() == CONTENT
+
+
+def test_what_a_mirror_sends_is_checked_and_the_way_out_is_the_source(server, table, tmp_path):
+    table("http://source/wrong", name="wrong")
+    message = refused(download.fetch, "wrong", mirror=server.address)
+    assert message.startswith(f"cannot fetch {server.address}/wrong (what came has SHA-256")
+    assert "download http://source/wrong elsewhere" in message
+    assert everything_in(tmp_path) == ["wrong.rejected"]
+
+
+@pytest.mark.parametrize(
+    "mirror",
+    [
+        "",
+        "host/files",
+        "ftp://host/",
+        "file:///files",
+        "http://",
+        "http://host:x/",
+        "http://me:word@host/",
+        "http://h/?a",
+    ]
+    + ["http://h/#a", "http://h/a b", "http://h/\n"],
+)
+def test_a_mirror_that_is_no_address_of_a_folder_is_refused(server, table, monkeypatch, mirror, capsys):
+    table(server.address + "/right")
+    with pytest.raises(SystemExit) as stop:
+        download.parse_args([f"--mirror={mirror}"])
+    assert stop.value.code == 2 and "http://HOST/FOLDER" in capsys.readouterr().err
+    if mirror:  # an empty variable is as good as none
+        monkeypatch.setenv("L2C_MIRROR", mirror)
+        assert "http://HOST/FOLDER" in refused(download.fetch, "model.pt")
+        assert server.asked == []
+
+
+@pytest.mark.parametrize("mirror", ["http://h", "https://h.org:80/a/b", "http://[::1]:80/", "http://127.0.0.1/%20@x"])
+def test_addresses_of_folders_are_taken(mirror):
+    assert download.parse_args(["--mirror", mirror]).mirror == mirror
+
+
+def test_offline_nobody_is_asked_and_what_is_there_is_used(server, table, tmp_path, monkeypatch):
+    file = table(server.address + "/right")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused(download.fetch, "model.pt")
+    assert "HF_HUB_OFFLINE" in message and file.url in message and message.endswith(f"put it at {file.path}")
+    assert server.asked == [] and list(tmp_path.iterdir()) == []
+    file.path.parent.mkdir()
+    file.path.write_bytes(CONTENT)
+    assert download.fetch("model.pt") == file.path
+
+
+def test_offline_the_client_of_the_hub_is_not_called(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refused(download.fetch_vae, "ema") and hub.asked == []
 
 
 def test_neither_torch_nor_the_client_of_the_hub_is_loaded_before_the_arguments_are_read():
