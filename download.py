@@ -218,7 +218,7 @@ def check(file, hashed=False):
         if file.size not in (None, stat.st_size):
             raise UserError(f"{path} has {stat.st_size} bytes, the released file has {file.size}: {way_out}")
         actual = known = _memory().get(str(path), {}).get(_state(stat))
-        if hashed or known != expected or known is None:
+        if hashed or known is None or known != expected:
             digest = hashlib.sha256()
             with path.open("rb") as opened:
                 while block := opened.read(fetching.BLOCK):

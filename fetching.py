@@ -143,8 +143,8 @@ def amount(size):
 
 def _fetch(url, path, part, size, sha256):
     """`fetch` until the part is whole and right: asks until it is, or until there is no use in it."""
-    failures = farthest = 0
-    from_zero = False
+    failures, from_zero = 0, False
+    farthest = part.stat().st_size if part.exists() else 0
     while True:
         try:
             actual, continued = _receive(url, path, part, size, sha256)
@@ -208,9 +208,7 @@ def _receive(url, path, part, size, sha256):
                 _beside(part).write_text(json.dumps(known))
             room({path: size - start})
             # disable=None: a bar on a terminal, nothing in a log
-            bar = tqdm(
-                total=size, initial=start, desc=path.name, unit="B", unit_scale=True, dynamic_ncols=True, disable=None
-            )
+            bar = tqdm(total=size, initial=start, desc=path.name, unit="B", unit_scale=True, disable=None)
             received = start
             with bar:
                 while received < size:

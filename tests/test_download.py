@@ -300,6 +300,13 @@ def test_a_file_that_was_hashed_is_not_hashed_again_until_its_time_changes(there
     assert there.path.read_bytes() == CONTENT[::-1]
 
 
+@pytest.mark.parametrize("known", [{}, {"size": None, "sha256": None}], ids=["hash", "no hash"])
+def test_what_was_hashed_on_its_way_is_not_hashed_once_more(server, table, monkeypatch, known):
+    table(server.address + "/right", **known)
+    monkeypatch.setattr(download, "hashlib", None)
+    assert download.fetch("model.pt").read_bytes() == CONTENT
+
+
 def test_check_hashes_whatever_is_remembered(there):
     spoil(there)
     assert SHA256 in refused(download.check, there, hashed=True)

@@ -410,22 +410,27 @@ cli.run(download.main, download.parse_args(["model.pt"]))
 
 
 @pytest.fixture
-def start(server, path):
-    """Starts download.py on the server's file, which it brings to `path`; kills what is left in the end."""
+def start(server, path, tmp_path_factory):
+    """Starts download.py on the server's file, which it brings to `path`; kills what is left in the end.
+
+    said: the file of its standard error.
+    """
     started = []
 
     def start():
         env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-        started.append(
-            subprocess.Popen(
+        said = tmp_path_factory.mktemp("said") / "stderr"
+        with said.open("w") as stderr:
+            process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, str(path.parent), server.url],
                 cwd=Path(fetching.__file__).parent,
                 env=env,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=stderr,
                 text=True,
             )
-        )
+        process.said = said
+        started.append(process)
         return started[-1]
 
     yield start
@@ -448,12 +453,12 @@ def test_several_processes_fetch_once(server, path, start):
     wait_for(lambda: server.sent == 30_000)
     others = [start(), start()]
     for other in others:
-        assert "another process fetches it; waiting" in other.stderr.readline()
+        wait_for(lambda said=other.said: said.read_text() == "model.pt: another process fetches it; waiting\n")
     server.rest = Act()
     server.halted.set()  # the first one is cut, and goes on
     for process in (first, *others):
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0 and "model.pt: model.pt" in out, err
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "model.pt: model.pt" in out, process.said.read_text()
     assert path.read_bytes() == CONTENT
     assert server.asked == [whole(server), rest(server, 30_000)]
 
@@ -464,11 +469,11 @@ def test_a_process_that_is_stopped_leaves_its_part_to_the_next(server, path, sta
     process = start()
     wait_for(lambda: part(path).exists() and part(path).stat().st_size)
     process.send_signal(end)
-    _, err = process.communicate(timeout=60)
+    process.communicate(timeout=60)
     assert not path.exists()
     if end == signal.SIGINT:
-        assert process.returncode == 130
-        assert err.strip().endswith("interrupted") and len(err.strip().splitlines()) == 1
+        (line,) = process.said.read_text().strip().splitlines()
+        assert process.returncode == 130 and line.endswith("interrupted")
     size = part(path).stat().st_size
     assert fetch(server, path) == SHA256  # at once: the lock went with the process
     assert path.read_bytes() == CONTENT and server.asked[1] == rest(server, size)
