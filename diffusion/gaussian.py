@@ -88,7 +88,7 @@ class GaussianDiffusion:
     def ddim_step(self, output: Tensor, x: Tensor, i: int, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
         """One DDIM step from i to i-1: model output (N, 2C, H, W) and x (N, C, H, W) -> x (N, C, H, W).
 
-        noise: like x; needed where eta > 0, else ValueError. Source: Song et al. 2021, eq. 12.
+        noise: like x. Raises ValueError where it is missing and eta > 0. Source: Song et al. 2021, eq. 12.
         """
         predicted = output[:, : x.shape[1]]
         start = self._predict_start(x, i, predicted)
