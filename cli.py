@@ -202,22 +202,47 @@ def warnings_said():
         yield said
 
 
-def run(main, args):
-    """Calls main(args) and exits: 1 with one line for a `UserError`, 130 for Ctrl-C; a bug keeps its traceback.
+def fault(error, less=None):
+    """What to say of an exception that is not the program's fault; "" where another process says it; None of a bug.
 
-    A KeyboardInterrupt may hold a text of main's, which is said too.
+    Those are a `UserError`, files that cannot be used (an OSError that nothing else took), and too little memory;
+    less: what to pass then.
     """
-    from files import UserError
+    from files import UserError, out_of_memory
 
+    # A data loading process hands its error on below a traceback: the last line says it.
+    text = str(error).strip().rpartition("\n")[2]
+    if isinstance(error, UserError):
+        return "" if error.said else str(error).rpartition("UserError: ")[2]
+    if isinstance(error, OSError):
+        where = error.filename or "a file, or the output"
+        return f"{where} cannot be used: {error.strerror or text}; see that it is there, with the rights and the room"
+    if out_of_memory(error):
+        return f"memory does not suffice{f': pass {less}' if less else ''}"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return "a data loading process was killed, for want of memory perhaps: pass a smaller --num-workers"
+    return None
+
+
+def run(main, args, less=None):
+    """Calls main(args) and exits: 1 with one line for a fault that is not the program's (`fault`), 130 for Ctrl-C.
+
+    A bug keeps its traceback. A KeyboardInterrupt may hold a text of main's, which is said too.
+    less: what to pass where memory does not suffice.
+    """
     program = os.path.basename(sys.argv[0])
     try:
         main(args)
-    except UserError as error:
-        if error.said:
-            sys.exit(1)
-        # A data loading process hands its error on below a traceback: the last line says it.
-        text = str(error).rpartition("UserError: ")[2]
-        sys.exit(f"{program}: error: {' '.join(text.split())}")
+        sys.stdout.flush()  # so that a full disk behind it is told here
+    except Exception as error:
+        text = fault(error, less)
+        if text is None:
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:  # which would be told once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"{program}: error: {' '.join(text.split())}" if text else 1)
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":
             print(f"\n{program}: interrupted{''.join(f': {text}' for text in interrupt.args)}", file=sys.stderr)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from itertools import count
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,8 @@ class Latents:
             self.about = json.loads((self.folder / "latents.json").read_text())
             labels = np.load(self.folder / "labels.npy", allow_pickle=False)
             about = {name: self.about[name] for name in ("vae", "image_size", "num_classes", "flips", "images")}
+            if labels.ndim != 1 or labels.dtype.kind != "i" or not isinstance(about["images"], int):
+                raise ValueError("its labels or their number are not whole numbers")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{folder} is no folder of latents ({error}): write one with --extract-latents {folder}"
@@ -165,6 +168,8 @@ class Latents:
             )
         if spec.horizontal_flip and not about["flips"]:
             raise UserError(f"the latents in {folder} have no mirrored images, which {spec.name} is trained on")
+        if labels.min(initial=0) < 0 or labels.max(initial=0) >= spec.num_classes:
+            raise UserError(f"{folder} has labels beyond 0 to {spec.num_classes - 1}: extract the latents again")
         self.labels = labels
 
     def __len__(self):
@@ -174,15 +179,32 @@ class Latents:
         """The file of the `shard`-th part."""
         return self.folder / f"{shard:06d}.npy"
 
-    # A map of a file costs no memory of its own, opening one anew for each sample would cost time; each holds one of
-    # the process's open files, of which there may be 1024.
+    # Opening a file anew for each sample would cost time, and of open ones a process may have 1024. They are not mapped
+    # into memory: a map of a file that is cut off while it is read kills the process.
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def _shard(self, shard):
-        return np.load(self.shard_path(shard), mmap_mode="r", allow_pickle=False)
+        """A file of latents, open; where its values start; their shape. Raises ValueError where it is another file."""
+        file = self.shard_path(shard).open("rb")
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("another version of .npy")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        if fortran_order or dtype != np.float16 or len(shape) != 5 or shape[1] != 1 + self.about["flips"]:
+            raise ValueError(f"{dtype} {shape}")
+        return file, file.tell(), shape
 
     def load(self, index, flip=False):
-        """Moments (2C, h, w) of image `index`, mirrored where `flip`, its label, and no files that were skipped."""
-        moments = self._shard(index // SHARD)[index % SHARD, int(flip)]
+        """Moments (2C, h, w) of image `index`, mirrored where `flip`, its label, and no files that were skipped.
+
+        Raises UserError where they cannot be read.
+        """
+        try:
+            file, start, (_, flips, *shape) = self._shard(index // SHARD)
+            size = 2 * prod(shape)  # bytes
+            values = os.pread(file.fileno(), size, start + (index % SHARD * flips + flip) * size)
+            moments = np.frombuffer(values, np.float16).reshape(shape)
+        except (OSError, ValueError) as error:
+            path = self.shard_path(index // SHARD)
+            raise UserError(f"{path} cannot be read ({error}): remove it and extract the latents again") from error
         return torch.from_numpy(moments.astype(np.float32)), int(self.labels[index]), []
 
     def fingerprint(self):

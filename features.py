@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 import download
-from files import UserError
+from files import UserError, out_of_memory
 from image_sets import STATISTICS, Doubts
-from metrics import BLOCK, Moments, out_of_memory, statistics
+from metrics import BLOCK, Moments, statistics
 
 PUBLISHED_GRAPH = "classify_image_graph_def.pb"
 

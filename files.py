@@ -7,6 +7,7 @@ import contextlib
 import os
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 
 # It can only be asked for by setting it, which threads must not do at the same time.
@@ -88,30 +89,71 @@ def lock_file(path, patience):
 def load_tensors(path, allow=()):
     """What `torch.save` or safetensors wrote to `path`, on the CPU: tensors, plain types and `allow`ed classes.
 
-    Raises UserError where there is no such file, it is cut off, or it holds anything else (it is not run).
+    Raises UserError where there is no such file, it is cut off, says to hold more than its bytes, does not fit into
+    memory, or holds anything else (it is not run).
     """
     import pickle
 
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            # Not mapped: a map of a file that is cut off later kills the process.
+            return load(path.read_bytes())
+        size = path.stat().st_size
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > size:  # torch.save does not compress
+                    raise ValueError("its parts are larger than the file")
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(allow)):
             warnings.simplefilter("ignore")  # about unusual pickles: our one line says it
-            return torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(loaded, size)
+        return loaded
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is not a checkpoint of tensors, or holds objects that could run code; it was not loaded: "
             "take the file from its source again, or save its tensors alone"
         ) from error
     except Exception as error:  # what a damaged stream makes the unpickler raise is anything
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"cannot read {path}: {error.strerror}; make it readable, or name another") from error
+        if out_of_memory(error):
+            raise UserError(f"{path} needs more memory than there is: it is damaged, or too large for here") from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read ({reason}): it is cut off or no checkpoint; fetch it again") from error
+
+
+def _check_tensors(loaded, size):
+    """Raises ValueError where a tensor in nested dicts, lists and tuples is more than so many bytes, or is not plain.
+
+    A view of few bytes may be of any shape, and what is computed from it takes the memory of that.
+    """
+    import torch
+
+    waiting, seen = [loaded], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise ValueError("it holds a tensor that is sparse, quantised or without values")
+            if value.numel() * value.element_size() > size:
+                raise ValueError(f"it holds a tensor {tuple(value.shape)}, of more bytes than the file")
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+
+
+def out_of_memory(error):
+    """Whether an exception of NumPy or torch says that memory did not suffice; on a CPU torch's is a RuntimeError."""
+    import torch
+
+    texts = "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def peak_resident():

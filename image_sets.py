@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from files import UserError, written_whole
-from npz import read_header, read_parts, write_npz
+from npz import read_arrays, read_header, read_parts, write_npz
 
 STATISTICS = "mu", "sigma", "mu_s", "sigma_s"
 BLOCK = 1 << 20  # bytes read and hashed at a time
@@ -72,11 +72,8 @@ class NpzSet(ImageSet):
     def __init__(self, path):
         super().__init__(path)
         with self._refused():
-            with np.load(path, allow_pickle=False) as arrays:
-                names = arrays.files
-                self.stored = {name: arrays[name] for name in (*STATISTICS, "pool") if name in names}
-                if "about" in names:
-                    self.about = dict(json.loads(str(arrays["about"])))
+            self.stored, names = read_arrays(path, (*STATISTICS, "pool", "about"))
+            self.about = dict(json.loads(str(self.stored.pop("about", "{}"))))
             if "arr_0" in names:
                 shape, self.dtype = read_header(path, "arr_0")
                 self._check(shape)

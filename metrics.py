@@ -7,6 +7,8 @@ import warnings
 
 import numpy as np
 
+from files import out_of_memory
+
 BLOCK = 2048  # points; larger blocks are hardly faster and take more memory
 
 
@@ -194,14 +196,6 @@ def _checked(name, features, k):
     if not np.isfinite([features.min(), features.max()]).all():
         raise ValueError(f"{name} is not finite")
     return features
-
-
-def out_of_memory(error):
-    """Whether an exception of NumPy or torch says that memory did not suffice; on a CPU torch's is a RuntimeError."""
-    import torch
-
-    texts = "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def _precision_recall(reference, sample, k, half, device, block, progress):

@@ -1,5 +1,7 @@
 """Arrays in .npz files that may be larger than memory: written from parts, read in parts. Knows no torch."""
 
+import contextlib
+import os
 import zipfile
 from math import prod
 
@@ -33,8 +35,8 @@ def write_npz(file, **arrays):
 
 def read_header(path, name):
     """Shape and dtype of the array `name` of the .npz at `path`; what it raises is as for `read_parts`."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-        return _read_header(path, name, member)
+    with _opened(path, name) as (_, shape, dtype):
+        return shape, dtype
 
 
 def read_parts(path, name, rows):
@@ -42,8 +44,7 @@ def read_parts(path, name, rows):
 
     Raises what zipfile and NumPy raise where the file is damaged; its checksum is looked at with the last part.
     """
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-        shape, dtype = _read_header(path, name, member)
+    with _opened(path, name) as (member, shape, dtype):
         for start in range(0, shape[0], rows):
             part = (min(rows, shape[0] - start), *shape[1:])
             size = prod(part) * dtype.itemsize
@@ -53,10 +54,42 @@ def read_parts(path, name, rows):
             yield np.frombuffer(data, dtype).reshape(part)
 
 
-def _read_header(path, name, member):
+def read_arrays(path, names):
+    """Those of `names` that the .npz at `path` holds, name to array, whole; and the names of all that it holds.
+
+    Raises what zipfile and NumPy raise where the file is damaged, and no memory is taken for what it does not hold.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.filename.removesuffix(".npy") in names:
+                with archive.open(info) as member:
+                    _read_header(path, info, member)
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in names if name in arrays.files}, arrays.files
+
+
+@contextlib.contextmanager
+def _opened(path, name):
+    """The file of an array in C order, to be read from its first value on, and the array's shape and dtype."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+        shape, fortran_order, dtype = _read_header(path, archive.getinfo(f"{name}.npy"), member)
+        if fortran_order or not shape:
+            raise ValueError(f"{name} of {path} is not an array in C order")
+        yield member, shape, dtype
+
+
+def _read_header(path, info, member):
+    """Shape, order and dtype of the array in `member`. Raises ValueError where it has not the bytes that these need."""
+    # Deflate makes at most 1032 bytes of one.
+    if info.file_size > os.path.getsize(path) * (1 if info.compress_type == zipfile.ZIP_STORED else 1032):
+        raise ValueError(f"{info.filename} of {path} is cut off: it says to be larger than the file")
     version = np.lib.format.read_magic(member)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f"{info.filename} of {path} has version {version}, not 1.0 or 2.0")
     shape, fortran_order, dtype = read[version](member)
-    if fortran_order or dtype.hasobject or not shape:
-        raise ValueError(f"{name} of {path} is not an array of plain values in C order")
-    return shape, dtype
+    if dtype.hasobject:
+        raise ValueError(f"{info.filename} of {path} is not an array of plain values")
+    if min(shape, default=0) < 0 or prod(shape) * dtype.itemsize != info.file_size - member.tell():
+        raise ValueError(f"{info.filename} of {path} is cut off, or no array {shape}")
+    return shape, fortran_order, dtype

@@ -1,5 +1,6 @@
 """The processes of a job: one alone, or those that torchrun started (the distributed engine: Gloo on CPUs, NCCL)."""
 
+import contextlib
 import os
 import time
 import uuid
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from files import UserError
+from files import UserError, out_of_memory
 
 
 def _agent():
@@ -42,11 +43,26 @@ class Processes:
         if self.size > 1:
             # Hours, since others may wait for a download or for the slowest; one that dies is torchrun's to find.
             timeout = timedelta(hours=12)
-            store, _, _ = next(rendezvous("env://", timeout=timeout))
-            store = self._meet(store)
-            # Where both are there, tensors on a GPU go by NCCL and texts by Gloo, which notices a process that died.
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+            with self.exchange():
+                store, _, _ = next(rendezvous("env://", timeout=timeout))
+                store = self._meet(store)
+                # Where both are there, tensors on a GPU go by NCCL and texts by Gloo, which notices a process that
+                # died.
+                backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+
+    @contextlib.contextmanager
+    def exchange(self):
+        """In this block, which only exchanges messages, their failing is a UserError: another process is gone."""
+        try:
+            yield
+        except RuntimeError as error:  # the distributed engine's own errors are such, too
+            if out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"process {self.rank} lost the others ({reason}): one of them has ended, or cannot be reached"
+            ) from error
 
     def _meet(self, store):
         """The part of `store` that belongs to the processes which are there now, once they all are.
@@ -119,7 +135,8 @@ class Processes:
         """What `function` returns in the first process, for all. Its UserError is raised in all, said by one."""
         result = [self.together(lambda: function() if self.first else None)]
         if self.size > 1:
-            dist.broadcast_object_list(result)
+            with self.exchange():
+                dist.broadcast_object_list(result)
         return result[0]
 
     def error(self, message):
@@ -133,5 +150,6 @@ class Processes:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self.exchange():
+            dist.all_gather_object(values, value)
         return values

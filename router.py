@@ -84,8 +84,9 @@ class Router(nn.Module):
 
     def save(self, path: str | Path, **extra: Any) -> None:
         """Writes a router file whole or not at all; `extra` ("opt", "args") must be tensors and plain types."""
-        with written_whole(path) as part:
-            torch.save({"routers": self.state(), **extra}, part)
+        # Through a file of Python's: of a full disk torch's own writer says nothing that could be told from a bug.
+        with written_whole(path) as part, part.open("wb") as file:
+            torch.save({"routers": self.state(), **extra}, file)
 
     @classmethod
     def load(cls, path: str | Path) -> "Router":
@@ -95,21 +96,27 @@ class Router(nn.Module):
         """
         # The released files carry the Namespace of their flags.
         saved = load_tensors(path, allow=[argparse.Namespace])
-        rows = saved.get("routers") if isinstance(saved, dict) else None
+        return cls.from_state(path, saved.get("routers") if isinstance(saved, dict) else None)
+
+    @classmethod
+    def from_state(cls, path, rows):
+        """The router of `rows`, found in the file at `path` and laid out as in `state`. Raises UserError as `load`."""
         if not isinstance(rows, dict) or not rows:
             raise UserError(f'{path} is not a router file: it has no "routers"; train_router.py writes them')
         steps = len(rows)
         names = {f"{i}.prob" for i in range(steps)}
-        sizes = {tuple(row.shape) if isinstance(row, torch.Tensor) else None for row in rows.values()}
+        plain = all(isinstance(row, torch.Tensor) and row.is_floating_point() for row in rows.values())
+        sizes = {tuple(row.shape) for row in rows.values()} if plain else {None}
         size = sizes.pop()
         if set(rows) != names or sizes or size is None or len(size) != 1 or size[0] % 2 or not size[0]:
             raise UserError(
                 f'{path} is not a router file: "routers" must be 0.prob to {steps - 1}.prob of one even length'
             )
+        rows = {name: row.float() for name, row in rows.items()}
         if not all(row.isfinite().all() for row in rows.values()):
             raise UserError(f"{path} holds logits that are not finite: it is damaged, train or fetch it again")
         router = cls(steps, size[0] // 2)
-        router.routers.load_state_dict({name: row.float() for name, row in rows.items()})
+        router.routers.load_state_dict(rows)
         return router
 
     def check_fits(self, path: str | Path, steps: int, depth: int) -> None:

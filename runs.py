@@ -14,6 +14,7 @@ import torch
 
 from figures import save_animation, save_heatmap
 from files import UserError, load_tensors, lock_file, written_whole
+from router import Router
 
 
 class Run:
@@ -108,9 +109,12 @@ class Run:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def log(self, line):
-        """Adds a dict to metrics.jsonl."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Adds a dict to metrics.jsonl. Raises UserError where that cannot be written."""
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.metrics}: {error.strerror}; the same with --resume goes on") from error
 
 
 def _number(path):
@@ -126,8 +130,9 @@ def read_checkpoint(path):
     needed = {"routers", "opt", "step", "l1_weight", "window", "skipped", "args", "identity", "launch", "wandb"}
     dicts = ("routers", "opt", "window", "args", "identity")
     fits = isinstance(saved, dict) and needed <= saved.keys() and all(isinstance(saved[name], dict) for name in dicts)
-    if not (fits and "0.prob" in saved["routers"] and isinstance(saved["step"], int)):
+    if not (fits and isinstance(saved["step"], int)):
         raise UserError(f"{path} cannot be continued: name a checkpoint of this program, or a run's folder")
+    Router.from_state(path, saved["routers"])
     return saved
 
 

@@ -185,4 +185,4 @@ def compare(dit, schedule, times, batch):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args())
+    cli.run(main, parse_args(), less="fewer --class-labels")

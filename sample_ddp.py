@@ -164,8 +164,7 @@ def main(args):
     from tqdm import tqdm
 
     import devices
-    from files import UserError, check_writable
-    from metrics import out_of_memory
+    from files import UserError, check_writable, out_of_memory
     from pipeline import Pipeline
     from processes import Processes
     from shards import SampleSet
@@ -300,4 +299,4 @@ def summarise(images, seconds, spent, overlaps, processes):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args())
+    cli.run(main, parse_args(), less="a smaller --per-proc-batch-size")

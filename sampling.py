@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,17 +94,24 @@ def _folder_spec(folder):
         raise UserError(f"{folder} is not a model folder: it has no {' and no '.join(missing)}")
     try:
         config = json.loads((folder / "config.json").read_text())
+        model, names = {"num_classes": 1000, **config["model"]}, config.get("class_names")
+        if not isinstance(model["num_classes"], int) or model["num_classes"] < 1:
+            raise ValueError(f"num_classes {model['num_classes']!r} is not a positive whole number")
+        if names and (len(names) != model["num_classes"] or not all(isinstance(name, str) for name in names)):
+            raise ValueError(f"class_names are not {model['num_classes']} texts")
+        if not math.isfinite(config.get("cfg_scale", 1)):
+            raise ValueError(f"cfg_scale {config['cfg_scale']} is not finite")
         return ModelSpec(
             name=folder.resolve().name,
-            config={"num_classes": 1000, **config["model"]},
+            config=model,
             image_size=int(config["image_size"]),
             vae=str(folder / config["vae"]),
-            class_names=tuple(config["class_names"]) if config.get("class_names") else None,
+            class_names=tuple(names) if names else None,
             cfg_scale=float(config["cfg_scale"]) if "cfg_scale" in config else None,
             horizontal_flip=bool(config.get("horizontal_flip", True)),
             weights=str(folder / "dit.safetensors"),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f'{folder / "config.json"} cannot be used ({type(error).__name__}: {error}): it needs "model" (arguments '
             'of DiT), "image_size" and "vae"; ckpt/fashion_mnist/config.json is an example'
@@ -120,8 +128,8 @@ def load_dit(spec, device, random_seed=None):
     try:
         with torch.device("meta"):
             dit = build(**spec.config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model {spec.name}: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # torch's, of sizes beyond all numbers
+        raise UserError(f"model {spec.name}: {str(error).partition(chr(10))[0]}") from error
     if random_seed is not None:
         dit = dit.to_empty(device="cpu")
         generator = torch.Generator().manual_seed(random_seed)

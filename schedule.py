@@ -97,8 +97,8 @@ class Schedule:
 
     def save(self, path: str | Path) -> None:
         """Writes a schedule file, {"compute": bool [steps, depth, 2]}, whole or not at all."""
-        with written_whole(path) as part:
-            torch.save({"compute": self.compute}, part)
+        with written_whole(path) as part, part.open("wb") as file:  # as in `Router.save`
+            torch.save({"compute": self.compute}, file)
 
     @classmethod
     def load(cls, path: str | Path) -> "Schedule":

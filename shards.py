@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from files import UserError, lock_file, written_whole
-from npz import read_parts, write_npz
+from npz import read_arrays, read_parts, write_npz
 
 ROWS = 64  # images read at a time: 12.6 MB at 256 pixels
 
@@ -87,8 +87,8 @@ class SampleSet:
         if not self.npz.exists():
             return False
         try:
-            with np.load(self.npz, allow_pickle=False) as arrays:
-                there = dict(json.loads(str(arrays["manifest"])))
+            arrays, _ = read_arrays(self.npz, ["manifest"])
+            there = dict(json.loads(str(arrays["manifest"])))
         except OSError as error:
             raise UserError(f"cannot read {self.npz}: {error.strerror}") from error
         except Exception as error:  # as in _unreadable

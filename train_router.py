@@ -520,4 +520,4 @@ def start_wandb(args, folder, run_id=None):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args())
+    cli.run(main, parse_args(), less="a smaller --global-batch-size, or --grad-checkpointing")

@@ -137,7 +137,8 @@ class Training:
             values[d] += mse.detach().sum() / self.draw_size
             values[-2] += share * scores.detach().sum()
         if self.processes.size > 1:
-            values, self.reduced_bytes = reduce_gradients(self.router, drawn, values)
+            with self.processes.exchange():
+                values, self.reduced_bytes = reduce_gradients(self.router, drawn, values)
         norm = torch.stack([self.router.routers[i].prob.grad.norm() for i in drawn]).sum()
         *errors, l1, told, norm = torch.cat([values, norm[None]]).tolist()  # the one wait for the device in an update
         for d, error in enumerate([*errors, norm]):
