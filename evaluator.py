@@ -245,4 +245,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), less="a smaller --batch-size")
+    cli.run(main, parse_args(), less="a smaller --batch-size, or fewer --metrics")

@@ -182,8 +182,8 @@ class DiT(nn.Module):
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} {size!r} is not a positive whole number")
-        if depth > 1000:  # a block takes time to make even where its tensors take no memory
-            raise ValueError(f"depth {depth} is more than 1000 blocks")
+        if depth > 500:  # a block takes time to make even where its tensors take no memory
+            raise ValueError(f"depth {depth} is more than 500 blocks")
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:

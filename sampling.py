@@ -175,6 +175,8 @@ def load_vae(spec, device):
         # An older .bin is read only where there is nothing else, and as weights only: nothing in it is run.
         pickled = not (folder / checkpoints.WEIGHTS[0]).is_file() and (folder / checkpoints.WEIGHTS[1]).is_file()
         vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=not pickled)
+        for parameter in vae.parameters():  # a map of the file, until now: cut off later, it would kill the process
+            parameter.data = parameter.data.clone()
         vae = vae.requires_grad_(False).eval().to(device)
     except Exception as error:  # diffusers raises whatever a damaged configuration or file leads it to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -87,7 +87,8 @@ def main(args):
         return export(ema.module.state_dict(), args.out)
 
     images, labels = load_split(args.data, "train")
-    vae = AutoencoderKL.from_pretrained(args.out / "vae", local_files_only=True).to(args.device).eval()
+    vae = AutoencoderKL.from_pretrained(args.out / "vae", local_files_only=True, use_safetensors=True)
+    vae = vae.to(args.device).eval()
     mean, std = encode_all(vae, images, args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; latent std {mean.std():.3f}", flush=True)
     diffusion = create_diffusion()
