@@ -219,7 +219,7 @@ def fault(error, less=None):
         return f"{where} cannot be used: {error.strerror or text}; see that it is there, with the rights and the room"
     if out_of_memory(error):
         return f"memory does not suffice{f': pass {less}' if less else ''}"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return "a data loading process was killed, for want of memory perhaps: pass a smaller --num-workers"
     return None
 

@@ -7,6 +7,7 @@ the seed and k alone.
 
 import functools
 import hashlib
+import io
 import json
 import os
 from itertools import count
@@ -268,7 +269,7 @@ def extract_latents(images, vae, spec, folder, rank=0, world=1, workers=0, batch
     loader = DataLoader(_Plain(images), batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals)
     bar = tqdm(total=sum(map(len, batches)), unit="images", disable=None if rank == 0 else True)
     parts, unread = [], []
-    for batch, (x, skipped) in zip(batches, loader):
+    for batch, (x, skipped) in zip(batches, loaded(loader)):
         unread += names_in(skipped)
         check_skipped(unread, images)
         x = x.to(device)
@@ -280,8 +281,10 @@ def extract_latents(images, vae, spec, folder, rank=0, world=1, workers=0, batch
             if unread:
                 with written_whole(shard.with_suffix(".skipped.json")) as part:
                     part.write_text(json.dumps(unread))
-            with written_whole(shard) as part, part.open("wb") as file:
-                np.save(file, np.concatenate(parts))
+            content = io.BytesIO()  # of a full disk NumPy would not say that it is full
+            np.save(content, np.concatenate(parts))
+            with written_whole(shard) as part:
+                part.write_bytes(content.getbuffer())
             parts, unread = [], []
     bar.close()
 
@@ -298,6 +301,18 @@ def finish_latents(images, folder):
         about = json.loads(manifest.read_text()) | {"complete": True, "skipped": sorted(skipped)}
         part.write_text(json.dumps(about, indent=2) + "\n")
     return sorted(skipped)
+
+
+def loaded(loader):
+    """The batches of a DataLoader. Raises RuntimeError ("DataLoader worker ...") where one of its processes is gone."""
+    import signal
+
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:
+        # PyTorch's handler raises that too, but later, in the middle of what is then being saved.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise RuntimeError("DataLoader worker is gone") from error
 
 
 def names_in(texts):

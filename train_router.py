@@ -10,6 +10,7 @@ own part of the batch, and the processes share the batch. What is random follows
 Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.3.
 """
 
+import contextlib
 import math
 import os
 
@@ -401,7 +402,7 @@ def train(args, processes, training, source, batches, flips, run, save, log):
     bar = tqdm(total=training.updates, initial=training.step, unit="update", disable=None if processes.first else True)
     told, unread, since, timed = False, [], time.perf_counter(), training.step
     try:
-        for batch in loader if training.step < training.updates else ():
+        for batch in data.loaded(loader) if training.step < training.updates else ():
             unread += data.names_in(batch["skipped"])
             told = training.update(batch, bool(stop))
             step = training.step
@@ -434,8 +435,10 @@ def train(args, processes, training, source, batches, flips, run, save, log):
             if done:
                 break
     except (UserError, RuntimeError):
-        # Of this process, or (a message that fails) of one that is gone: the last update that all made is kept.
-        save()
+        # Of this process, or (a message that fails) of one that is gone: the last update that all made is kept. Where
+        # that fails too, as on a full disk, the first fault is the one to tell.
+        with contextlib.suppress(UserError):
+            save()
         raise
     finally:
         bar.close()
