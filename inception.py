@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from files import UserError
+from files import UserError, out_of_memory
 from graph_file import DTYPES, message_classes, read_nodes
 
 FED = "ExpandDims"  # images take the place of this node's output; what it would be made from never runs
@@ -116,7 +116,12 @@ class Plan:
         """The function of a node and the names of the values it takes."""
         if node.op not in OPS:
             raise node.fault(f"is an operation that is not known here; known are {', '.join(sorted(OPS))}")
-        return OPS[node.op](self, node)
+        try:
+            return OPS[node.op](self, node)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise node.fault(f"has constants that do not fit together ({error})") from error
 
     def constant(self, name):
         """The array of the node `name`. Raises UserError where it is not there, or not constant."""
@@ -450,7 +455,7 @@ class Graph(Extractor):
         """The outputs, a list of tensors shaped as in TensorFlow, for images (N, H, W, 3), uint8 or float32.
 
         Of more than `CPU_IMAGES` images on a CPU each has to have its own part of all outputs, along the first axis.
-        Raises UserError where they are NaN or infinite, and names the node where that began.
+        Raises UserError where they are NaN or infinite, or cannot be computed, and names the node where that began.
         """
         if self.device.type != "cpu" or len(images) <= CPU_IMAGES:
             return self._run_checked(images)
@@ -470,7 +475,13 @@ class Graph(Extractor):
         values = {self.fed: images.to(self.device).float()}
         with exact_float32(), torch.autocast(self.device.type, enabled=False):
             for step in self.steps:
-                values[step.name] = step.run(*(values[name] for name in step.inputs))
+                try:
+                    values[step.name] = step.run(*(values[name] for name in step.inputs))
+                except (RuntimeError, IndexError) as error:  # shapes that do not fit, as PyTorch says it
+                    if out_of_memory(error):
+                        raise
+                    reason = str(error).partition("\n")[0]
+                    raise UserError(f"{self.path}: node {step.name} cannot be computed ({reason})") from error
                 if look:
                     look(step, values[step.name])
                 for name in step.last:
