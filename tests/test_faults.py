@@ -28,7 +28,7 @@ from PIL import Image
 
 import cli
 import sampling
-from data import Images, extract_latents, finish_latents, prepare_latents
+from data import Images, extract_latents, finish_latents, loaded, prepare_latents
 from files import UserError, load_tensors
 from processes import Processes
 from router import Router
@@ -76,7 +76,10 @@ class Hurt:
             less = {"less": ast.literal_eval(line[1])} if line else {}
             run = cli.run
             patch.setattr(cli, "run", lambda main, args: run(main, args, **less))
-            result = call(program, *self.flags[program], *more, capfd=self.capfd)
+            try:
+                result = call(program, *self.flags[program], *more, capfd=self.capfd)
+            except KeyboardInterrupt:
+                pytest.fail("Ctrl-C went through")
         assert not left or not place, f"{place} was not reached"
         return result
 
@@ -254,6 +257,35 @@ def test_a_data_loading_process_that_is_killed_is_one_line_and_the_last_update_i
     assert_whole(tmp_path)
 
 
+def test_a_data_loading_process_that_is_gone_does_not_disturb_what_is_saved_then():
+    def ends():
+        yield "batch"
+        raise ConnectionResetError
+
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)  # as PyTorch does, to raise in the middle of anything
+    try:
+        batches = loaded(ends())
+        assert next(batches) == "batch"
+        with pytest.raises(RuntimeError, match="^DataLoader worker"):
+            next(batches)
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_packed_checkpoint_is_refused_before_memory_is_taken_for_it(tmp_path, monkeypatch):
+    Router(4, 1000).save(tmp_path / "r.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "r.pt") as whole,
+        zipfile.ZipFile(tmp_path / "p.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, bytes(len(whole.read(name))))
+    monkeypatch.setattr(torch, "load", None)  # which would take it
+    with pytest.raises(UserError, match="p.pt cannot be read .its parts are larger than the file"):
+        load_tensors(tmp_path / "p.pt")
+
+
 # Disk
 
 
@@ -305,12 +337,15 @@ def test_a_file_that_cannot_be_written_to_its_end_is_one_line_and_is_not_left(
 
 def test_an_output_that_is_full_or_closed_is_one_line():
     command = [sys.executable, ROOT / "download.py", "--list"]
-    with open("/dev/full", "w") as full:
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert_refused(result, "download.py: error:", "No space left")
+    # Written at once, or kept until the end.
+    for unbuffered in ("", "1"):
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        with open("/dev/full", "w") as full:
+            result = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert_refused(result, "download.py: error:", "No space left")
     reader, writer = os.pipe()
     os.close(reader)
-    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert_refused(result, "download.py: error:", "Broken pipe")
 
@@ -360,7 +395,9 @@ def test_what_may_not_be_read_or_written_is_one_line(hurt, rights, tmp_path):
             ("evaluator.py", ["--graph", file], "file"),
             ("evaluator.py", ["--save-stats", closed / "s.npz"], "closed"),
         ):
-            assert_refused(hurt.run(program, *more), name, "Permission denied")
+            result = hurt.run(program, *more)
+            assert_refused(result, name, "Permission denied")
+            assert "fetch it again" not in result.stderr
         hurt.flags["evaluator.py"][1] = tmp_path / "no.npz"
         assert_refused(hurt.run("evaluator.py"), "no.npz", "Permission denied")
         hurt.flags["evaluator.py"][1] = closed

@@ -617,6 +617,10 @@ def refusals():
             lambda f: f.node("y", "Conv2D", "ExpandDims", f.normal("w", 3), **same, **ones),
             r"node y \(Conv2D\) has weights of shape \(3,\)",
         ),
+        "shapes of the norm": (
+            lambda f: f.convolution("y", "ExpandDims", np.zeros((1, 1, 3, 4)), *map(np.ones, (4, 4, 4, 3))),
+            r"node y/batchnorm .* has constants that do not fit together",
+        ),
         "dilations": (
             lambda f: f.node(
                 "y",

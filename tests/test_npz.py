@@ -6,7 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from npz import read_parts, write_npz
+import npz
+from npz import read_arrays, read_parts, write_npz
 
 
 def arrays():
@@ -68,3 +69,30 @@ def test_objects_and_other_orders_are_refused(tmp_path):
     for name in ("objects", "columns"):
         with pytest.raises(ValueError, match=name):
             list(read_parts(tmp_path / "a.npz", name, 1))
+
+
+def with_header(path, shape, values, size=None):
+    """An .npz whose one array says to have that shape; size: what the archive says of its bytes."""
+    made = io.BytesIO()
+    np.lib.format.write_array_header_1_0(made, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    start = made.tell()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mu.npy", made.getvalue() + np.zeros(values).tobytes())
+    if size:
+        content = bytearray(path.read_bytes())
+        at = content.index(b"PK\1\2") + 20
+        content[at : at + 8] = 2 * (start + size).to_bytes(4, "little")
+        path.write_bytes(content)
+
+
+def test_a_header_that_says_more_than_there_is_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    monkeypatch.setattr(npz.np, "load", None)  # which would take it
+    for shape in ((1 << 40,), (-2, -3), (2, 2), ()):
+        with_header(path, shape, 6)
+        for read in (lambda: read_arrays(path, ["mu"]), lambda: list(read_parts(path, "mu", 4))):
+            with pytest.raises(ValueError, match="mu"):
+                read()
+    with_header(path, (1 << 28,), 6, size=8 << 28)
+    with pytest.raises(ValueError, match="says to be larger than the file"):
+        next(read_parts(path, "mu", 1 << 28))

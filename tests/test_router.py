@@ -102,6 +102,7 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path):
         {"routers": {"0.prob": torch.zeros(3)}},
         {"routers": {"0.prob": torch.zeros(4), "1.prob": torch.zeros(6)}},
         {"routers": {"0.prob": 1}},
+        {"routers": {"0.prob": torch.zeros(4, dtype=torch.int64)}},
         {"routers": {"0.prob": torch.full((4,), torch.nan)}},
         [torch.zeros(4)],
     ],

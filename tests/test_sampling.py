@@ -413,7 +413,9 @@ def test_random_weights_come_from_the_seed_and_do_not_output_zero(model_folder):
 
 
 @pytest.mark.parametrize(
-    "config", ["{", "[]", "{}", '{"model": 3, "image_size": 8, "vae": "vae"}', '{"model": {}, "image_size": 8}']
+    "config",
+    ["{", "[]", "{}", '{"model": 3, "image_size": 8, "vae": "vae"}', '{"model": {}, "image_size": 8}']
+    + [f'{{"model": {{}}, "image_size": 8, "vae": "vae", "cfg_scale": {scale}}}' for scale in ("NaN", "-Infinity")],
 )
 def test_a_folder_with_a_damaged_configuration_is_refused(tmp_path, config):
     (tmp_path / "dit.safetensors").touch()
