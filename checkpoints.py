@@ -15,8 +15,10 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import download
 from files import UserError, load_tensors
@@ -51,7 +53,7 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.pt)(?<!\.pth)(?<!\.ckpt)(?<!\.bin)(?<!\.safetensors)")
 
 
-def find_model(name):
+def find_model(name: str | Path) -> dict[str, Tensor]:
     """The weights of a DiT as a state dict {str: tensor} on the CPU.
 
     name: a released checkpoint (`DiT-XL-2-256x256.pt`, fetched where needed), or a path to a .pt, .bin or .safetensors.
@@ -82,12 +84,13 @@ def find_model(name):
     return state
 
 
-def _names(depth):
+def _names(depth: int) -> dict[str, list[str]]:
     """What the tensors of a DiT of `depth` blocks are in diffusers, {name: [names there]}.
 
     Of several, those of an "attn.qkv" are its parts from top to bottom, the others are copies of one another.
     """
-    blocks, names = [f"transformer_blocks.{l}." for l in range(depth)], {}
+    blocks = [f"transformer_blocks.{l}." for l in range(depth)]
+    names: dict[str, list[str]] = {}
     for kind in (".weight", ".bias"):
         names |= {ours + kind: [theirs + kind] for ours, theirs in MODEL.items()}
         names |= {ours + kind: [block + theirs + kind for block in blocks] for ours, theirs in REPEATED.items()}
@@ -98,7 +101,7 @@ def _names(depth):
     return names
 
 
-def from_diffusers(state):
+def from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a DiT, without its fixed positions, from that of diffusers' DiTTransformer2DModel.
 
     Raises ValueError where tensors are missing or unknown, or the embedders of the blocks differ: a DiT has only one.
@@ -122,7 +125,7 @@ def from_diffusers(state):
     return mapped
 
 
-def dit_config(config):
+def dit_config(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `DiT` for a configuration (a dict) of diffusers' DiTTransformer2DModel.
 
     Raises ValueError where a DiT cannot be like that.
@@ -157,7 +160,7 @@ def dit_config(config):
     }
 
 
-def dit_of(transformer):
+def dit_of(transformer: Any) -> DiT:
     """A frozen DiT that computes what diffusers' DiTTransformer2DModel does, of the same type and device.
 
     Shares its weights, but for those of the queries, keys and values. Raises ValueError as `from_diffusers`.
@@ -172,7 +175,7 @@ def dit_of(transformer):
     return dit.requires_grad_(False).eval()
 
 
-def to_diffusers(dit):
+def to_diffusers(dit: DiT) -> Any:
     """diffusers' DiTTransformer2DModel that computes what a DiT does, of the same type and device.
 
     Saved with save_pretrained, it loads here as it was, since its config.json keeps `frequency_shift`. diffusers itself
@@ -186,10 +189,10 @@ def to_diffusers(dit):
     if not torch.allclose(dit.pos_embed, positions, atol=1e-6):
         raise ValueError("the positions of this DiT are not the fixed ones, and diffusers has only these")
     if block.mlp.fc1.out_features != 4 * hidden:
-        raise ValueError(f"mlp_ratio is {block.mlp.fc1.out_features / hidden} and diffusers has only 4")
+        raise ValueError(f"the MLPs are {block.mlp.fc1.out_features} wide and diffusers has only 4 * {hidden}")
     if dit.y_embedder.dropout_prob == 0:
         raise ValueError("this DiT has no null class, and diffusers always has one")
-    transformer = DiTTransformer2DModel(
+    transformer: Any = DiTTransformer2DModel(
         num_attention_heads=block.attn.num_heads,
         attention_head_dim=hidden // block.attn.num_heads,
         in_channels=dit.in_channels,
@@ -200,7 +203,8 @@ def to_diffusers(dit):
         num_embeds_ada_norm=dit.num_classes,
         norm_eps=block.norm2.eps,
     )
-    state, theirs = dit.state_dict(), {}
+    state: dict[str, Tensor] = dit.state_dict()
+    theirs: dict[str, Tensor] = {}
     for ours, names in _names(dit.depth).items():
         theirs |= zip(names, state[ours].chunk(3) if ".qkv." in ours else [state[ours]] * len(names))
     transformer.load_state_dict(theirs)
@@ -212,20 +216,21 @@ def to_diffusers(dit):
     return transformer.to(dit.pos_embed).requires_grad_(False).eval()
 
 
-def is_diffusers(folder):
+def is_diffusers(folder: Path) -> bool:
     """Whether the folder (a Path) is a pipeline or model as diffusers saves them."""
     if (folder / "model_index.json").is_file():
         return True
     return (folder / "config.json").is_file() and "_class_name" in _read_json(folder / "config.json")
 
 
-def read_diffusers(folder):
+def read_diffusers(folder: Path) -> dict[str, Any]:
     """What a folder (a Path) with a DiTPipeline or a DiTTransformer2DModel says of its model, as fields of a ModelSpec.
 
     "config" (arguments of `DiT`), "image_size", "weights"; of a pipeline also "vae", and "class_names" or None.
     Raises UserError where it is incomplete, damaged, or holds another model.
     """
-    spec, part, pixels = {}, folder, 8  # a side of a latent cell, with the VAEs of the released models
+    spec: dict[str, Any] = {}
+    part, pixels = folder, 8  # a side of a latent cell, with the VAEs of the released models
     if (folder / "model_index.json").is_file():
         part, vae = folder / "transformer", folder / "vae"
         labels = _read_json(folder / "model_index.json").get("id2label") or {}
@@ -252,23 +257,23 @@ def read_diffusers(folder):
     return spec
 
 
-def _weights(folder):
+def _weights(folder: Path) -> Path | None:
     """The file of the weights in a folder of diffusers, or None; one that cannot hold code where there is one."""
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
-def _read_json(path):
+def _read_json(path: Path) -> dict[str, Any]:
     """The dict in a JSON file. Raises UserError where there is none."""
     try:
         read = json.loads(path.read_text())
         if not isinstance(read, dict):
             raise ValueError("it holds no names")
         return read
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): diffusers' save_pretrained writes it") from error
 
 
-def find_folder(name):
+def find_folder(name: str | Path) -> Path:
     """The folder (Path) of a pipeline or model: one that is there, or one of diffusers on the Hugging Face Hub.
 
     name: a path, or where there is none a Hub name (`facebook/DiT-XL-2-256`); other names come back as they are.

@@ -11,10 +11,14 @@ up to 999 (`create_diffusion(20)`), for which DDIMScheduler has no configuration
 but steps from each to where the integer stride leads. A router loses nothing by it (docs/guide.md).
 """
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoints import dit_of
+from models import DiT
+from schedule import Schedule
 
 
 class ScheduledTransformer(nn.Module):
@@ -24,21 +28,23 @@ class ScheduledTransformer(nn.Module):
     the pipeline does first: so nothing is read from the device.
     """
 
-    def __init__(self, dit, config, pipe, schedule):
+    def __init__(self, dit: DiT, config: Any, pipe: Any, schedule: Schedule) -> None:
         super().__init__()
         self.dit, self.config = dit, config
         self._pipe, self._schedule = pipe, schedule
-        self._timesteps = self._rows = self._cache = None  # of the trajectory under way
+        self._timesteps: Any = None  # those of the trajectory under way, its steps to come, and what it remembers
+        self._rows: Any = None
+        self._cache: Any = None
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.dit.pos_embed.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.dit.pos_embed.device
 
-    def forward(self, hidden_states, timestep, class_labels):
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Any:
         """hidden_states (N, C, H, W), timestep (N,), class_labels (N,) -> an object with `sample` (N, 2C, H, W).
 
         Raises ValueError where the pipeline runs another number of steps than the schedule is for.
@@ -64,7 +70,7 @@ class ScheduledTransformer(nn.Module):
 
 
 @torch.no_grad()
-def accelerate(pipe, schedule):
+def accelerate(pipe: Any, schedule: Schedule) -> None:
     """From now on the layers of a `DiTPipeline` run or are reused as `schedule` says, in every call.
 
     Its transformer is replaced, by one that shares its weights; set back, `pipe.transformer` runs everything again.

@@ -4,6 +4,8 @@ Source: evaluator.py of openai/guided-diffusion; the papers are named at the fun
 """
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +21,10 @@ class Moments:
     zero lose no digits. Source: Chan, Golub and LeVeque 1979, "Updating formulae ... for computing sample variances".
     """
 
-    def __init__(self):
-        self.count, self._mean, self._scatter = 0, None, None
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Any = None
+        self._scatter: Any = None
 
     def add(self, features):
         """Takes in features (N, D) of any float type; holds a copy of them in float64 and a few (D, D) meanwhile.
@@ -57,7 +61,7 @@ class Moments:
         return self._mean.copy(), self._scatter / (self.count - 1)
 
 
-def statistics(features):
+def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mu, sigma) of features (N, D), float64 (D,) and (D, D): the mean, and the covariance with ddof 1.
 
     Raises ValueError where the features are fewer than two or not finite.
@@ -68,7 +72,7 @@ def statistics(features):
     return moments.statistics()
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """The squared Fréchet distance of two normal distributions: FID of pool features, sFID of spatial ones. A float.
 
     |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2)); means (D,), covariances (D, D), in float64.
@@ -117,7 +121,7 @@ def _above_rounding(name, values, scale):
     return values > -3 * lowest
 
 
-def inception_score(probabilities, split=5000):
+def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
     """The Inception Score of class probabilities (N, classes), a float from 1 to the number of classes.
 
     The exponential of the mean KL divergence of the rows from their mean, in each block of `split` rows in their order;
@@ -146,7 +150,15 @@ def _p_log_p(p):
     return p * np.log(np.where(p > 0, p, 1))
 
 
-def precision_recall(reference, sample, k=3, dtype="fp16", device="cpu", block=BLOCK, progress=None):
+def precision_recall(
+    reference: np.ndarray,
+    sample: np.ndarray,
+    k: int = 3,
+    dtype: str = "fp16",
+    device: Any = "cpu",
+    block: int = BLOCK,
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[float, float]:
     """(precision, recall) of features sample (N, D) against reference (M, D), floats from 0 to 1.
 
     Each point has a ball that reaches to the k-th nearest other point of its own set. Precision is the share of samples

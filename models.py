@@ -13,15 +13,20 @@ Sources: Peebles and Xie 2023, arXiv:2212.09748 (the model); Ma et al. 2024, arX
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from timm.layers import Mlp
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Attention
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+Compute = bool | Tensor  # of a layer, as above
+Cache = list[list[Tensor | None]]  # for each block the slots of attention and MLP
 
 
 class Blend(torch.autograd.Function):
@@ -32,20 +37,20 @@ class Blend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, cached, fresh, compute):
+    def forward(ctx: Any, cached: Tensor, fresh: Tensor, compute: Tensor) -> Tensor:
         ctx.save_for_backward(fresh - cached, compute)
         # lerp is exact at both ends: 0 gives `cached` and 1 gives the fresh output bit for bit.
         return torch.lerp(cached, fresh, compute.to(fresh.dtype))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor]:  # type: ignore[override]
         difference, compute = ctx.saved_tensors
         to_fresh = grad * compute.to(grad.dtype) if ctx.needs_input_grad[1] else None
         to_compute = torch.dot(grad.flatten().to(compute.dtype), difference.flatten().to(compute.dtype))
         return None, to_fresh, to_compute
 
 
-def compute_or_reuse(layer, compute, cached):
+def compute_or_reuse(layer: Callable[[], Tensor], compute: Compute, cached: Tensor | None) -> Tensor:
     """The output (N, T, D) of one layer under the rule at the top of this file.
 
     layer: a function without arguments that runs it; called unless `compute` is False.
@@ -61,7 +66,7 @@ def compute_or_reuse(layer, compute, cached):
     return Blend.apply(cached, layer(), compute)
 
 
-def modulate(x, shift, scale):
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (N, T, D) scaled and shifted by per-sample vectors (N, 1, D)."""
     return torch.addcmul(shift, x, scale)
 
@@ -69,7 +74,7 @@ def modulate(x, shift, scale):
 class TimestepEmbedder(nn.Module):
     """Timesteps (N,) -> vectors (N, D): sinusoidal features, then a two-layer MLP."""
 
-    def __init__(self, hidden_size, frequency_embedding_size=256, frequency_shift=0):
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256, frequency_shift: int = 0) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
@@ -78,7 +83,7 @@ class TimestepEmbedder(nn.Module):
         self.frequency_shift = frequency_shift
 
     @staticmethod
-    def features(t, size, max_period=10000, shift=0):
+    def features(t: Tensor, size: int, max_period: int = 10000, shift: int = 0) -> Tensor:
         """Cosines, then sines, of t (N,) at size/2 geometric frequencies -> (N, size), float32; size even.
 
         Frequency k is max_period ** -(k / (size/2 - shift)).
@@ -89,42 +94,48 @@ class TimestepEmbedder(nn.Module):
         angles = t.float()[:, None] * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-    def forward(self, t):
+    def forward(self, t: Tensor) -> Tensor:
         features = self.features(t, self.frequency_embedding_size, shift=self.frequency_shift)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
     """Class labels (N,) -> vectors (N, D). The last row, `num_classes`, is the null class of guidance."""
 
-    def __init__(self, num_classes, hidden_size, dropout_prob):
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
         # Without label dropout there is no guidance, hence no null row (as the released checkpoints).
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
 
-    def drop(self, labels, generator=None):
+    def drop(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Labels (N,) with each replaced by the null class with probability `dropout_prob`."""
         dropped = torch.rand(labels.shape, device=labels.device, generator=generator) < self.dropout_prob
         return torch.where(dropped, self.num_classes, labels)
 
-    def forward(self, labels):
+    def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)
 
 
 class DiTBlock(nn.Module):
     """One transformer block with adaLN-Zero conditioning: an attention layer, then an MLP layer."""
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, mlp_norm_eps=1e-6):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, mlp_norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=mlp_norm_eps)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x, modulation, compute=(True, True), cached=(None, None)):
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        compute: tuple[Compute, Compute] = (True, True),
+        cached: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x (N, T, D) -> x (N, T, D) and the outputs of its layers before their gates.
 
         modulation: (N, 6, D), of this block as in `DiT.modulations`.
@@ -141,13 +152,13 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Tokens (N, T, D), their modulation (N, 2, D) -> patches (N, T, p*p*out_channels)."""
 
-    def __init__(self, hidden_size, patch_size, out_channels):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x, modulation):
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale = modulation.unsqueeze(2).unbind(1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -163,19 +174,19 @@ class DiT(nn.Module):
 
     def __init__(
         self,
-        input_size=32,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=1152,
-        depth=28,
-        num_heads=16,
-        mlp_ratio=4.0,
-        class_dropout_prob=0.1,
-        num_classes=1000,
-        learn_sigma=True,
-        frequency_shift=0,
-        mlp_norm_eps=1e-6,
-    ):
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        frequency_shift: int = 0,
+        mlp_norm_eps: float = 1e-6,
+    ) -> None:
         super().__init__()
         sizes = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size)
         sizes |= dict(depth=depth, num_heads=num_heads, num_classes=num_classes)
@@ -202,45 +213,45 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # Fixed, but part of the released state dicts, hence a parameter without gradient.
         self.pos_embed = nn.Parameter(position_table(hidden_size, input_size // patch_size), requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, mlp_norm_eps) for _ in range(depth))
+        blocks = [DiTBlock(hidden_size, num_heads, mlp_ratio, mlp_norm_eps) for _ in range(depth)]
+        self.blocks: Sequence[DiTBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         """The published initialisation. Every gate and the output start at 0, so a fresh model outputs exactly 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        patches = self.x_embedder.proj.weight
+        patches, biases = self.x_embedder.proj.parameters()
         nn.init.xavier_uniform_(patches.view(patches.shape[0], -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[k].weight for k in (0, 2))):
-            nn.init.normal_(weight, std=0.02)
-        zero = [block.adaLN_modulation[1] for block in self.blocks]
-        for linear in (*zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(biases)
+        for name in ("y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"):
+            nn.init.normal_(self.get_parameter(name), std=0.02)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
 
-    def empty_cache(self):
+    def empty_cache(self) -> Cache:
         """A new cache: for each block the slots [attention, MLP], each None until that layer ran."""
         return [[None, None] for _ in self.blocks]
 
-    def cache_bytes(self, samples, dtype):
+    def cache_bytes(self, samples: int, dtype: torch.dtype) -> int:
         """What a full cache takes for that many samples (guidance counts twice) in a torch.dtype."""
         return 2 * self.depth * samples * self.pos_embed[0].numel() * dtype.itemsize
 
-    def unpatchify(self, x):
+    def unpatchify(self, x: Tensor) -> Tensor:
         """Patches (N, T, p*p*C) -> images (N, C, H, W)."""
         n, side, p = x.shape[0], self.input_size // self.patch_size, self.patch_size
         x = x.reshape(n, side, side, p, p, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(n, self.out_channels, side * p, side * p)
 
-    def condition(self, t, y):
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """What the blocks are conditioned on: timesteps t (..., N), labels y (N,) -> (..., N, D)."""
         return self.t_embedder(t.flatten()).unflatten(0, t.shape) + self.y_embedder(y)
 
-    def modulations(self, c):
+    def modulations(self, c: Tensor) -> list[Tensor]:
         """What c (..., N, D) does in each block: a list of (..., N, 6, D), and last of the output's (..., N, 2, D).
 
         Shift, scale and gate of the attention, then of the MLP; of the output shift and scale. "Scale" is the factor
@@ -253,7 +264,14 @@ class DiT(nn.Module):
             v[..., 1::3, :] += 1
         return vectors
 
-    def forward(self, x, t, y, compute=None, cache=None):
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        compute: Sequence[Sequence[Compute]] | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Predict noise and variance: x (N, C, H, W), t (N,), y (N,) -> (N, 2C, H, W), like x.
 
         compute: per block (attention, MLP): True runs the layer, False reuses its cached output,
@@ -265,7 +283,13 @@ class DiT(nn.Module):
         """
         return self.denoise(x, self.modulations(self.condition(t, y)), compute, cache)
 
-    def denoise(self, x, modulations, compute=None, cache=None):
+    def denoise(
+        self,
+        x: Tensor,
+        modulations: Sequence[Tensor],
+        compute: Sequence[Sequence[Compute]] | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """`forward` where the `modulations` of x's timesteps and labels are known."""
         dtype = x.dtype
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D), T = H*W / p**2
@@ -283,12 +307,20 @@ class DiT(nn.Module):
                         cache[l][k] = outputs[k] if run[k] is True else None
         return self.unpatchify(self.final_layer(x, modulations[-1])).to(dtype)  # (N, T, p*p*2C) -> (N, 2C, H, W)
 
-    def forward_with_cfg(self, x, t, y, cfg_scale, compute=None, cache=None):
+    def forward_with_cfg(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        cfg_scale: float,
+        compute: Sequence[Sequence[Compute]] | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """`forward` with classifier-free guidance on a batch [x, x] with labels [y, null], then `guided`."""
         half = x[: len(x) // 2]
         return guided(self.forward(torch.cat([half, half]), t, y, compute, cache), cfg_scale)
 
-    def multiply_adds(self):
+    def multiply_adds(self) -> dict[str, Any]:
         """Multiply-adds of one sample and one step without guidance, as a dict of ints.
 
         "layer": (attention, MLP) of one block, what reuse saves; "fixed": everything else (embedders,
@@ -297,8 +329,8 @@ class DiT(nn.Module):
         """
         tokens, d = self.pos_embed.shape[1:]
 
-        def linear(module):
-            return module.weight.numel()  # for each token, or each sample
+        def linear(module: nn.Module) -> int:
+            return module.get_parameter("weight").numel()  # for each token, or each sample
 
         block = self.blocks[0]
         attention = tokens * (linear(block.attn.qkv) + linear(block.attn.proj)) + 2 * tokens * tokens * d
@@ -313,7 +345,7 @@ class DiT(nn.Module):
         return {"layer": (attention, mlp), "fixed": fixed}
 
 
-def guided(output, cfg_scale):
+def guided(output: Tensor, cfg_scale: float) -> Tensor:
     """The output (2N, 2C, H, W) of a batch [x, x] with labels [y, null] under guidance: both halves alike in the noise.
 
     The rest of the channels passes through. Source: Ho and Salimans 2021, eq. 6.
@@ -325,7 +357,7 @@ def guided(output, cfg_scale):
     return torch.cat([torch.cat([noise, noise]), rest], dim=1)
 
 
-def position_table(dim, side):
+def position_table(dim: int, side: int) -> Tensor:
     """Fixed 2-D sine-cosine positions of a side x side grid -> float32 (1, side*side, dim); dim a multiple of 4.
 
     The first half of the features encodes the column, the second the row; each sines, then cosines.

@@ -53,7 +53,7 @@ class Processes:
 
     @contextlib.contextmanager
     def exchange(self):
-        """In this block, which only exchanges messages, their failing is a UserError: another process is gone."""
+        """In this block only messages are exchanged. Raises UserError where that fails: another process is gone."""
         try:
             yield
         except RuntimeError as error:  # the distributed engine's own errors are such, too

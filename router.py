@@ -99,7 +99,7 @@ class Router(nn.Module):
         return cls.from_state(path, saved.get("routers") if isinstance(saved, dict) else None)
 
     @classmethod
-    def from_state(cls, path, rows):
+    def from_state(cls, path: str | Path, rows: Any) -> "Router":
         """The router of `rows`, found in the file at `path` and laid out as in `state`. Raises UserError as `load`."""
         if not isinstance(rows, dict) or not rows:
             raise UserError(f'{path} is not a router file: it has no "routers"; train_router.py writes them')

@@ -3,17 +3,20 @@
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import checkpoints
 import download
 from data import stream
+from diffusion import GaussianDiffusion
 from files import UserError, written_whole
 from graphs import Recorded
 from models import DiT, DiT_models, guided, position_table
@@ -45,26 +48,32 @@ class ModelSpec:
     weights: str | None = None
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         return self.config["num_classes"]
 
     @property
-    def registered(self):
+    def registered(self) -> bool:
         """Whether the name is one of `DiT_models`, so that other flags belong to it; else a folder says it all."""
         return self.name in DiT_models
 
-    def guidance(self, asked, published):
+    def guidance(self, asked: float | None, published: float) -> float:
         """The guidance scale: the one that was asked for, else what the model folder recommends, else the published."""
         return next(scale for scale in (asked, self.cfg_scale, published) if scale is not None)
 
     @property
-    def default_labels(self):
+    def default_labels(self) -> list[int]:
         """What a picture shows where no labels are asked for: eight of ImageNet's classes, all of a small set's."""
         fit = max(IMAGENET_LABELS) < self.num_classes
         return list(IMAGENET_LABELS) if fit else list(range(min(self.num_classes, 10)))
 
 
-def model_spec(model="DiT-XL/2", image_size=256, num_classes=1000, vae="mse", ckpt=None):
+def model_spec(
+    model: str = "DiT-XL/2",
+    image_size: int = 256,
+    num_classes: int = 1000,
+    vae: str = "mse",
+    ckpt: str | None = None,
+) -> ModelSpec:
     """The `ModelSpec` of a folder, where ckpt is one, else of the registered name.
 
     ckpt: a model folder, a folder or Hub name of a DiT of diffusers (fetched where needed), a .pt or .safetensors file,
@@ -88,7 +97,7 @@ def model_spec(model="DiT-XL/2", image_size=256, num_classes=1000, vae="mse", ck
     return ModelSpec(model, config, image_size, vae, weights=ckpt and str(ckpt))
 
 
-def _folder_spec(folder):
+def _folder_spec(folder: Path) -> ModelSpec:
     missing = [name for name in ("config.json", "dit.safetensors") if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} is not a model folder: it has no {' and no '.join(missing)}")
@@ -118,7 +127,7 @@ def _folder_spec(folder):
         ) from error
 
 
-def load_dit(spec, device, random_seed=None):
+def load_dit(spec: ModelSpec, device: torch.device | str, random_seed: int | None = None) -> DiT:
     """The frozen DiT of a spec in eval mode, float32, on `device`.
 
     random_seed: an int draws all weights from it instead of reading any (a fresh DiT would output exactly 0).
@@ -143,8 +152,8 @@ def load_dit(spec, device, random_seed=None):
         )
     else:
         state = {name: value.float() for name, value in checkpoints.find_model(spec.weights).items()}
-        # They are fixed, and not everyone saves them.
-        state.setdefault("pos_embed", position_table(dit.pos_embed.shape[-1], dit.input_size // dit.patch_size))
+        if "pos_embed" not in state:  # they are fixed, and not everyone saves them
+            state["pos_embed"] = position_table(dit.pos_embed.shape[-1], dit.input_size // dit.patch_size)
         expected = {name: value.shape for name, value in dit.state_dict().items()}
         wrong = sorted(
             name
@@ -161,7 +170,7 @@ def load_dit(spec, device, random_seed=None):
     return dit.requires_grad_(False).eval().to(device)
 
 
-def load_vae(spec, device):
+def load_vae(spec: ModelSpec, device: torch.device | str) -> Any:
     """The frozen AutoencoderKL of a spec, float32, on `device`; "ema" and "mse" are the released ones.
 
     Raises UserError where its folder is missing or damaged.
@@ -191,7 +200,7 @@ def load_vae(spec, device):
     return vae
 
 
-def fingerprint(module, config):
+def fingerprint(module: nn.Module, config: dict[str, Any]) -> str:
     """The SHA-256 of a model, VAE or router: of its `config` (a dict) and of every value of its tensors as float32."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, value in module.state_dict().items():
@@ -200,7 +209,7 @@ def fingerprint(module, config):
     return digest.hexdigest()
 
 
-def load_schedule(method, path, threshold):
+def load_schedule(method: str | None, path: str | None, threshold: float) -> tuple[Schedule | None, dict[str, Any]]:
     """The `Schedule` of the file at `path`, or None, and what a manifest says of it: JSON types, None what is not used.
 
     method: "dynamiclayer" for a router file, used at `threshold`, "schedule" for a schedule file, None for neither.
@@ -217,7 +226,7 @@ def load_schedule(method, path, threshold):
     return router.schedule(threshold), described | {"router": fingerprint(router, {}), "threshold": threshold}
 
 
-def check_labels(labels, num_classes):
+def check_labels(labels: Iterable[int], num_classes: int) -> None:
     """Raises UserError where a label is outside 0 ... num_classes-1."""
     for label in labels:
         if not 0 <= label < num_classes:
@@ -229,7 +238,9 @@ def check_labels(labels, num_classes):
 MODULATED = 64
 
 
-def make_denoiser(dit, diffusion, y, cfg_scale, schedule=None):
+def make_denoiser(
+    dit: DiT, diffusion: GaussianDiffusion, y: Tensor, cfg_scale: float, schedule: Schedule | None = None
+) -> Callable[[Tensor, int], Tensor]:
     """A function (x, i) -> model output for the loops of `diffusion`, with a cache of its own.
 
     y: labels (N,); x is then (2N, C, H, W), both halves alike, or (N, C, H, W) where cfg_scale is 1.
@@ -250,9 +261,10 @@ def make_denoiser(dit, diffusion, y, cfg_scale, schedule=None):
     timesteps = diffusion.timesteps(y.device)
     conditions = dit.condition(timesteps[:, None].expand(-1, len(y)), y)
     together = max(1, MODULATED // len(y))  # steps
-    first, modulations = diffusion.steps, None
+    first = diffusion.steps
+    modulations: list[Tensor] = []
 
-    def denoise(x, i):
+    def denoise(x: Tensor, i: int) -> Tensor:
         nonlocal first, modulations
         if i < first:
             first = max(0, i + 1 - together)
@@ -267,8 +279,16 @@ def make_denoiser(dit, diffusion, y, cfg_scale, schedule=None):
 
 @torch.inference_mode()
 def sample_latents(
-    dit, diffusion, z, y, cfg_scale, schedule=None, ancestral=False, randn_like=torch.randn_like, progress=None
-):
+    dit: DiT,
+    diffusion: GaussianDiffusion,
+    z: Tensor,
+    y: Tensor,
+    cfg_scale: float,
+    schedule: Schedule | None = None,
+    ancestral: bool = False,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+) -> Tensor:
     """Latents (N, C, H, W) sampled from noise z (N, C, H, W) for labels y (N,), on their device.
 
     cfg_scale: guidance; 1 means none, and then the batch is not doubled.
@@ -287,34 +307,50 @@ class RecordedSampler:
     The noise of ancestral sampling is drawn before, in the same order. seconds: what recording took so far.
     """
 
-    def __init__(self, dit, diffusion, cfg_scale, schedule=None, ancestral=False):
-        def sample(z, y, *noises):
-            noises = iter(noises)
-            return sample_latents(dit, diffusion, z, y, cfg_scale, schedule, ancestral, lambda x: next(noises))
+    def __init__(
+        self,
+        dit: DiT,
+        diffusion: GaussianDiffusion,
+        cfg_scale: float,
+        schedule: Schedule | None = None,
+        ancestral: bool = False,
+    ) -> None:
+        def sample(z: Tensor, y: Tensor, *noises: Tensor) -> Tensor:
+            noise = iter(noises)
+            return sample_latents(dit, diffusion, z, y, cfg_scale, schedule, ancestral, lambda x: next(noise))
 
         self._recorded = Recorded(sample)
         self._draws = diffusion.steps if ancestral else 0
         self._halves = 1 if cfg_scale == 1.0 else 2
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         return self._recorded.seconds
 
-    def __call__(self, z, y, randn_like=torch.randn_like):
+    def __call__(self, z: Tensor, y: Tensor, randn_like: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
         """Latents (N, C, H, W) from noise z (N, C, H, W) for labels y (N,)."""
         x = z.repeat(self._halves, 1, 1, 1)
         return self._recorded(z, y, *(randn_like(x) for _ in range(self._draws)))
 
 
-def make_sampler(dit, diffusion, cfg_scale, schedule=None, ancestral=False, cuda_graphs=False, progress=None):
+def make_sampler(
+    dit: DiT,
+    diffusion: GaussianDiffusion,
+    cfg_scale: float,
+    schedule: Schedule | None = None,
+    ancestral: bool = False,
+    cuda_graphs: bool = False,
+    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+) -> Callable[..., Tensor]:
     """A function (z, y, randn_like=...) -> latents, `sample_latents` of all the rest, recorded where `cuda_graphs`.
 
     A replayed graph has no steps to show, so `progress` is not used there.
     """
     if cuda_graphs:
         return RecordedSampler(dit, diffusion, cfg_scale, schedule, ancestral)
-    plan = dict(cfg_scale=cfg_scale, schedule=schedule, ancestral=ancestral, progress=progress)
-    return partial(sample_latents, dit, diffusion, **plan)
+    return partial(
+        sample_latents, dit, diffusion, cfg_scale=cfg_scale, schedule=schedule, ancestral=ancestral, progress=progress
+    )
 
 
 class ImageDraws:
@@ -326,22 +362,30 @@ class ImageDraws:
     with either kind of labels.
     """
 
-    def __init__(self, seed, indices, shape, num_classes, device, balanced=False):
+    def __init__(
+        self,
+        seed: int,
+        indices: Iterable[int],
+        shape: tuple[int, ...],
+        num_classes: int,
+        device: torch.device,
+        balanced: bool = False,
+    ) -> None:
         self._streams, self._shape, self._device = [stream("images", seed, k) for k in indices], shape, device
         drawn = [random.integers(num_classes) for random in self._streams]
         self.labels = torch.tensor([k % num_classes for k in indices] if balanced else drawn)
         self.y, self.z = self._put(self.labels), self._noise()
 
-    def _put(self, values):
+    def _put(self, values: Tensor) -> Tensor:
         # From other memory than this the copy would wait until all that the GPU was given is done.
         values = values.pin_memory() if self._device.type == "cuda" else values
         return values.to(self._device, non_blocking=True)
 
-    def _noise(self):
+    def _noise(self) -> Tensor:
         noise = [random.standard_normal(self._shape, dtype=np.float32) for random in self._streams]
         return self._put(torch.from_numpy(np.stack(noise)))
 
-    def randn_like(self, x):
+    def randn_like(self, x: Tensor) -> Tensor:
         """The next noise of every image, like x (N, C, h, w), or (2N, C, h, w) with both halves alike."""
         noise = self._noise()
         return noise.repeat(len(x) // len(noise), 1, 1, 1)
@@ -352,7 +396,7 @@ DECODE_PIXELS = 8 * 256**2
 
 
 @torch.inference_mode()
-def decode(vae, latents):
+def decode(vae: Any, latents: Tensor) -> Tensor:
     """Latents (N, C, h, w) -> uint8 images (N, H, W, 3) on their device, as many at a time as `DECODE_PIXELS` allow.
 
     Quantised as the published samples: clamp(127.5 x + 128, 0, 255), cut to whole numbers.
@@ -365,12 +409,12 @@ def decode(vae, latents):
     return torch.cat(parts).permute(0, 2, 3, 1).contiguous()
 
 
-def psnr(a, b, peak):
+def psnr(a: Tensor, b: Tensor, peak: float) -> float:
     """Peak signal-to-noise ratio of two tensors of one shape in dB; inf where they are equal."""
     return (10 * torch.log10(peak**2 / (a.double() - b.double()).square().mean())).item()
 
 
-def save_picture(groups, path, columns):
+def save_picture(groups: Sequence[Tensor], path: str | Path, columns: int) -> None:
     """Writes groups of uint8 images (N, H, W, 3) as a grid, each group from a new row; small ones enlarged.
 
     Raises UserError where the place cannot be written or the file's ending names no picture format.
@@ -387,7 +431,7 @@ def save_picture(groups, path, columns):
         Image.fromarray(grid).save(part, format=picture_format(path))
 
 
-def picture_format(path):
+def picture_format(path: str | Path) -> str:
     """Pillow's name of the format of `path`, by its ending. Raises UserError where there is none."""
     from PIL import Image
 

@@ -231,7 +231,7 @@ def test_half_precision_stays_half_precision():
 def test_what_diffusers_cannot_be_is_refused():
     with pytest.raises(ValueError, match="positions"):
         checkpoints.to_diffusers(random_dit())
-    with pytest.raises(ValueError, match="mlp_ratio"):
+    with pytest.raises(ValueError, match="wide"):
         checkpoints.to_diffusers(fixed_dit(mlp_ratio=2.0))
     with pytest.raises(ValueError, match="null class"):
         checkpoints.to_diffusers(fixed_dit(class_dropout_prob=0.0))

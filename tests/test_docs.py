@@ -22,7 +22,8 @@ MODULES = [name for name in TRACKED if re.fullmatch(r"(diffusion/)?\w+\.py", nam
 
 def blocks(document, language=""):
     """The fenced blocks of a language in a document, each as text."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / document).read_text(), re.M | re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / document).read_text(), re.M | re.S)
+    return [text for kind, text in found if kind == language]
 
 
 def commands(document):
