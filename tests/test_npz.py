@@ -71,10 +71,10 @@ def test_objects_and_other_orders_are_refused(tmp_path):
             list(read_parts(tmp_path / "a.npz", name, 1))
 
 
-def with_header(path, shape, values, size=None):
+def with_header(path, shape, values, size=None, descr="<f8"):
     """An .npz whose one array says to have that shape; size: what the archive says of its bytes."""
     made = io.BytesIO()
-    np.lib.format.write_array_header_1_0(made, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(made, {"descr": descr, "fortran_order": False, "shape": shape})
     start = made.tell()
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("mu.npy", made.getvalue() + np.zeros(values).tobytes())
@@ -93,6 +93,10 @@ def test_a_header_that_says_more_than_there_is_is_refused_before_memory_is_taken
         for read in (lambda: read_arrays(path, ["mu"]), lambda: list(read_parts(path, "mu", 4))):
             with pytest.raises(ValueError, match="mu"):
                 read()
+    with_header(path, (6,), 6, descr="|O")
+    for read in (lambda: read_arrays(path, ["mu"]), lambda: list(read_parts(path, "mu", 4))):
+        with pytest.raises(ValueError, match="plain values"):
+            read()
     with_header(path, (1 << 28,), 6, size=8 << 28)
     with pytest.raises(ValueError, match="says to be larger than the file"):
         next(read_parts(path, "mu", 1 << 28))
