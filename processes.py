@@ -46,8 +46,7 @@ class Processes:
             with self.exchange():
                 store, _, _ = next(rendezvous("env://", timeout=timeout))
                 store = self._meet(store)
-                # Where both are there, tensors on a GPU go by NCCL and texts by Gloo, which notices a process that
-                # died.
+                # Where both are there, tensors on a GPU go by NCCL, texts by Gloo, which notices a process that died.
                 backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 

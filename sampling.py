@@ -138,7 +138,8 @@ def load_dit(spec: ModelSpec, device: torch.device | str, random_seed: int | Non
         with torch.device("meta"):
             dit = build(**spec.config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # torch's, of sizes beyond all numbers
-        raise UserError(f"model {spec.name}: {str(error).partition(chr(10))[0]}") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"model {spec.name}: {reason}") from error
     if random_seed is not None:
         dit = dit.to_empty(device="cpu")
         generator = torch.Generator().manual_seed(random_seed)
