@@ -15,37 +15,7 @@ import math
 import os
 
 import cli
-
-# What a preset sets, and what came of it; any flag that is given wins. Published: Ma et al. 2024, 8 GPUs, guidance 1.5,
-# 50,000 samples. The paper's first command line has --lr 0.01; the released routers and this table 1e-3.
-XL2 = {"model": "DiT-XL/2", "lr": 1e-3, "max_steps": 20000}
-L2 = {"model": "DiT-L/2"}
-FASHION = {"ckpt": "ckpt/fashion_mnist", "data_path": "demo/data/train", "log_every": 10, "l1": 1e-4, "lr": 0.1}
-PRESETS = {
-    "xl2-50": (XL2 | {"num_sampling_steps": 50, "l1": 1e-6, "max_steps": 40000}, "published: FID 2.269, IS 244.14"),
-    "xl2-20": (XL2 | {"num_sampling_steps": 20, "l1": 5e-6}, "published: FID 3.455, IS 227.04, 248 of 560 cached"),
-    "xl2-10": (XL2 | {"num_sampling_steps": 10, "l1": 1e-6}, "published: FID 12.79, IS 156.3"),
-    "xl2-512-50": (
-        XL2 | {"image_size": 512, "num_sampling_steps": 50, "l1": 5e-6, "max_steps": 40000, "thres": 0.9},
-        "published: FID 3.69, IS 202.1",
-    ),
-    "l2-50": (
-        L2 | {"num_sampling_steps": 50, "l1": 1e-6, "lr": 1e-3, "max_steps": 40000},
-        "published, but its results are not at hand",
-    ),
-    "l2-20": (
-        L2 | {"num_sampling_steps": 20, "l1": 5e-6, "lr": 1e-2, "max_steps": 20000},
-        "published, but its results are not at hand",
-    ),
-    "fashion-20": (
-        FASHION | {"num_sampling_steps": 20, "max_steps": 300},
-        "shipped: 38.7 % of all layers cached; 92.15 % of samples in their class, 92.70 % without",
-    ),
-    "fashion-50": (
-        FASHION | {"num_sampling_steps": 50, "max_steps": 600},
-        "shipped: 46.2 % of all layers cached; 92.10 % of samples in their class, 92.40 % without",
-    ),
-}
+from presets import PRESETS, describe_presets
 
 # What a router depends on, beside the model and the data: --resume auto continues a run with the same.
 DETERMINING = (
@@ -160,15 +130,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
-
-
-def describe_presets():
-    """The table of presets for --help: what each sets, and what came of it."""
-    lines = ["presets, and what came of them:"]
-    for name, (flags, outcome) in PRESETS.items():
-        words = [f"--{flag.replace('_', '-')} {value}" for flag, value in flags.items()]
-        lines.append(f"  {name:11} {' '.join(words)}\n{'':14}{outcome}")
-    return "\n".join(lines)
 
 
 def check_args(parser, args):
