@@ -630,7 +630,7 @@ def test_the_search_for_unsafe_calls_finds_them(planted):
 
 
 def test_no_source_file_loads_anything_that_could_run_code():
-    sources = [path for path in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(path.relative_to(ROOT).parts)]
+    sources = [path for path in ROOT.rglob("*.py") if not re.match(r"tests/|\.", str(path.relative_to(ROOT)))]
     assert len(sources) > 30
     assert {str(path): found for path in sources if (found := list(unsafe(path.read_text())))} == {}
 
