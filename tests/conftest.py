@@ -61,6 +61,21 @@ def random_dit(seed=0, **config):
     return dit
 
 
+def random_vae(stages=2, channels=4, width=8):
+    """A small VAE with random weights: 2 ** (stages-1) pixels a side of a latent cell of so many channels."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * stages,
+        up_block_types=["UpDecoderBlock2D"] * stages,
+        block_out_channels=[width] * stages,
+        latent_channels=channels,
+        norm_num_groups=width // 2,
+        sample_size=8,
+    )
+
+
 @pytest.fixture
 def dit():
     return random_dit()
@@ -69,7 +84,6 @@ def dit():
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A model folder as ckpt/fashion_mnist is one, with random weights and routers for 4 and 5 steps."""
-    from diffusers import AutoencoderKL
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -78,15 +92,7 @@ def model_folder(tmp_path_factory):
     config = {"model": sizes, "image_size": 8, "class_names": list("abcde"), "vae": "vae", "cfg_scale": 2.0}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(random_dit().state_dict(), folder / "dit.safetensors")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[8, 8],
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=8,
-    ).save_pretrained(folder / "vae")
+    random_vae().save_pretrained(folder / "vae")
     for steps in (4, 5):
         torch.manual_seed(steps)
         Router(steps, 3).save(folder / f"router{steps}.pt")

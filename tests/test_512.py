@@ -6,8 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import call, random_dit
-from diffusers import AutoencoderKL
+from conftest import call, random_dit, random_vae
 from inception_graph import inception_v3
 from PIL import Image
 
@@ -22,14 +21,7 @@ SIZES = dict(patch_size=8, hidden_size=24, depth=2, num_heads=2)
 def flags(tmp_path, monkeypatch):
     """The flags of a small DiT-S/8 at 512, four steps; the released VAE is a small one of eight pixels to a cell."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[4] * 4,
-        latent_channels=4,
-        norm_num_groups=2,
-    ).save_pretrained(tmp_path / "vae")
+    random_vae(stages=4, width=4).save_pretrained(tmp_path / "vae")
     monkeypatch.setattr(download, "fetch_vae", lambda kind: tmp_path / "vae")
     monkeypatch.setitem(DiT_models, "DiT-S/8", partial(DiT, **SIZES))
     torch.save({"ema": random_dit(input_size=64, num_classes=2, **SIZES).state_dict()}, "weights.pt")

@@ -10,8 +10,8 @@ from functools import partial
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, assert_refused, call, random_dit, run
-from diffusers import AutoencoderKL, DiTTransformer2DModel
+from conftest import ROOT, assert_refused, call, random_dit, random_vae, run
+from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 import checkpoints
@@ -260,14 +260,7 @@ def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines") / "theirs"
     random_transformer().save_pretrained(folder / "transformer")
     as_published(folder / "transformer")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[8, 8],
-        latent_channels=4,
-        norm_num_groups=4,
-    ).save_pretrained(folder / "vae")
+    random_vae().save_pretrained(folder / "vae")
     names = {str(k): f"{name}, another word" for k, name in enumerate(["tench", "hen", "ox", "cat", "fly"])}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": names}))
     Router(4, 3, torch.Generator().manual_seed(0)).save(folder / "router.pt")

@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from conftest import ROOT, run
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from conftest import ROOT, random_vae, run
+from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from test_checkpoints import fixed_dit, random_transformer
 
 import checkpoints
@@ -21,14 +21,7 @@ LABELS = [1, 999]
 
 def pipeline_of(transformer):
     """A DiTPipeline of the transformer with a random VAE, and the scheduler as published."""
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[8, 8],
-        latent_channels=transformer.config.in_channels,
-        norm_num_groups=4,
-    )
+    vae = random_vae(channels=transformer.config.in_channels)
     pipe = DiTPipeline(transformer, vae, DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     return pipe
