@@ -41,6 +41,8 @@ class Pipeline:
         # Each thread has a current GPU of its own. Leaving, the executor waits for what was handed over.
         setup = {"initializer": torch.cuda.set_device, "initargs": [self._device]} if self._side else {}
         with ThreadPoolExecutor(1, **setup) as writer:
+            # Its thread starts before there is work: interrupted while it starts one, it would not wait for that.
+            writer.submit(int).result()
             for start, stop in ranges:
                 waiting.append(writer.submit(self._finish, start, *self._batch(start, stop)))
                 while len(waiting) > AHEAD or waiting and waiting[0].done():
