@@ -1,6 +1,6 @@
 """Every file that comes from outside: where it is, how large, which SHA-256, under which licence.
 
-    python download.py                          fetches all that is not there yet (8 GB, and one file of unknown size)
+    python download.py                          fetches all that is not there yet (5.5 GB and two of unknown size)
     python download.py DiT-XL-2-256x256.pt sd-vae-ft-ema
     python download.py --list                   what is there
     python download.py --check                  hashes all that is there
@@ -15,6 +15,7 @@ both is seen by --check only. Where no SHA-256 is published, that of the first u
 compared from then on.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ import fetching
 from fetching import amount
 from files import UserError, written_whole
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # its faults, not the network's
 ROOT = Path(__file__).resolve().parent  # destinations are relative to it
 PLAIN = re.compile(r"(?!\.+$)[\w.+-]+", re.ASCII)  # the name of a file or folder that leads nowhere else
 # Without a user or a query; after the host anything printable but # and ?.
@@ -316,6 +318,11 @@ def _fetch_from_hub(file):
     except Exception as error:
         # The client lets through what its transports raise, and these share no class of their own;
         # the cause of its own "not in the cache" is what went wrong.
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise UserError(
+                f"cannot write {error.filename or file.path}: {error.strerror}; make room, or make it writable, or set "
+                "HF_HOME to another folder; then the same command goes on"
+            ) from error
         raise _cannot_fetch(file, file.url, fetching.reason(error.__cause__ or error)) from error
     finally:
         logging.set_verbosity(verbosity)

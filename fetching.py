@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import shutil
+import ssl
 import sys
 import time
 import urllib.error
@@ -32,11 +33,12 @@ class Failed(Exception):
     """The file did not come, for the reason in the text.
 
     again: the same request may succeed later; delay: seconds that the server asks to wait until then.
+    unreached: no server was; where one was before, it may be again.
     """
 
-    def __init__(self, reason, again=False, delay=0.0):
+    def __init__(self, reason, again=False, delay=0.0, unreached=False):
         super().__init__(reason)
-        self.again, self.delay = again, delay
+        self.again, self.delay, self.unreached = again, delay, unreached
 
 
 class Rejected(Failed):
@@ -92,8 +94,8 @@ def fetch(url, path, part, size=None, sha256=None):
         return actual
     except OSError as error:  # those of the network are Failed
         raise UserError(
-            f"cannot write {error.filename or part}: {error.strerror or error}; make room, or make it writable; then "
-            "the same command goes on"
+            f"cannot write {error.filename2 or error.filename or part}: {error.strerror or error}; make room, or make "
+            "it writable; then the same command goes on"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -143,8 +145,8 @@ def amount(size):
 
 def _fetch(url, path, part, size, sha256):
     """`fetch` until the part is whole and right: asks until it is, or until there is no use in it."""
-    failures, from_zero = 0, False
-    farthest = part.stat().st_size if part.exists() else 0
+    failures, from_zero, came = 0, False, False
+    farthest = before = part.stat().st_size if part.exists() else 0
     while True:
         try:
             actual, continued = _receive(url, path, part, size, sha256)
@@ -159,19 +161,21 @@ def _fetch(url, path, part, size, sha256):
         except _Unrelated as error:
             if from_zero:
                 raise Failed(str(error)) from error
-            from_zero = True
+            from_zero, farthest = True, 0
             _discard(part)
             _say(path, f"{error}; starting again from its beginning")
         except Failed as error:
             reached = part.stat().st_size if part.exists() else 0
             if reached >= farthest + BLOCK:  # so that this ends even if a server never gets to the end
                 failures, farthest = 0, reached
-            failures += 1
-            if not error.again:
+            failures, came, before = failures + 1, came or reached > before, reached
+            again = error.again or (error.unreached and came)
+            if not again and not reached:
                 raise
-            if failures >= TRIES:
+            if not again or failures >= TRIES:
+                times = f", {failures} times in a row" if again else ""
                 kept = f"; {amount(reached)} are kept, the same command goes on from there" if reached else ""
-                raise Failed(f"{error}, {failures} times in a row{kept}") from error
+                raise Failed(f"{error}{times}{kept}") from error
             delay = min(max(DELAY * 2 ** (failures - 1), error.delay), LONGEST_DELAY)
             _say(path, f"{error}; trying again in {delay:.3g} s ({failures} of {TRIES - 1})")
             time.sleep(delay)
@@ -225,7 +229,8 @@ def _receive(url, path, part, size, sha256):
 
 def _ask(url, start, known):
     """The response to a request for `url` from byte `start` on, if it is still the file that is `known`."""
-    request = urllib.request.Request(url, headers={"User-Agent": "learning-to-cache-dit"})
+    with _network():
+        request = urllib.request.Request(url, headers={"User-Agent": "learning-to-cache-dit"})
     if start:
         request.add_header("Range", f"bytes={start}-")
         if known["mark"]:
@@ -243,9 +248,13 @@ def _size_of_all(response, size):
     """The bytes that the response to a request for all of a file brings; size: the right number, where it is known."""
     if response.status != 200:
         raise Failed(f"the server answers with status {response.status} where 200 belongs")
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise Failed(f"the server sends it packed ({response.headers['Content-Encoding']}), which was not asked for")
     offered = response.length  # None where the server does not say
     if size is None and offered is None:
         raise Failed("the server does not say how large it is, so a cut would go unseen")
+    if size is None and offered == 0:
+        raise Failed("the server sends an empty file")
     if size is not None and offered not in (None, size):
         raise Failed(f"the server offers {offered} bytes, the released file has {size}")
     return offered if size is None else size
@@ -258,7 +267,7 @@ def _check_range(response, start, known):
     if ranged != f"bytes {start}-{size - 1}/{size}" or response.length not in (None, size - start):
         length = "" if response.length is None else f" with {response.length} bytes"
         raise _Unrelated(f"asked for bytes {start} to {size - 1} of {size}, the server sends {ranged}{length}")
-    if _mark(response) not in (None, known["mark"]):
+    if known["mark"] and _mark(response) not in (None, known["mark"]):
         raise _Unrelated("the server has another version by now")
 
 
@@ -271,11 +280,14 @@ def _mark(response):
 def _known(part, url, size, sha256):
     """What is known of the file whose beginning lies in `part`: its url, mark and size. None: `part` is of no use.
 
-    Without a hash to be right in the end, the server has to tell that the file is still the same one.
+    Without a hash to be right in the end, the server has to tell that the file is still the same one. With one, it may
+    also come from another address, whose marks are others.
     """
     try:
         known = json.loads(_beside(part).read_text())
-        usable = known["url"] == url and size in (None, known["size"]) and (known["mark"] or sha256)
+        if known["url"] != url:
+            known["mark"] = None
+        usable = size in (None, known["size"]) and (known["mark"] or sha256)
         return known if usable and part.stat().st_size <= known["size"] else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -308,7 +320,8 @@ def _network():
     except urllib.error.URLError as error:
         # There was no connection: nobody is there, or a firewall is. One that broke on the way may work next time.
         broken = isinstance(error.reason, ConnectionError) and not isinstance(error.reason, ConnectionRefusedError)
-        raise Failed(reason(error.reason), broken) from error
+        unreached = not isinstance(error.reason, ssl.SSLCertVerificationError)
+        raise Failed(reason(error.reason), broken, unreached=unreached) from error
     except (ValueError, http.client.InvalidURL) as error:  # a redirection to what is no address
         raise Failed(reason(error)) from error
     except (OSError, http.client.HTTPException) as error:

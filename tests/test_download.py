@@ -1,4 +1,5 @@
 import argparse
+import errno
 import hashlib
 import http.server
 import json
@@ -216,7 +217,8 @@ def test_a_silent_server_is_given_up(table, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         table(f"http://127.0.0.1:{silent.getsockname()[1]}/right")
-        assert "timed out" in refused(download.fetch, "model.pt")
+        message = refused(download.fetch, "model.pt")
+    assert message.startswith("cannot fetch http://127.0.0.1") and "timed out" in message
     assert everything_in(tmp_path) == []
 
 
@@ -242,6 +244,7 @@ def test_a_wrong_file_that_is_there_is_refused_and_kept(server, table, tmp_path,
     file.path.write_bytes(present)
     message = refused(download.fetch, "model.pt")
     assert str(file.path) in message and "move" in message
+    assert ("has 5 bytes" if present == b"short" else SHA256) in message
     assert file.path.read_bytes() == present
     assert everything_in(tmp_path) == ["model.pt"] and server.asked == []
 
@@ -489,6 +492,12 @@ def test_the_hub_out_of_reach_is_one_line_with_url_and_place(hub, tmp_path):
         assert message.startswith(f"cannot fetch https://hub/config.json ({str(cause).splitlines()[0]})")
         assert message.endswith(f"put it at {place}")
     assert logging.get_verbosity() == before
+
+
+def test_a_full_disk_below_the_hub_is_not_called_a_fault_of_the_network(hub):
+    hub.sends["config.json"] = OSError(errno.ENOSPC, "No space left on device", "/cache/blobs/x")
+    message = refused(download.fetch_vae, "ema")
+    assert message.startswith("cannot write /cache/blobs/x: No space left on device") and "HF_HOME" in message
 
 
 def test_files_put_into_the_cache_by_hand_are_taken_by_the_real_client(monkeypatch, tmp_path):

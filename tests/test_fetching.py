@@ -202,20 +202,35 @@ def test_without_a_mark_only_a_hash_makes_it_safe_to_go_on(server, path, sha256,
     assert server.asked[1] == ("/model.pt", range, None) and path.read_bytes() == CONTENT
 
 
+def notes_of(path):
+    return part(path).with_name(".model.pt.part.json")
+
+
+def from_elsewhere(path):
+    notes_of(path).write_text(json.dumps(json.loads(notes_of(path).read_text()) | {"url": "http://elsewhere/model.pt"}))
+
+
 @pytest.mark.parametrize("spoil", ["notes cut off", "no notes", "another address", "too long"])
 def test_a_part_of_which_nothing_is_known_is_not_used(server, path, spoil):
-    stopped(server, path)
-    notes = part(path).with_name(".model.pt.part.json")
+    sha256 = None if spoil == "another address" else SHA256
+    stopped(server, path, sha256=sha256)
     if spoil == "notes cut off":
-        os.truncate(notes, 20)
+        os.truncate(notes_of(path), 20)
     elif spoil == "no notes":
-        notes.unlink()
+        notes_of(path).unlink()
     elif spoil == "another address":
-        notes.write_text(json.dumps(json.loads(notes.read_text()) | {"url": "http://elsewhere/model.pt"}))
+        from_elsewhere(path)
     else:
         part(path).write_bytes(bytes(SIZE + 1))
-    assert fetch(server, path) == SHA256
+    assert fetch(server, path, sha256=sha256) == SHA256
     assert path.read_bytes() == CONTENT and server.asked == [whole(server)]
+
+
+def test_a_file_with_a_hash_is_gone_on_with_from_another_address(server, path):
+    stopped(server, path)
+    from_elsewhere(path)
+    assert fetch(server, path) == SHA256 and path.read_bytes() == CONTENT
+    assert server.asked == [("/model.pt", "bytes=30000-", None)]  # its mark means nothing here
 
 
 # Another file than the right one.
@@ -333,6 +348,45 @@ def test_where_nobody_answers_it_ends_at_once(path, slept):
         server = SimpleNamespace(url=f"http://127.0.0.1:{closed.getsockname()[1]}/model.pt")
         assert "refused" in failed(fetch, server, path)
     assert slept == [] and files(path) == []
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_server_that_is_out_of_reach_for_a_while_is_asked_again(server, path, slept, monkeypatch, again):
+    """Where it was reached before; and if not again, what came is kept."""
+    server.acts = [Act(cut=30_000)]
+    urlopen, down = fetching.urllib.request.urlopen, [None, OSError("no route"), ConnectionRefusedError("refused")]
+
+    def sometimes(*args, **kwargs):
+        error = down.pop(0) if down else None if again else OSError("no route")
+        if error:
+            raise fetching.urllib.error.URLError(error)
+        return urlopen(*args, **kwargs)
+
+    monkeypatch.setattr(fetching.urllib.request, "urlopen", sometimes)
+    if again:
+        assert fetch(server, path) == SHA256 and path.read_bytes() == CONTENT
+        assert server.asked == [whole(server), rest(server, 30_000)] and slept == [0.001, 0.002, 0.004]
+    else:
+        message = failed(fetch, server, path)
+        assert message.startswith("no route, 5 times in a row; 30.00 kB are kept")
+
+
+def test_a_fault_that_stays_says_what_is_kept(server, path, slept):
+    server.acts = [Act(cut=30_000), Act(status=404)]
+    assert "404" in (message := failed(fetch, server, path)) and message.endswith("goes on from there")
+    assert "30.00 kB are kept" in message and part(path).read_bytes() == CONTENT[:30_000]
+
+
+def test_an_address_that_is_none_is_a_fault_of_the_address(path):
+    assert "IPv6" in failed(fetch, SimpleNamespace(url="http://[:]/model.pt"), path)
+
+
+def test_what_is_empty_or_packed_is_not_taken_for_the_file(server, path):
+    server.rest = Act(content=b"")
+    assert "empty" in failed(fetch, server, path, size=None, sha256=None)
+    server.rest = Act(headers={"Content-Encoding": "gzip"})
+    assert "packed (gzip)" in failed(fetch, server, path, size=None, sha256=None)
+    assert files(path) == []
 
 
 # Redirections.
