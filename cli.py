@@ -72,10 +72,11 @@ def add_device_argument(parser):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
 
 
-def add_record_argument(parser, only=""):
-    """The flag of programs that measure; only: when it means anything."""
+def add_record_argument(parser, only="", also=()):
+    """The flag of programs that measure; only: when it means anything; also: other names of it."""
     parser.add_argument(
         "--record",
+        *also,
         metavar="JSON",
         type=json_file,
         help=f"{only}file to write the figures and their circumstances to",
@@ -87,7 +88,9 @@ def add_model_arguments(parser, vae):
     group = parser.add_argument_group("model")
     only = "; not used with a model folder"
     group.add_argument("--model", default="DiT-XL/2", help=f"size and patch, as DiT-XL/2{only}")
-    group.add_argument("--vae", choices=["ema", "mse"], default=vae, help=f"released VAE{only}")
+    group.add_argument(
+        "--vae", choices=["ema", "mse"], default=vae, help="released VAE; not used with a folder that has its own"
+    )
     group.add_argument("--image-size", type=int, choices=[256, 512], default=256, help=f"pixels a side{only}")
     group.add_argument("--num-classes", metavar="N", type=positive, default=1000, help=f"classes of the model{only}")
     group.add_argument(
@@ -150,8 +153,8 @@ def add_precision_arguments(parser, choices, default=None):
         "--dtype",
         choices=choices,
         default=default,
-        help="precision of the transformer; all else is float32; tf32 is fp32 on a CPU"
-        + ("" if default else "; without it tf32 on a GPU, fp32 on a CPU"),
+        help="precision of the transformer; the diffusion state is float32, and so is the VAE, but with fp16 on a GPU; "
+        "tf32 is fp32 on a CPU" + ("" if default else "; without it tf32 on a GPU, fp32 on a CPU"),
     )
     group.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
     add_device_argument(group)

@@ -79,13 +79,7 @@ def parse_args(argv=None):
         type=cli.positive,
         help="with --save-stats: pool features of N images, evenly spaced; without it of all",
     )
-    results.add_argument(
-        "--json",
-        dest="record",
-        metavar="JSON",
-        type=cli.json_file,
-        help="file to write the results and their origin to",
-    )
+    cli.add_record_argument(results, also=["--json"])
     args = parser.parse_args(argv)
     if args.sample is None and not args.save_stats:
         parser.error("there is nothing to compare with the reference: name the sample, or add --save-stats")

@@ -193,6 +193,10 @@ class DiT(nn.Module):
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} {size!r} is not a positive whole number")
+        if frequency_shift not in (0, 1):
+            raise ValueError(f"frequency_shift {frequency_shift!r} is neither 0 nor 1")
+        if not isinstance(mlp_norm_eps, float | int) or not 0 < mlp_norm_eps < math.inf:
+            raise ValueError(f"mlp_norm_eps {mlp_norm_eps!r} is not a positive number")
         if depth > 500:  # a block takes time to make even where its tensors take no memory
             raise ValueError(f"depth {depth} is more than 500 blocks")
         if input_size % patch_size:

@@ -1,4 +1,4 @@
-"""The processes of a job: one alone, or those that torchrun started (the distributed engine: Gloo on CPUs, NCCL)."""
+"""The processes of a job: one alone, or those that torchrun started, which tell each other little, by Gloo."""
 
 import contextlib
 import os
@@ -38,17 +38,17 @@ class Processes:
     def first(self):
         return self.rank == 0
 
-    def connect(self, device):
-        """Meets the others, for messages between tensors on `device`."""
+    def connect(self):
+        """Meets the others, for messages of plain values and of tensors on the CPU."""
         if self.size > 1:
             # Hours, since others may wait for a download or for the slowest; one that dies is torchrun's to find.
             timeout = timedelta(hours=12)
             with self.exchange():
                 store, _, _ = next(rendezvous("env://", timeout=timeout))
                 store = self._meet(store)
-                # Where both are there, tensors on a GPU go by NCCL, texts by Gloo, which notices a process that died.
-                backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+                # Also where there are GPUs: no message is larger than some kB, and who waits for a process that died
+                # learns it from Gloo at once, where NCCL would wait on.
+                dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 
     @contextlib.contextmanager
     def exchange(self):

@@ -49,6 +49,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    import math
     import statistics
     import time
     from functools import partial
@@ -78,6 +79,8 @@ def main(args):
     if args.random_weights:
         print(f"Random weights from seed {args.seed}: the times are meant, there will be no picture")
     dit = sampling.load_dit(spec, device, args.seed if args.random_weights else None)
+    cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
+    sampling.check_sampler(dit, cfg_scale, args.p_sample)
     dit = devices.set_precision(dit, dtype)
     if args.compile:
         devices.compile_blocks(dit)
@@ -87,7 +90,6 @@ def main(args):
     vae = None if args.random_weights else devices.speed_up_vae(sampling.load_vae(spec, device), device, dtype)
 
     diffusion = create_diffusion(args.num_sampling_steps)
-    cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: the same noise on every device
     z = torch.randn(len(labels), dit.in_channels, dit.input_size, dit.input_size, generator=generator).to(device)
     y = torch.tensor(labels, device=device)
@@ -136,7 +138,8 @@ def main(args):
         shown, peak = (images, 255) if images else (latents, (latents["full"].max() - latents["full"].min()).item())
         figures = compare(dit, schedule, times, batch=len(labels) * (1 if cfg_scale == 1.0 else 2))
         figures["dtype"] = dtype
-        figures["psnr_db"] = sampling.psnr(shown[cached], shown["full"], peak)
+        psnr = sampling.psnr(shown[cached], shown["full"], peak)
+        figures["psnr_db"] = psnr if math.isfinite(psnr) else None  # JSON has no infinity, of pictures that are equal
         rates = figures["g_multiply_adds_per_second"]
         print(
             f"Speed-up: {figures['speedup']:.3f}, {figures['share_of_bound']:.1%} of the bound {figures['bound']:.3f}"
@@ -145,10 +148,7 @@ def main(args):
             f"G multiply-adds/s: {rates['full']:.1f} full, {rates[cached]:.1f} {cached}; "
             f"plain matrix products of these shapes {rates['matrix_product']:.1f}"
         )
-        print(
-            f"PSNR of the {'images' if images else 'latents'} with and without the {cached}: "
-            f"{figures['psnr_db']:.2f} dB"
-        )
+        print(f"PSNR of the {'images' if images else 'latents'} with and without the {cached}: {psnr:.2f} dB")
         if args.record:
             devices.write_record(args, device, figures)
 

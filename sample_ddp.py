@@ -78,6 +78,7 @@ def load(args, device, dtype, processes):
         # What is missing is fetched; a wrong --path is found before the weights are read.
         schedule, described = sampling.load_schedule(args.accelerate_method, args.path, args.thres)
         dit = sampling.load_dit(spec, device)
+        sampling.check_sampler(dit, spec.guidance(args.cfg_scale, CFG_SCALE), args.p_sample)
         if schedule:
             schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
         dit = devices.set_precision(dit, dtype)
@@ -176,7 +177,7 @@ def main(args):
         devices.make_deterministic(device)
         if device.type == "cpu":
             torch.set_num_threads(1)  # a sum depends on how many threads share it
-    processes.connect(device)
+    processes.connect()
     if args.record:
         processes.by_first(lambda: check_writable(args.record))
     spec, dit, vae, schedule, described = load(args, device, dtype, processes)
@@ -248,8 +249,9 @@ def batch_sampler(args, dit, schedule, cfg_scale, batch_size, device):
     shape = dit.in_channels, dit.input_size, dit.input_size
 
     def sample(start, stop):
-        if args.deterministic or args.cuda_graphs:
-            stop = start + batch_size  # a batch of fewer is filled up with images beyond it, which are dropped
+        if args.deterministic or args.cuda_graphs or args.compile:
+            # Another size would be compiled or recorded anew: images beyond a smaller batch fill it up and are dropped.
+            stop = start + batch_size
         draws = sampling.ImageDraws(
             args.global_seed, range(start, stop), shape, dit.num_classes, device, args.balanced_labels
         )

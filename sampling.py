@@ -234,6 +234,14 @@ def check_labels(labels: Iterable[int], num_classes: int) -> None:
             raise UserError(f"class label {label} is out of range: the model has classes 0 to {num_classes - 1}")
 
 
+def check_sampler(dit: DiT, cfg_scale: float, ancestral: bool) -> None:
+    """Raises UserError where a DiT was not trained for guidance or for ancestral sampling, and is to do it."""
+    if cfg_scale != 1.0 and dit.y_embedder.dropout_prob == 0:
+        raise UserError(f"guidance of {cfg_scale} needs a null class and this model has none: pass --cfg-scale 1")
+    if ancestral and dit.out_channels != 2 * dit.in_channels:
+        raise UserError("--p-sample needs a model that predicts variances and this one does not: pass --ddim-sample")
+
+
 # Samples whose modulations are computed together, of several steps where a batch is small: a third of a DiT's weights
 # are theirs, and are read once for all of these. DiT-XL/2 keeps 50 MB of them in float32.
 MODULATED = 64
@@ -295,7 +303,9 @@ def sample_latents(
     cfg_scale: guidance; 1 means none, and then the batch is not doubled.
     ancestral: DDPM instead of DDIM, its noise from `randn_like`, which gets both halves of a guidance batch.
     schedule, progress: as in `make_denoiser` and `GaussianDiffusion.ddim_loop`.
+    Raises UserError as `check_sampler`.
     """
+    check_sampler(dit, cfg_scale, ancestral)
     denoise = make_denoiser(dit, diffusion, y, cfg_scale, schedule)
     x = z if cfg_scale == 1.0 else torch.cat([z, z])
     loop = diffusion.ancestral_loop if ancestral else diffusion.ddim_loop

@@ -237,7 +237,7 @@ def main(args):
     processes = Processes()
     device = devices.pick_device(args.device, processes)
     devices.make_deterministic(device)  # so that a resumed run ends where the unbroken one does
-    processes.connect(device)
+    processes.connect()
     spec, dit, vae, source, identity = prepare(args, processes, device)
     if args.extract_latents:
         return extract(args, source, vae, spec, identity["vae"], processes)

@@ -17,15 +17,17 @@ def pieces(part, draw_size):
     ]
 
 
-def reduce_gradients(router, rows, values):
-    """Sums the gradients of the drawn `rows` and `values` (V,) over all processes, in one message.
+def reduce_gradients(router, rows, values, processes):
+    """Sums the gradients of the drawn `rows` and `values` (V,) over all processes, in one message from CPU to CPU.
 
     What a process did not draw counts as 0. Returns the sum of `values`, and the bytes of the message.
+    Raises UserError where another process is gone.
     """
     parameters = [router.routers[i].prob for i in rows]
-    message = torch.cat([*(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters), values])
-    dist.all_reduce(message)
-    *gradients, values = message.split([len(p) for p in parameters] + [len(values)])
+    message = torch.cat([*(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters), values]).cpu()
+    with processes.exchange():
+        dist.all_reduce(message)
+    *gradients, values = message.to(values.device).split([len(p) for p in parameters] + [len(values)])
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient.clone()
     return values, message.nbytes
@@ -137,10 +139,9 @@ class Training:
             values[d] += mse.detach().sum() / self.draw_size
             values[-2] += share * scores.detach().sum()
         if self.processes.size > 1:
-            with self.processes.exchange():
-                values, self.reduced_bytes = reduce_gradients(self.router, drawn, values)
+            values, self.reduced_bytes = reduce_gradients(self.router, drawn, values, self.processes)
         norm = torch.stack([self.router.routers[i].prob.grad.norm() for i in drawn]).sum()
-        *errors, l1, told, norm = torch.cat([values, norm[None]]).tolist()  # the one wait for the device in an update
+        *errors, l1, told, norm = torch.cat([values, norm[None]]).tolist()  # waits for the device
         for d, error in enumerate([*errors, norm]):
             if not math.isfinite(error):
                 where = f"of draw {d}, step {rows[d] + 1}," if d < len(rows) else "or its gradient"

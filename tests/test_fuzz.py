@@ -248,6 +248,7 @@ def npz(folder):
 
 def configs(folder):
     """As `routers`, for the config.json of a model folder."""
+    import torch
     from conftest import random_dit
     from safetensors.torch import save_file
 
@@ -259,6 +260,7 @@ def configs(folder):
     values = [*HUGE, None, True, False, "", "4", "x" * 10000, "\0", [], {}, [4], {"a": 1}, 2.5, -2.0, 1e308]
     values += [float("nan"), float("inf"), [[]] * 3, ["a"] * 5, [1] * 5, 8, 24, 1000, 10**6, 10**9]
     names = [*sizes, "in_channels", "mlp_ratio", "class_dropout_prob", "learn_sigma", "no_such"]
+    names += ["frequency_shift", "mlp_norm_eps"]
 
     def change(random):
         config = json.loads(json.dumps(whole))
@@ -287,6 +289,8 @@ def configs(folder):
         dit = sampling.load_dit(spec, "cpu")
         [spec.class_names[label].upper() for label in spec.default_labels if spec.class_names]
         dit.multiply_adds()
+        x = torch.zeros(1, dit.in_channels, dit.input_size, dit.input_size)
+        dit(x, torch.tensor([5]), torch.tensor([dit.num_classes - 1]))
 
     return ways, (folder / "config.json").write_bytes, read
 

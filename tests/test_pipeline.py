@@ -95,3 +95,19 @@ def test_what_was_decoded_before_an_interruption_is_written(error):
     with pytest.raises(error):
         Pipeline(fail_at_3, Vae, write, CPU).run([(k, k + 1) for k in range(6)])
     assert written == [0, 1, 2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_decoding_beside_the_next_batch_changes_nothing():
+    written, device = [], torch.device("cuda", 0)
+
+    def on_gpu(start, stop):
+        latents, labels = sample(start, stop)
+        latents = latents.to(device)
+        torch.cuda._sleep(10**8)  # so that who does not wait for what comes after decodes something else
+        return latents + 0, labels
+
+    pipeline = Pipeline(on_gpu, Vae, lambda *batch: written.append(batch), device)
+    pipeline.run([(k, k + 4) for k in range(0, 40, 4)])
+    assert pipeline.overlaps and [start for start, _, _ in written] == list(range(0, 40, 4))
+    assert all(images[:, 0, 0, 0].tolist() == list(range(start, start + 4)) for start, images, _ in written)

@@ -28,7 +28,7 @@ def meet(processes, store):
         except Exception as error:
             errors[member.rank] = error
 
-    threads = [threading.Thread(target=one, args=(member,)) for member in processes]
+    threads = [threading.Thread(target=one, args=(member,), daemon=True) for member in processes]
     for thread in threads:
         thread.start()
     for thread in threads:

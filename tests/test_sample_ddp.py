@@ -1,5 +1,7 @@
 """sample_ddp.py as a user types it: alone, under torchrun, on two machines, killed, on a full disk."""
 
+import functools
+import gc
 import hashlib
 import json
 import os
@@ -18,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_refused, call, run
 from PIL import Image
+from torch._dynamo.utils import counters
 
 import devices
 import sampling
@@ -102,6 +105,20 @@ def test_image_k_is_what_its_own_stream_makes_it(sample, model_folder, tmp_path)
     shares = re.findall(r"(\S+)% (?:sampling|decoding|waiting for the disk|assembling|other)", result.stdout)
     assert len(shares) == 5 and sum(map(float, shares)) == pytest.approx(100, abs=0.3)
     assert "Sampling" not in result.stderr and "Traceback" not in result.stderr
+
+
+def test_compiled_blocks_see_one_batch_size(sample, model_folder, tmp_path, monkeypatch):
+    """23 images in batches of 8: the last has 7, and would compile four more graphs."""
+    monkeypatch.setattr(devices, "compile_blocks", functools.partial(devices.compile_blocks, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    result = sample("--compile", "--per-proc-batch-size", 8, *METHOD, model_folder / "router4.pt")
+    assert result.returncode == 0, result.stderr
+    assert 0 < counters["stats"]["unique_graphs"] <= 4
+    images, labels = expected(model_folder, range(0, 23, 11), router=model_folder / "router4.pt")
+    got = the_set(tmp_path / "samples")
+    assert np.array_equal(got["labels"][::11], labels)
+    assert_close(got["arr_0"][::11], images)
 
 
 @pytest.mark.parametrize(
@@ -484,11 +501,13 @@ def test_a_signal_stops_it_in_one_line_and_keeps_what_is_finished(
 def test_a_second_start_at_the_same_time_is_refused(long, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(SampleSet, "PATIENCE", 0.1)
     process = start(*long, "--num-fid-samples", 2000)
-    wait_for_shards(tmp_path, 1, process)
-    assert_refused(call("sample_ddp.py", *long, "--num-fid-samples", 2000, capfd=capfd), "in use", "tiny-size-8")
-    assert process.poll() is None
-    process.kill()
-    process.communicate()
+    try:
+        wait_for_shards(tmp_path, 1, process)
+        assert_refused(call("sample_ddp.py", *long, "--num-fid-samples", 2000, capfd=capfd), "in use", "tiny-size-8")
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_damaged_shard_is_sampled_again_and_said(long, undisturbed, tmp_path, capfd):
@@ -519,8 +538,14 @@ def small_disk(tmp_path):
 
     if mount("size=64k").returncode:
         pytest.skip("mounting a file system is not allowed here")
-    yield lambda options: mount(f"remount,{options}")
-    subprocess.run(["umount", tmp_path / "samples"])
+
+    def remount(options):
+        gc.collect()  # a start in this process that failed has its lock until then
+        return mount(f"remount,{options}")
+
+    yield remount
+    gc.collect()
+    subprocess.run(["umount", "--lazy", tmp_path / "samples"])
 
 
 def test_a_full_disk_stops_it_in_one_line_and_loses_nothing(long, undisturbed, tmp_path, capfd, small_disk):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import subprocess
 import sys
 
@@ -159,6 +160,20 @@ def test_compiled_blocks_are_four_graphs_without_breaks_and_compute_the_same():
     assert not counters["graph_break"]
 
 
+def test_several_precisions_and_sizes_compile_in_one_process():
+    """Each takes four graphs, and torch by itself gives up at eight."""
+    _, diffusion, z, y = setup()
+    torch._dynamo.reset()
+    counters.clear()
+    for k, dtype in enumerate(("fp32", "bf16", "fp16"), 1):
+        compiled = devices.set_precision(random_dit(), dtype)
+        devices.compile_blocks(compiled, backend="eager")
+        for images in (2, 1):
+            latents = sampling.sample_latents(compiled, diffusion, z[:images], y[:images], 2.0, random_schedule(6, 3))
+            assert latents.isfinite().all()
+        assert counters["stats"]["unique_graphs"] >= 4 * k
+
+
 def test_half_precision_keeps_the_cache_and_not_the_state():
     dit, diffusion, z, y = setup()
     full = sampling.sample_latents(dit, diffusion, z, y, 2.0)
@@ -209,6 +224,17 @@ def test_guidance_of_one_equals_the_plain_conditional_model():
     torch.testing.assert_close(sampling.sample_latents(dit, diffusion, z, y, 1.0), plain, rtol=1e-5, atol=1e-3)
     # The doubled batch at a scale next to 1 must come to the same.
     torch.testing.assert_close(sampling.sample_latents(dit, diffusion, z, y, 1 + 1e-7), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_model_was_not_trained_for_is_refused():
+    _, diffusion, z, y = setup()
+    one_class_more, no_variance = random_dit(class_dropout_prob=0.0), random_dit(learn_sigma=False)
+    with pytest.raises(UserError, match="guidance of 2.0 needs a null class.*--cfg-scale 1"):
+        sampling.sample_latents(one_class_more, diffusion, z, y, 2.0)
+    with pytest.raises(UserError, match="--p-sample needs a model that predicts variances"):
+        sampling.sample_latents(no_variance, diffusion, z, y, 1.0, ancestral=True)
+    assert sampling.sample_latents(one_class_more, diffusion, z, y, 1.0, ancestral=True).isfinite().all()
+    assert sampling.sample_latents(no_variance, diffusion, z, y, 2.0).isfinite().all()
 
 
 def test_each_image_is_independent_of_its_batch():
@@ -433,6 +459,9 @@ def test_a_folder_with_unknown_arguments_or_other_weights_is_refused(model_folde
         ({"patch_size": 3}, "multiple"),
         ({"num_heads": 0}, "num_heads 0 is not a positive"),
         ({"num_classes": "10"}, "num_classes '10' is not a positive"),
+        ({"frequency_shift": 128}, "frequency_shift 128 is neither 0 nor 1"),
+        ({"mlp_norm_eps": "x"}, "mlp_norm_eps 'x' is not a positive number"),
+        ({"mlp_norm_eps": math.inf}, "mlp_norm_eps inf is not a positive number"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model": config["model"] | change}))
         with pytest.raises(UserError, match=words):
