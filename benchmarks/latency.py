@@ -10,7 +10,7 @@ times are those of the diffusion loop with guidance. Without --ckpt the weights 
 
 "reference" does what the original implementation does. "eager" is sample.py as it is, "compile" and "graphs" are its
 flags --compile and --cuda-graphs. "First" is what came before: two steps with all that is done once (compiling), or
-recording a graph.
+recording a graph. "Peak" is the weights and the most that a row took beside them (a GPU's alone).
 """
 
 import sys
@@ -33,7 +33,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--image-size", type=int, choices=[256, 512], default=256, help="pixels a side; not with --ckpt"
     )
-    parser.add_argument("--ckpt", help="a model folder")
+    parser.add_argument("--ckpt", help="as sample.py takes it")
     parser.add_argument("--path", help="router file; without it only the full model runs")
     parser.add_argument("--thres", type=cli.fraction, default=0.1, help="of the router")
     parser.add_argument("--num-sampling-steps", type=cli.sampling_steps, default=20, help="denoising steps")
@@ -154,23 +154,33 @@ def measure(args, device, dtypes, modes, load, schedules):
     z, y = inputs(dit, args.images, device)
 
     def timed(row, warm=False):
+        """Latents, seconds, and the bytes that were taken at most meanwhile, beyond what was there before."""
         devices.set_precision(z, row[2])  # the TF32 of the process
+        before = 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            before = devices.peak_memory(device)
         devices.synchronize(device)
         start = time.perf_counter()
         latents = rows[row][warm](z, y)
         devices.synchronize(device)
-        return latents, time.perf_counter() - start
+        return latents, time.perf_counter() - start, devices.peak_memory(device) - before
 
-    first = {row: timed(row, warm=True)[1] for row in rows}
-    seconds, latents, peaks = {row: [] for row in rows}, {}, {}
+    seconds, latents, first, peaks = {row: [] for row in rows}, {}, {}, {}
+    for row in rows:
+        _, first[row], peaks[row] = timed(row, warm=True)
     for _ in range(args.repeats):
         for row in rows:  # in turn, so that a machine that slows down slows all
-            latents[row], elapsed = timed(row)
+            latents[row], elapsed, peak = timed(row)
             seconds[row].append(elapsed)
-            # On a CPU the peak is that of the process, and says nothing about a row.
-            peaks[row] = devices.peak_memory(device) if device.type == "cuda" else None
+            if "graphs" not in row[1]:  # whose memory is taken when they are recorded, and kept
+                peaks[row] = peak
+    if device.type == "cuda":
+        for name, mode, dtype in rows:
+            weights = models[dtype, "compile" in mode].parameters()
+            peaks[name, mode, dtype] += sum(parameter.nbytes for parameter in weights)
+    else:  # there the peak is that of the process, and says nothing about a row
+        peaks = dict.fromkeys(rows)
     products = {}
     for dtype in dict.fromkeys(row[2] for row in rows):
         devices.set_precision(z, dtype)
@@ -216,8 +226,8 @@ def measure(args, device, dtypes, modes, load, schedules):
 
 # What the operations of PyTorch that a step spends its time in belong to, by parts of their names.
 KINDS = {
-    "matrix products": ("addmm", "::mm", "bmm", "convolution", "gemm", "cutlass", "cublas"),
-    "attention": ("scaled_dot_product", "flash", "fmha"),
+    "matrix products": ("addmm", "::mm", "bmm", "convolution"),
+    "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention"),
     "GELU": ("gelu",),
     "LayerNorm": ("layer_norm",),
     "modulation, gates, sums": ("addcmul", "::add", "::mul", "::sub"),
@@ -230,6 +240,7 @@ def profile(dit, schedule, args, device):
     from functools import partial
 
     import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 
     import devices
@@ -241,10 +252,12 @@ def profile(dit, schedule, args, device):
     denoise = sampling.make_denoiser(dit, diffusion, y, CFG_SCALE, schedule)
     work = schedule.multiply_adds(dit.multiply_adds())
     cheapest = work.argmin().item()
-    # Not the first: it also computes the modulations of the steps after it.
-    full = max(i for i in range(cheapest + 1, schedule.steps - 1) if work[i] == work.max())
+    # Not the first, if there is another: it also computes the modulations of the steps after it.
+    between = [i for i in range(cheapest + 1, schedule.steps - 1) if work[i] == work.max()]
+    full = max(between, default=schedule.steps - 1)
     on_gpu = device.type == "cuda"
-    activity = partial(torch.profiler.profile, activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    activity = partial(torch.profiler.profile, activities=activities)
     times = {}
     with torch.inference_mode():
         x = torch.cat([z, z])
@@ -256,7 +269,8 @@ def profile(dit, schedule, args, device):
                 denoise(x, i)
                 devices.synchronize(device)
             times[i] = shares = dict.fromkeys([*KINDS, "the rest"], 0.0)
-            for event in profiled.key_averages():
+            # What kernels take is told of the operations that launch them, too, and these have the same names anywhere.
+            for event in (event for event in profiled.key_averages() if event.device_type == DeviceType.CPU):
                 kind = next((k for k, parts in KINDS.items() if any(part in event.key for part in parts)), "the rest")
                 shares[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000
     rows = []

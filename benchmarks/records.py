@@ -22,6 +22,7 @@ def row(record):
     flags = record["flags"]
     model = flags["ckpt"] or flags["model"]
     images = len(flags["class_labels"])
+    psnr = record["psnr_db"]
     return [
         f"{model}{', random weights' if flags['random_weights'] else ''}",
         f"{flags['num_sampling_steps']}",
@@ -31,7 +32,7 @@ def row(record):
         f"{record['speedup']:.3f} ({record['share_of_bound']:.1%}{', one run' if flags['repeats'] == 1 else ''})",
         ", ".join(f"{statistics.median(seconds):.2f}" for seconds in record["seconds"].values()),
         ", ".join(f"{rate:.0f}" for rate in record["g_multiply_adds_per_second"].values()),
-        f"{record['psnr_db']:.1f}{' (latents)' if flags['random_weights'] else ''}",
+        "equal" if psnr is None else f"{psnr:.1f}{' (latents)' if flags['random_weights'] else ''}",
         record["commit"][:7],
     ]
 

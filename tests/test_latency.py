@@ -1,6 +1,7 @@
 """The benchmark of the sampling loop: its reference computes what ours does, and its table reads its records."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -67,3 +68,18 @@ def test_what_cannot_be_measured_is_refused(flags, words, model_folder, monkeypa
     monkeypatch.chdir(model_folder)
     flags = ["--ckpt", model_folder, "--device", "cpu", "--num-sampling-steps", 4, *flags]
     assert_refused(call("latency.py", *flags, capfd=capfd), *words)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_profile_shares_the_time_of_a_full_and_a_cached_step(steps, model_folder, tmp_path, capfd):
+    torch.manual_seed(0)
+    Router(steps, 3).save(tmp_path / "r.pt")
+    flags = ["--ckpt", model_folder, "--path", tmp_path / "r.pt", "--thres", 0.5, "--device", "cpu", "--profile"]
+    result = call("latency.py", *flags, "--num-sampling-steps", steps, capfd=capfd)
+    assert result.returncode == 0, result.stderr
+    head, _, *rows = result.stdout.strip().splitlines()
+    assert "a full step (6 layers run)" in head and re.search(r"a cached step \([0-5] run\)", head)
+    shares = [[float(share) for share in re.findall(r"\((\d+)%\)", row)] for row in rows]
+    for column in zip(*shares):
+        assert sum(column) == pytest.approx(100, abs=4)
+    assert shares[0][0] > 0  # matrix products of the full step
