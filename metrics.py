@@ -76,7 +76,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     """The squared Fréchet distance of two normal distributions: FID of pool features, sFID of spatial ones. A float.
 
     |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2)); means (D,), covariances (D, D), in float64.
-    Exact to about 1e-8 of the traces, also with fewer samples than dimensions; so near to 0 it may be below.
+    Exact to some 1e-8 of the traces, also with fewer samples than dimensions; so near to 0 it may be below.
     Raises ValueError where shapes do not fit, a value is not finite, or a covariance is none (not symmetric, or with a
     negative eigenvalue). Source: Heusel et al. 2017, eq. 6.
     """

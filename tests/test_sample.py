@@ -21,12 +21,14 @@ SCHEDULE = ["--accelerate-method", "schedule"]
 
 
 @pytest.fixture
-def sample(model_folder, tmp_path):
-    """Runs sample.py on the small model with four DDIM steps, in an empty folder."""
+def sample(model_folder, tmp_path, monkeypatch, capfd):
+    """Runs sample.py on the small model, four DDIM steps, in an empty folder; in this process, or one of its `own`."""
+    monkeypatch.chdir(tmp_path)
 
-    def start(*flags, ckpt=model_folder, steps=4):
-        common = ["--num-sampling-steps", steps, "--repeats", 1, "--device", "cpu"]
-        return run("sample.py", *common, *(["--ckpt", ckpt] if ckpt else []), *flags, cwd=tmp_path)
+    def start(*flags, ckpt=model_folder, steps=4, own=False):
+        flags = [*(["--ckpt", ckpt] if ckpt else []), *flags]
+        flags = ["--num-sampling-steps", steps, "--repeats", 1, "--device", "cpu", *flags]
+        return run("sample.py", *flags, cwd=tmp_path) if own else call("sample.py", *flags, capfd=capfd)
 
     return start
 
@@ -36,7 +38,7 @@ def pixels(path):
 
 
 def test_the_baseline_writes_its_picture_and_time(sample, tmp_path):
-    result = sample("--ddim-sample")
+    result = sample("--ddim-sample", own=True)
     assert result.returncode == 0, result.stderr
     assert re.search(r"^Sampling time: \d+\.\d{3}±0\.000$", result.stdout, re.M)
     assert [p.name for p in tmp_path.iterdir()] == ["Sample_NFE4_Method_full.png"]
@@ -107,7 +109,7 @@ def test_a_schedule_file_is_run_and_compared(sample, model_folder, tmp_path):
         assert "router" not in result.stdout
         assert list(json.loads((tmp_path / f"{name}.json").read_text())["seconds"]) == ["full", "schedule"]
     assert np.array_equal(pixels(tmp_path / "same.png"), pixels(tmp_path / "router.png"))
-    assert "inf dB" in result.stdout
+    assert "inf dB" in result.stdout and json.loads((tmp_path / "full.json").read_text())["psnr_db"] is None
     result = sample(*SCHEDULE, "--path", "same.pt", "--ddim-sample")
     assert result.returncode == 0 and (tmp_path / "Sample_NFE4_Method_schedule.png").exists()
 
@@ -229,7 +231,7 @@ def test_refusals_as_a_user_meets_them(sample, model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "cut")
     weights = tmp_path / "cut" / "dit.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert_refused(sample(ckpt=tmp_path / "cut"), "dit.safetensors")
+    assert_refused(sample(ckpt=tmp_path / "cut", own=True), "dit.safetensors")
     torch.save({"x": torch.zeros(1)}, tmp_path / "wrong.pt")
     assert_refused(sample("--model", "DiT-S/8", ckpt=tmp_path / "wrong.pt"), "does not fit")
 

@@ -31,11 +31,15 @@ def flags(model_folder, image_folder):
 
 
 @pytest.fixture
-def train(flags, tmp_path):
-    """Trains in an empty folder."""
+def train(flags, tmp_path, monkeypatch, capfd):
+    """Trains in an empty folder: in this process, or in `processes` of torchrun, one with processes=1."""
+    monkeypatch.chdir(tmp_path)
 
-    def start(*more, processes=None):
-        return run("train_router.py", *flags, *more, cwd=tmp_path, processes=processes, WANDB_SILENT="true")
+    def start(*more, processes=0):
+        if not processes:
+            return call("train_router.py", *flags, *more, capfd=capfd)
+        count = processes if processes > 1 else None
+        return run("train_router.py", *flags, *more, cwd=tmp_path, processes=count, WANDB_SILENT="true")
 
     return start
 
@@ -53,7 +57,7 @@ def metrics(folder):
 
 
 def test_one_process_trains_logs_draws_and_says_how_to_sample(train, model_folder, tmp_path):
-    result = train("--max-steps", 5, "--ckpt-every", 2, "--keep", 2, "--wandb")
+    result = train("--max-steps", 5, "--ckpt-every", 2, "--keep", 2, "--wandb", processes=1)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "results" / "000-tiny"
     assert sorted(p.name for p in folder.iterdir() if p.name not in (".lock", "wandb")) == [
@@ -184,7 +188,7 @@ def last_step(folder):
 
 def test_a_run_that_is_killed_ten_times_ends_with_the_router_of_an_unbroken_one(train, flags, tmp_path):
     more = ["--max-steps", 400, "--ckpt-every", 10, "--keep", 2, "--target-cached", 0.3]
-    assert train(*more, "--results-dir", "whole").returncode == 0
+    assert train(*more, "--results-dir", "whole", processes=1).returncode == 0
     random.seed(0)
     steps, killed = 0, 0
     folder = tmp_path / "results" / "000-tiny"
@@ -199,7 +203,7 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_router_of_an_unbroken_one(
             os.killpg(process.pid, signal.SIGKILL)
         steps = last_step(folder)
     assert killed == 10 and 0 < steps < 400
-    result = train(*more, "--resume", "auto")
+    result = train(*more, "--resume", "auto", processes=1)
     assert result.returncode == 0, result.stderr
     assert f"continues at update {steps}" in result.stdout
     whole = tmp_path / "whole" / "000-tiny"
@@ -214,7 +218,7 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_router_of_an_unbroken_one(
     assert [p.name for p in (tmp_path / "results").iterdir()] == ["000-tiny"]
     assert not list(folder.glob("checkpoints/.*.part"))
     # The same command once more: there is nothing left to do.
-    again = train(*more, "--resume", "auto")
+    again = train(*more, "--resume", "auto", processes=1)
     assert again.returncode == 0 and "sample with it" in again.stdout, again.stderr
 
 
@@ -235,9 +239,23 @@ def test_a_run_that_is_stopped_saves_first_and_goes_on_in_its_folder(number, wor
     assert read(folder)["step"] == step + 2
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_gpu_trains_the_router_of_a_cpu(processes, train, tmp_path):
+    if processes and torch.cuda.device_count() < processes:
+        pytest.skip("one GPU")
+    for device in ("cpu", "cuda"):
+        more = ["--max-steps", 4, "--dtype", "fp32", "--device", device, "--results-dir", device]
+        result = train(*more, processes=processes)
+        assert result.returncode == 0, result.stderr
+    on_cpu, on_gpu = (logits(tmp_path / device / "000-tiny") for device in ("cpu", "cuda"))
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=1e-2)
+    assert (on_gpu - on_cpu).norm() < 1e-3 * on_cpu.norm()
+
+
 def test_a_resumed_run_is_the_same_run_of_weights_and_biases(train, tmp_path):
     for steps in (2, 4):
-        result = train("--max-steps", steps, "--wandb", "--resume", "auto")
+        result = train("--max-steps", steps, "--wandb", "--resume", "auto", processes=1)
         assert result.returncode == 0, result.stderr
     folders = list((tmp_path / "results" / "000-tiny" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and len({folder.name.rpartition("-")[2] for folder in folders}) == 1
@@ -347,7 +365,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(flag
     updates_loss = updates.router_loss
     monkeypatch.setattr(updates, "router_loss", sometimes_nan)
     results = tmp_path / "results"
-    result = call("train_router.py", *flags, "--ckpt-every", 4, "--results-dir", results, capfd=capfd)
+    result = call("train_router.py", *flags, "--ckpt-every", 4, "--max-steps", 8, "--results-dir", results, capfd=capfd)
     assert result.returncode == 1
     # Two draws an update: the twelfth call is the sixth update's second.
     assert "the loss of draw 1, step " in result.stderr.splitlines()[-1]
