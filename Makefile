@@ -1,5 +1,5 @@
 # make demo, make test, make lint: each sets up what it needs. PYTHON=python3.12 picks another interpreter (3.10 to 3.12),
-# VENV=.venv-3.12 another folder for it.
+# VENV=.venv-3.12 another folder for it; TESTS=tests/test_router.py some of the tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 		--accelerate-method dynamiclayer --path ckpt/fashion_mnist/DDIM20_router.pt --thres 0.1 --compare
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
