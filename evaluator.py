@@ -191,7 +191,9 @@ def main(args):
     for place in filter(None, (args.save_stats, args.record)):
         check_writable(place)
     paths = {"reference": args.reference} | ({"sample": args.sample} if args.sample else {})
-    sets = {role: image_sets.open_set(download.find(path)) for role, path in paths.items()}
+    # The sample first: where it is missing, the reference's gigabytes are not fetched for nothing.
+    opened = {role: image_sets.open_set(download.find(paths[role])) for role in reversed(paths)}
+    sets = {role: opened[role] for role in paths}
     needed = requirements(args, sets)
     missing = {role: needed[role] - images.stored.keys() for role, images in sets.items()}
     with cli.warnings_said() as said:

@@ -233,6 +233,11 @@ def test_inputs_that_cannot_be_used_are_refused_in_one_line(folder, tmp_path, ca
     assert not list(folder.glob("*.json"))
 
 
+def test_a_missing_sample_is_said_before_the_reference_is_fetched(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(download, "fetch", lambda name: pytest.fail(f"{name} was to be fetched"))
+    refused(capfd, "VIRTUAL_imagenet256_labeled.npz", tmp_path / "none.npz", words=["no such file", "none.npz"])
+
+
 def test_nan_in_an_image_is_refused(folder, tmp_path, capfd):
     images = np.load(folder / "a.npz")["arr_0"].astype(np.float32)
     images[70, 0, 0, 0] = np.nan
