@@ -284,7 +284,7 @@ def extract_latents(images, vae, spec, folder, rank=0, world=1, workers=0, batch
             content = io.BytesIO()  # of a full disk NumPy would not say that it is full
             np.save(content, np.concatenate(parts))
             with written_whole(shard) as part:
-                part.write_bytes(content.getbuffer())
+                part.write_bytes(content.getvalue())  # a view of it crashes Python 3.12.1 where writing fails
             parts, unread = [], []
     bar.close()
 

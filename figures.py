@@ -1,7 +1,5 @@
 """Pictures: a heatmap of a router's scores, how it came about as an animation, curves of a table."""
 
-import io
-
 from files import written_whole
 from router import Router
 
@@ -57,21 +55,27 @@ def save_animation(frames, threshold, path, most=100):
 
     It runs for 8 s, holds its last frame, and starts again.
     """
+    import numpy as np
     from PIL import Image
 
     frames = list(frames)
     if len(frames) > most:
         frames = [frames[round(k * (len(frames) - 1) / (most - 1))] for k in range(most)]
     figure, (axis,) = _figure()
+    figure.set_dpi(80)
     image, crosses = draw_scores(axis, frames[0][1], threshold)
     figure.colorbar(image, ax=axis, label=f"score; x: reused at threshold {threshold:g}")
+    axis.set_title(frames[0][0])
+    for _ in range(2):  # the second time settles the layout, which then holds for all frames
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     pictures = []
     for title, scores in frames:
         axis.set_title(title)
         _mark(image, crosses, scores, threshold)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=80)
-        pictures.append(Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE))
+        figure.canvas.draw()
+        pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
+        pictures.append(pixels.convert("RGB").quantize(64, dither=Image.Dither.NONE))
     durations = [max(20, 8000 // len(pictures))] * (len(pictures) - 1) + [3000]
     with written_whole(path) as part:
         pictures[0].save(

@@ -2,10 +2,14 @@
 
 import importlib
 import json
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -123,16 +127,130 @@ def plain_images(folder, count):
         Image.new("RGB", (8, 8), (k, k, k)).save(path)
 
 
-def run(*command, cwd, processes=None, **environment):
-    """Runs a program of the repository from `cwd`, under torchrun where `processes` are given."""
-    program, *rest = map(str, command)
-    start = [sys.executable]
-    if processes:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+# Of a program that a test starts.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# The libraries of the programs take most of a start. Processes of `start` are forked from one that has them.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "timm",
+        "torchvision.datasets",
+        "diffusers.models.autoencoders.autoencoder_kl",
+        "matplotlib.figure",
+    ]
+)
+
+
+def torchrun(processes):
+    """The flags of torchrun for some processes on this machine."""
+    return ["--standalone", "--nnodes=1", f"--nproc_per_node={processes}"]
+
+
+def run(program, *flags, cwd, processes=None, **environment):
+    """Runs a program of the repository from `cwd` as a user does, under torchrun where `processes` are given."""
+    start = [sys.executable, *(["-m", "torch.distributed.run", *torchrun(processes)] if processes else [])]
     return subprocess.run(
-        [*start, str(ROOT / program), *rest], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+        list(map(str, [*start, ROOT / program, *flags])),
+        cwd=cwd,
+        env=os.environ | ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+
+
+def start(program, *flags, cwd, launcher=None, **environment):
+    """A program at work: its process has the methods of `subprocess.Popen`, and a session of its own.
+
+    launcher: flags of torchrun; without them it is forked with its libraries imported, which saves seconds.
+    """
+    environment = os.environ | ENVIRONMENT | environment
+    if launcher is None:
+        return Forked(program, list(map(str, flags)), cwd, environment)
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, ROOT / program, *flags]
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+class Forked:
+    """A program forked from a process with all libraries; what tests use of `subprocess.Popen`."""
+
+    def __init__(self, program, flags, cwd, environment):
+        self.output = [tempfile.NamedTemporaryFile("r") for _ in range(2)]
+        command = [str(ROOT / program), *flags]
+        paths = [file.name for file in self.output]
+        self.process = FORKS.Process(target=run_forked, args=(command, str(cwd), environment, paths))
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in ENVIRONMENT.items():  # which libraries read when they are imported
+                patch.setenv(name, value)
+            self.process.start()
+        self.pid = self.process.pid
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.join()
+
+    def poll(self):
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def kill(self):
+        self.process.kill()
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout=None):
+        """Waits for its end; returns standard output and standard error."""
+        self.process.join(timeout)
+        if self.returncode is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(self.process.name, timeout)
+        return tuple(file.read() for file in self.output)
+
+
+def run_forked(command, cwd, environment, output):
+    """In the forked process: what Python does with a program."""
+    os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # as in any process, for those that load data
+    for number, path in enumerate(output, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_ranks(program, *commands, cwd):
+    """Processes that know of each other, and no torchrun that would look after them; commands: the flags of each."""
+    job = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [start(program, *flags, cwd=cwd, RANK=str(rank), **job) for rank, flags in enumerate(commands)]
+
+
+def fork(program, *flags, cwd, processes=1):
+    """As `run`, forked, without torchrun: for tests of what a program makes, not of how it is started."""
+    started = start_ranks(program, *[flags] * processes, cwd=cwd)
+    out, err = map("".join, zip(*(process.communicate(300) for process in started)))
+    return subprocess.CompletedProcess(flags, max(abs(process.returncode) for process in started), out, err)
 
 
 def call(program, *flags, capfd):

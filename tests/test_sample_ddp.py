@@ -4,21 +4,18 @@ import functools
 import gc
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, assert_refused, call, run
+from conftest import assert_refused, call, fork, free_port, start, start_ranks, torchrun
 from PIL import Image
 from torch._dynamo.utils import counters
 
@@ -151,7 +148,7 @@ def test_a_schedule_file_makes_what_the_router_of_that_plan_makes(flags, sample,
     assert sample(*METHOD, model_folder / "router4.pt", "--sample-dir", tmp_path / "router").returncode == 0
     schedule = Router.load(model_folder / "router4.pt").schedule(0.5)
     schedule.save(tmp_path / "plan.pt")
-    result = run("sample_ddp.py", *flags, *SCHEDULE, tmp_path / "plan.pt", cwd=tmp_path, processes=2)
+    result = fork("sample_ddp.py", *flags, *SCHEDULE, tmp_path / "plan.pt", cwd=tmp_path, processes=2)
     assert result.returncode == 0, result.stderr
     got, same = the_set(tmp_path / "samples"), the_set(tmp_path / "router")
     assert np.array_equal(got["labels"], same["labels"])
@@ -207,7 +204,7 @@ def test_any_processes_and_batch_size_make_the_same_set(flags, sample, model_fol
         command = [*flags, "--sample-dir", folder, "--per-proc-batch-size", size, *more]
         command += [*METHOD, model_folder / "router4.pt"]
         if processes:
-            result = run("sample_ddp.py", *command, cwd=tmp_path, processes=processes)
+            result = fork("sample_ddp.py", *command, cwd=tmp_path, processes=processes)
         else:
             torch.set_num_threads(2)  # where those of torchrun have one
             result = sample(*command)
@@ -338,25 +335,22 @@ def finished(tmp_path):
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in tmp_path.glob("samples/*/shards/*-*.npz")}
 
 
-def start(*command, processes=None, launcher=(), **environment):
-    """sample_ddp.py at work, under torchrun with its flags `launcher` where `processes` are given."""
-    begin = [sys.executable]
-    if processes:
-        begin += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *(launcher or ["--standalone"])]
-    return subprocess.Popen(
-        [*begin, str(ROOT / "sample_ddp.py"), *map(str, command)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def start_long(long, tmp_path):
+    """Starts sample_ddp.py on that set, by conftest's `start`."""
+    return lambda *more, **how: start("sample_ddp.py", *long, *more, cwd=tmp_path, **how)
+
+
+def all_of(process):
+    """What it said until its end, on both streams."""
+    return "".join(process.communicate(timeout=TIMEOUT))
 
 
 def wait_for(condition, process):
     """Until condition() holds; fails where `process` ends before."""
     deadline = time.monotonic() + TIMEOUT
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        assert process.poll() is None and time.monotonic() < deadline, all_of(process)
         time.sleep(0.002)
 
 
@@ -376,12 +370,12 @@ def sampled(out):
     return int(re.search(r"^(\d+) images in", out, re.M)[1])
 
 
-def test_killed_at_random_moments_it_continues_with_any_processes(long, undisturbed, tmp_path, capfd):
+def test_killed_at_random_moments_it_continues_with_any_processes(start_long, long, undisturbed, tmp_path, capfd):
     """Alone, one of two, all of two, one of three: then one undisturbed start makes the same file."""
     moments = random.Random(0)
     before = {}
     for processes, victims in ((None, "all"), (2, "one"), (2, "all"), (3, "one")):
-        process = start(*long, processes=processes)
+        process = start_long(launcher=processes and torchrun(processes))
         wait_for_shards(tmp_path, moments.randint(1, 9), process)
         time.sleep(moments.random() * 0.01)
         hit = workers(process) if processes else []
@@ -390,7 +384,7 @@ def test_killed_at_random_moments_it_continues_with_any_processes(long, undistur
         else:
             for victim in (process, *hit):
                 victim.kill()
-        process.communicate(timeout=TIMEOUT)
+        all_of(process)
         assert process.returncode
         after = finished(tmp_path)
         assert len(after) > len(before) and all(after[name] == before[name] for name in before)
@@ -407,7 +401,7 @@ def test_killed_at_random_moments_it_continues_with_any_processes(long, undistur
 
 def test_killed_while_assembling_it_leaves_no_file_and_continues(flags, tmp_path, capfd):
     command = [*flags, "--num-fid-samples", 600, "--per-proc-batch-size", 1]
-    process = start(*command)
+    process = start("sample_ddp.py", *command, cwd=tmp_path)
     wait_for_shards(tmp_path, 1, process)
     process.kill()
     process.communicate()
@@ -417,7 +411,7 @@ def test_killed_while_assembling_it_leaves_no_file_and_continues(flags, tmp_path
     images = np.random.default_rng(0).integers(0, 256, (600, 8, 8, 3), dtype=np.uint8)
     for number in range(600):
         samples.write(number, images[number : number + 1], np.array([number]))
-    process = start(*command)
+    process = start("sample_ddp.py", *command, cwd=tmp_path)
     wait_for(lambda: list(tmp_path.glob("samples/.*.npz.*.part")), process)
     process.kill()
     process.communicate()
@@ -428,47 +422,35 @@ def test_killed_while_assembling_it_leaves_no_file_and_continues(flags, tmp_path
     assert np.array_equal(got["arr_0"], images) and np.array_equal(got["labels"], np.arange(600))
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def test_two_machines_share_the_work_and_go_on_when_one_of_them_dies(long, undisturbed, tmp_path):
+def test_two_machines_share_the_work_and_go_on_when_one_of_them_dies(start_long, undisturbed, tmp_path):
     """Two agents on one machine, as in docs/clusters.md; the first process dies once."""
     rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=1"]
-    launcher = ["--nnodes=2", *rendezvous, "--max-restarts=1"]
-    nodes = [start(*long, processes=1, launcher=launcher) for _ in range(2)]
+    launcher = ["--nnodes=2", "--nproc_per_node=1", *rendezvous, "--max-restarts=1"]
+    nodes = [start_long(launcher=launcher) for _ in range(2)]
     wait_for_shards(tmp_path, 5, nodes[0])
     there = 2 * len(finished(tmp_path))
     (first,) = (p for node in nodes for p in workers(node) if p.environ()["RANK"] == "0")
     first.kill()
-    outs = [node.communicate(timeout=TIMEOUT)[0] for node in nodes]
+    outs = [all_of(node) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outs
     (out,) = (out for out in outs if "images in" in out)
     assert "processes: 2;" in out and sampled(out) <= COUNT - there and "Traceback" not in "".join(outs)
     assert result_of(tmp_path) == undisturbed
 
 
-def by_hand(ranks, *command):
-    """Two processes that know of each other, and no torchrun that would look after them; ranks: flags of each."""
-    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [start(*command, *more, RANK=str(rank), **environment) for rank, more in enumerate(ranks)]
-
-
 def test_nobody_waits_for_a_process_that_died(long, undisturbed, tmp_path):
-    first, second = by_hand([[], []], *long)
+    first, second = start_ranks("sample_ddp.py", long, long, cwd=tmp_path)
     wait_for_shards(tmp_path, 6, first)
     second.kill()
-    out, _ = first.communicate(timeout=TIMEOUT)
+    out = all_of(first)
     second.communicate()
     assert first.returncode == 0 and "other processes ended early" in out
     assert sampled(out) == COUNT and result_of(tmp_path) == undisturbed
 
 
 def test_processes_with_other_flags_refuse_to_work_together(long, tmp_path):
-    processes = by_hand([[], ["--p-sample", "--global-seed", 3]], *long)
-    outs = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
+    processes = start_ranks("sample_ddp.py", long, [*long, "--p-sample", "--global-seed", 3], cwd=tmp_path)
+    outs = [all_of(process) for process in processes]
     assert [process.returncode for process in processes] == [1, 1]
     assert outs[0].splitlines() == ["sample_ddp.py: error: process 1 has another sampler, seed than process 0"]
     assert outs[1] == "" and not (tmp_path / "samples").exists()
@@ -476,12 +458,12 @@ def test_processes_with_other_flags_refuse_to_work_together(long, tmp_path):
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGINT, None), (signal.SIGTERM, 2)])
 def test_a_signal_stops_it_in_one_line_and_keeps_what_is_finished(
-    long, undisturbed, tmp_path, capfd, number, processes
+    start_long, long, undisturbed, tmp_path, capfd, number, processes
 ):
-    process = start(*long, processes=processes)
+    process = start_long(launcher=processes and torchrun(processes))
     wait_for_shards(tmp_path, 5, process)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=TIMEOUT)
+    out = all_of(process)
     there = 2 * len(finished(tmp_path))
     (line,) = (line for line in out.splitlines() if "sample_ddp.py: " in line)
     said = re.fullmatch(
@@ -498,9 +480,9 @@ def test_a_signal_stops_it_in_one_line_and_keeps_what_is_finished(
     assert result_of(tmp_path) == undisturbed
 
 
-def test_a_second_start_at_the_same_time_is_refused(long, tmp_path, capfd, monkeypatch):
+def test_a_second_start_at_the_same_time_is_refused(start_long, long, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(SampleSet, "PATIENCE", 0.1)
-    process = start(*long, "--num-fid-samples", 2000)
+    process = start_long("--num-fid-samples", 2000)
     try:
         wait_for_shards(tmp_path, 1, process)
         assert_refused(call("sample_ddp.py", *long, "--num-fid-samples", 2000, capfd=capfd), "in use", "tiny-size-8")
@@ -510,8 +492,8 @@ def test_a_second_start_at_the_same_time_is_refused(long, tmp_path, capfd, monke
         process.communicate()
 
 
-def test_a_damaged_shard_is_sampled_again_and_said(long, undisturbed, tmp_path, capfd):
-    process = start(*long)
+def test_a_damaged_shard_is_sampled_again_and_said(start_long, long, undisturbed, tmp_path, capfd):
+    process = start_long()
     wait_for_shards(tmp_path, 8, process)
     process.kill()
     process.communicate()

@@ -1,13 +1,11 @@
 import hashlib
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_dit
+from conftest import ROOT, fork, random_dit
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -324,10 +322,13 @@ def digests(seeds):
         yield hashlib.sha256(latents.numpy().tobytes()).hexdigest()
 
 
-def test_two_trajectories_in_a_row_equal_two_fresh_processes():
+def test_two_trajectories_in_a_row_equal_two_fresh_processes(tmp_path):
     def process(*seeds):
-        script = TRAJECTORIES.format(root=str(ROOT), tests=str(ROOT / "tests"), seeds=seeds)
-        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+        script = tmp_path / "trajectories.py"
+        script.write_text(TRAJECTORIES.format(root=str(ROOT), tests=str(ROOT / "tests"), seeds=seeds))
+        result = fork(script, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.split()
 
     one, two = process(1), process(2)
     assert one != two

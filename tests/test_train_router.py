@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, call, plain_images, run
+from conftest import ROOT, assert_refused, call, fork, plain_images, run, start, torchrun
 from PIL import Image
 
 import data
@@ -32,16 +32,15 @@ def flags(model_folder, image_folder):
 
 @pytest.fixture
 def train(flags, tmp_path, monkeypatch, capfd):
-    """Trains in an empty folder: in this process, or in `processes` of torchrun, one with processes=1."""
+    """Trains in an empty folder: in this process, or as `fork` or `run` do."""
     monkeypatch.chdir(tmp_path)
 
-    def start(*more, processes=0):
-        if not processes:
-            return call("train_router.py", *flags, *more, capfd=capfd)
-        count = processes if processes > 1 else None
-        return run("train_router.py", *flags, *more, cwd=tmp_path, processes=count, WANDB_SILENT="true")
+    def train(*more, by=None, **how):
+        if by:
+            return by("train_router.py", *flags, *more, cwd=tmp_path, **how)
+        return call("train_router.py", *flags, *more, capfd=capfd)
 
-    return start
+    return train
 
 
 def read(folder, name="last.pt"):
@@ -57,7 +56,7 @@ def metrics(folder):
 
 
 def test_one_process_trains_logs_draws_and_says_how_to_sample(train, model_folder, tmp_path):
-    result = train("--max-steps", 5, "--ckpt-every", 2, "--keep", 2, "--wandb", processes=1)
+    result = train("--max-steps", 5, "--ckpt-every", 2, "--keep", 2, "--wandb", by=run, WANDB_SILENT="true")
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "results" / "000-tiny"
     assert sorted(p.name for p in folder.iterdir() if p.name not in (".lock", "wandb")) == [
@@ -129,10 +128,10 @@ def test_compiled_blocks_make_the_same_router(train, tmp_path):
 
 def test_one_two_and_four_processes_make_the_same_router(train, flags, tmp_path):
     """Two draws an update: one process runs both, of two each has one, of four two share one."""
-    for processes in (None, 2, 4):
-        result = train("--max-steps", 1, processes=processes)
+    for processes in (1, 2, 4):
+        result = train("--max-steps", 1, by=fork, processes=processes)
         assert result.returncode == 0, result.stderr
-        if processes:
+        if processes > 1:
             bytes_said = int(re.search(r"exchanging at most (\S+) bytes an update", result.stdout)[1].replace(",", ""))
             assert (
                 metrics(tmp_path / "results" / f"{1 if processes == 2 else 2:03d}-tiny")[0]["reduced_bytes"]
@@ -149,26 +148,13 @@ def test_one_two_and_four_processes_make_the_same_router(train, flags, tmp_path)
 
 
 def test_two_hundred_updates_on_one_and_two_processes_end_with_the_same_schedule(train, tmp_path):
-    for processes in (None, 2):
-        result = train("--max-steps", 200, "--log-every", 200, "--l1", 0.5, processes=processes)
+    for processes in (1, 2):
+        result = train("--max-steps", 200, "--log-every", 200, "--l1", 0.5, by=fork, processes=processes)
         assert result.returncode == 0, result.stderr
     one, two = (Router.load(tmp_path / "results" / f"{k:03d}-tiny" / "checkpoints" / "last.pt") for k in (0, 1))
     assert torch.equal(one.schedule(0.1).compute, two.schedule(0.1).compute)
     assert 0 < one.schedule(0.1).cached_share() < 0.5
     assert (one.scores() - two.scores()).abs().max() < 1e-2
-
-
-def start_training(flags, *more, cwd, torchrun=()):
-    command = [sys.executable, *torchrun, ROOT / "train_router.py", *flags, *more]
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def wait_for(condition, process, seconds=60):
@@ -187,23 +173,23 @@ def last_step(folder):
 
 
 def test_a_run_that_is_killed_ten_times_ends_with_the_router_of_an_unbroken_one(train, flags, tmp_path):
-    more = ["--max-steps", 400, "--ckpt-every", 10, "--keep", 2, "--target-cached", 0.3]
-    assert train(*more, "--results-dir", "whole", processes=1).returncode == 0
+    more = ["--max-steps", 400, "--ckpt-every", 10, "--log-every", 10, "--keep", 2, "--target-cached", 0.3]
+    assert train(*more, "--results-dir", "whole", by=fork).returncode == 0
     random.seed(0)
     steps, killed = 0, 0
     folder = tmp_path / "results" / "000-tiny"
     for k in range(10):
-        with start_training(flags, *more, "--resume", "auto", cwd=tmp_path) as process:
+        with start("train_router.py", *flags, *more, "--resume", "auto", cwd=tmp_path) as process:
             if k % 5:
                 wait_for(lambda: last_step(folder) > steps, process)  # noqa: B023
                 time.sleep(random.uniform(0, 0.15))
             else:
-                time.sleep(random.uniform(1, 8))  # while it starts, or soon after
+                time.sleep(random.uniform(0.3, 3))  # while it starts, or soon after
             killed += process.poll() is None
             os.killpg(process.pid, signal.SIGKILL)
         steps = last_step(folder)
     assert killed == 10 and 0 < steps < 400
-    result = train(*more, "--resume", "auto", processes=1)
+    result = train(*more, "--resume", "auto", by=fork)
     assert result.returncode == 0, result.stderr
     assert f"continues at update {steps}" in result.stdout
     whole = tmp_path / "whole" / "000-tiny"
@@ -218,7 +204,7 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_router_of_an_unbroken_one(
     assert [p.name for p in (tmp_path / "results").iterdir()] == ["000-tiny"]
     assert not list(folder.glob("checkpoints/.*.part"))
     # The same command once more: there is nothing left to do.
-    again = train(*more, "--resume", "auto", processes=1)
+    again = train(*more, "--resume", "auto", by=fork)
     assert again.returncode == 0 and "sample with it" in again.stdout, again.stderr
 
 
@@ -226,7 +212,7 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_router_of_an_unbroken_one(
 def test_a_run_that_is_stopped_saves_first_and_goes_on_in_its_folder(number, workers, train, flags, tmp_path):
     folder = tmp_path / "results" / "000-tiny"
     more = ["--num-workers", workers, "--ckpt-every", 100000]
-    with start_training(flags, *more, cwd=tmp_path) as process:
+    with start("train_router.py", *flags, *more, cwd=tmp_path) as process:
         wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 1, process)
         os.killpg(process.pid, number)  # as a terminal does: its data loading processes get it too
         out, err = process.communicate(timeout=60)
@@ -246,7 +232,7 @@ def test_a_gpu_trains_the_router_of_a_cpu(processes, train, tmp_path):
         pytest.skip("one GPU")
     for device in ("cpu", "cuda"):
         more = ["--max-steps", 4, "--dtype", "fp32", "--device", device, "--results-dir", device]
-        result = train(*more, processes=processes)
+        result = train(*more, by=run, processes=processes)
         assert result.returncode == 0, result.stderr
     on_cpu, on_gpu = (logits(tmp_path / device / "000-tiny") for device in ("cpu", "cuda"))
     torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=1e-2)
@@ -255,13 +241,10 @@ def test_a_gpu_trains_the_router_of_a_cpu(processes, train, tmp_path):
 
 def test_a_resumed_run_is_the_same_run_of_weights_and_biases(train, tmp_path):
     for steps in (2, 4):
-        result = train("--max-steps", steps, "--wandb", "--resume", "auto", processes=1)
+        result = train("--max-steps", steps, "--wandb", "--resume", "auto", by=run, WANDB_SILENT="true")
         assert result.returncode == 0, result.stderr
     folders = list((tmp_path / "results" / "000-tiny" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and len({folder.name.rpartition("-")[2] for folder in folders}) == 1
-
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2"]
 
 
 def workers_of(process):
@@ -273,7 +256,8 @@ def workers_of(process):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_torchrun_that_is_stopped_leaves_a_checkpoint(number, flags, tmp_path):
     folder = tmp_path / "results" / "000-tiny"
-    with start_training(flags, "--num-workers", 1, "--ckpt-every", 100000, cwd=tmp_path, torchrun=TORCHRUN) as process:
+    more = ["--num-workers", 1, "--ckpt-every", 100000]
+    with start("train_router.py", *flags, *more, cwd=tmp_path, launcher=torchrun(2)) as process:
         wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 1, process)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
@@ -282,13 +266,13 @@ def test_torchrun_that_is_stopped_leaves_a_checkpoint(number, flags, tmp_path):
 
 
 def test_torchrun_restarts_a_killed_process_and_the_router_is_that_of_an_unbroken_run(train, flags, tmp_path):
-    more = ["--max-steps", 150, "--ckpt-every", 4]
-    assert train(*more, "--results-dir", "whole", processes=2).returncode == 0
+    more = ["--max-steps", 60, "--ckpt-every", 4]
+    assert train(*more, "--results-dir", "whole", by=fork, processes=2).returncode == 0
     # A finished run of the same flags is not what the restart must find.
     shutil.copytree(tmp_path / "whole", tmp_path / "results")
     folder = tmp_path / "results" / "001-tiny"
-    torchrun = [*TORCHRUN, "--max-restarts", "1"]
-    with start_training(flags, *more, cwd=tmp_path, torchrun=torchrun) as process:
+    launcher = [*torchrun(2), "--max-restarts", "1"]
+    with start("train_router.py", *flags, *more, cwd=tmp_path, launcher=launcher) as process:
         wait_for(lambda: last_step(folder) >= 8, process)
         os.kill(workers_of(process)[-1], signal.SIGKILL)
         out, err = process.communicate(timeout=120)
@@ -299,14 +283,14 @@ def test_torchrun_restarts_a_killed_process_and_the_router_is_that_of_an_unbroke
 
 
 def test_latents_made_by_two_processes_train_the_router_that_images_train(train, flags, tmp_path):
-    extracted = train("--extract-latents", "latents", processes=2)
+    extracted = train("--extract-latents", "latents", by=fork, processes=2)
     assert extracted.returncode == 0, extracted.stderr
     assert "train with --latents latents" in extracted.stdout
     assert not (tmp_path / "results").exists()
     at = flags.index("--data-path")
     without = flags[:at] + flags[at + 2 :]
     assert train("--max-steps", 6).returncode == 0
-    result = run("train_router.py", *without, "--latents", "latents", "--max-steps", 6, cwd=tmp_path)
+    result = fork("train_router.py", *without, "--latents", "latents", "--max-steps", 6, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     images, latents = (metrics(tmp_path / "results" / f"{k:03d}-tiny")[-1] for k in (0, 1))
     assert latents["mse"] == pytest.approx(images["mse"], rel=1e-2) and latents["epoch"] == images["epoch"] == 1
@@ -435,7 +419,7 @@ def test_a_router_of_another_model_or_step_count_is_not_continued(flags, model_f
 
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused_once(train):
-    result = train("--global-batch-size", 6, "--max-steps", 1, processes=4)
+    result = train("--global-batch-size", 6, "--max-steps", 1, by=run, processes=4)
     assert result.returncode != 0
     assert result.stderr.count("--global-batch-size 6 does not divide among 4 processes: pass 8") == 1
 
