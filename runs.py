@@ -91,13 +91,8 @@ class Run:
     def save_pictures(self, router, threshold):
         """Writes router.png, the scores of `router`, and router.gif, from the first line of the log to the last."""
         save_heatmap({self.folder.name: router.scores()}, threshold, self.folder / "router.png")
-        frames = []
-        for line in self.history(math.inf):
-            scores = torch.ones(router.steps, router.depth, 2)
-            scores[list(router.trained_steps(router.steps))] = torch.tensor(line["scores"]).unflatten(1, (-1, 2))
-            frames.append((f"update {line['step']}: {line['cached_share']:.1%} of all layers cached", scores))
-        frames = frames or [("final", router.scores())]
-        save_animation(frames, threshold, self.folder / "router.gif")
+        history = frames(self.history(math.inf), router.steps)
+        save_animation(history or [("final", router.scores())], threshold, self.folder / "router.gif")
 
     def history(self, step):
         """`read_history` of this run."""
@@ -115,6 +110,17 @@ class Run:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.metrics}: {error.strerror}; the same with --resume goes on") from error
+
+
+def frames(lines, steps):
+    """What `save_animation` shows of lines of a log: titles and scores [steps, depth, 2] of a router for `steps`."""
+    pairs = []
+    for line in lines:
+        trained = torch.tensor(line["scores"]).unflatten(1, (-1, 2))
+        scores = torch.ones(steps, *trained.shape[1:])
+        scores[list(Router.trained_steps(steps))] = trained
+        pairs.append((f"update {line['step']}: {line['cached_share']:.1%} of all layers cached", scores))
+    return pairs
 
 
 def _number(path):

@@ -1,9 +1,11 @@
-"""Makes the pictures of this folder from the shipped weights: python assets/make.py
+"""Makes the pictures of this folder from the shipped weights and records: python assets/make.py
 
 samples.png: ten classes across, eight samples down, DDIM-20 without a router.
 router.png:  the scores of the two shipped routers, steps down in the order they run, layers across.
+router.gif:  how the first of them came about, by the log of its training.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -48,10 +50,19 @@ def draw_routers(args, threshold=0.1):
     save_heatmap(scores, threshold, args.out / "router.png")
 
 
+def draw_training(args, threshold=0.1):
+    from figures import save_animation
+    from runs import frames
+
+    log = ROOT / "demo" / "records" / "fashion-20.jsonl"
+    save_animation(frames(map(json.loads, log.open()), 20), threshold, args.out / "router.gif")
+
+
 def main(args):
     draw_samples(args)
     draw_routers(args)
-    print(f"wrote {args.out / 'samples.png'} and {args.out / 'router.png'}")
+    draw_training(args)
+    print(f"wrote samples.png, router.png and router.gif into {args.out}")
 
 
 if __name__ == "__main__":

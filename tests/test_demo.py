@@ -200,6 +200,12 @@ def test_the_pictures_of_assets_are_made(tmp_path, capfd):
     samples = np.asarray(Image.open(tmp_path / "samples.png"))
     assert samples.shape == (8 * 98 + 2, 10 * 98 + 2, 3)
     assert Image.open(tmp_path / "router.png").width > 500
+    with Image.open(tmp_path / "router.gif") as made, Image.open(ROOT / "assets" / "router.gif") as shipped:
+        assert made.n_frames == shipped.n_frames == len((ROOT / "demo/records/fashion-20.jsonl").open().readlines())
+        for frame in (0, 29):
+            made.seek(frame), shipped.seek(frame)
+            pair = [np.asarray(gif.convert("RGB"), float) for gif in (made, shipped)]
+            assert abs(pair[0] - pair[1]).mean() < 2  # fonts may differ
 
 
 def test_the_table_of_the_readme_is_that_of_the_records():
