@@ -102,13 +102,14 @@ def device_name(device: torch.device) -> str:
 
 
 def device_model(device: torch.device) -> str:
-    """The name of the GPU, or of the processor."""
+    """The name of the GPU, or of the processor and its instruction set, on which the last bits of results depend."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def synchronize(device: torch.device) -> None:
