@@ -15,7 +15,7 @@ def test_a_record_compares_each_way_with_plain_float32(tmp_path, monkeypatch, ca
     ways = [("fp32", False, False), ("fp32", False, True), ("bf16", False, False)]
     monkeypatch.setattr(precision, "ways", lambda device: ways)
     record = tmp_path / "precision-tiny.json"
-    result = call("precision.py", "--images", 20, "--device", "cpu", "--record", record, capfd=capfd)
+    result = call("precision.py", "--images", 10, "--device", "cpu", "--record", record, capfd=capfd)
     assert result.returncode == 0, result.stderr
     rows = json.loads(record.read_text())["rows"]
     assert [(row["dtype"], row["compiled"], row["recorded"]) for row in rows] == [way for way in ways for _ in range(2)]

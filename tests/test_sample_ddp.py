@@ -374,18 +374,18 @@ def test_killed_at_random_moments_it_continues_with_any_processes(start_long, lo
     """Alone, one of two, all of two, one of three: then one undisturbed start makes the same file."""
     moments = random.Random(0)
     before = {}
-    for processes, victims in ((None, "all"), (2, "one"), (2, "all"), (3, "one")):
-        process = start_long(launcher=processes and torchrun(processes))
-        wait_for_shards(tmp_path, moments.randint(1, 9), process)
+    for processes, victims in ((1, "all"), (2, "one"), (2, "all"), (3, "one")):
+        if victims == "all":
+            started = start_ranks("sample_ddp.py", *[long] * processes, cwd=tmp_path)
+        else:  # torchrun ends the others
+            started = [start_long(launcher=torchrun(processes))]
+        wait_for_shards(tmp_path, moments.randint(1, 9), started[0])
         time.sleep(moments.random() * 0.01)
-        hit = workers(process) if processes else []
-        if victims == "one":
-            moments.choice(hit).kill()
-        else:
-            for victim in (process, *hit):
-                victim.kill()
-        all_of(process)
-        assert process.returncode
+        for victim in started if victims == "all" else [moments.choice(workers(started[0]))]:
+            victim.kill()
+        for process in started:
+            all_of(process)
+            assert process.returncode
         after = finished(tmp_path)
         assert len(after) > len(before) and all(after[name] == before[name] for name in before)
         before = after
