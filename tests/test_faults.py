@@ -488,17 +488,25 @@ def latents(hurt, folder):
     hurt.flags["train_router.py"] = [*flags[: flags.index("--data-path")], "--latents", folder]
 
 
+TRUNCATE = """
+import updates
+before = updates.router_loss
+def hurting(*args):
+    os.truncate("{}", 300)
+    return before(*args)
+updates.router_loss = hurting
+"""
+
+
 def test_latents_that_change_while_they_are_read_are_one_line(hurt, tmp_path):
     folder = tmp_path / "latents"
     latents(hurt, folder)
     path = folder / "000000.npy"
     whole = path.read_bytes()
 
-    def train_while_cut():
-        result = hurt.run("train_router.py", place="updates.router_loss", hurt=lambda: os.truncate(path, 300))
-        assert_refused(result, "000000.npy cannot be read")
-
-    assert in_a_child(train_while_cut) == 0
+    # In a process of its own: a map of the file would kill it, and a copy of this one may not compute gradients.
+    result = run_after(TRUNCATE.format(path), "train_router.py", *hurt.flags["train_router.py"], cwd=tmp_path)
+    assert_refused(result, "000000.npy cannot be read")
     for content in (whole[:50], whole.replace(b"<f2", b"<f4"), b""):
         path.write_bytes(content)
         assert_refused(hurt.run("train_router.py"), "000000.npy cannot be read")
