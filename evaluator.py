@@ -10,7 +10,7 @@ ImageNet reference are fetched where they are missing.
 
 import argparse
 
-import cli
+from runtime import cli
 
 PUBLISHED_SAMPLES = 50000  # that published values are of
 # By the name to ask for it: what is printed; what it needs of both sets.
@@ -95,8 +95,8 @@ def requirements(args, sets):
 
     Raises UserError where a set neither stores them nor holds images to make them from.
     """
-    from files import UserError
-    from image_sets import STATISTICS
+    from evaluation.evaluation_set import STATISTICS
+    from runtime.errors import UserError
 
     needed = {role: {array for name in args.metrics for array in METRICS[name][1]} for role in sets}
     if "is" in args.metrics and "sample" in sets:
@@ -115,7 +115,7 @@ def requirements(args, sets):
 
 def check_graphs(sets, network):
     """Raises UserError where what is stored in the sets was made by another graph than the network, or each other's."""
-    from files import UserError
+    from runtime.errors import UserError
 
     for images in sets.values():
         if network:
@@ -150,8 +150,8 @@ def compute(args, arrays, network, device):
     """
     from tqdm import tqdm
 
-    import metrics
-    from files import UserError
+    from evaluation import metrics
+    from runtime.errors import UserError
 
     reference, sample = arrays["reference"], arrays["sample"]
     try:
@@ -182,24 +182,23 @@ def main(args):
 
     from tqdm import tqdm
 
-    import devices
-    import download
-    import image_sets
-    from files import check_writable
+    from evaluation.evaluation_set import open_evaluation_set, save_statistics
+    from runtime import devices, records, released
+    from runtime.files import check_writable
 
     device = devices.pick_device(args.device)
     for place in filter(None, (args.save_stats, args.record)):
         check_writable(place)
     paths = {"reference": args.reference} | ({"sample": args.sample} if args.sample else {})
     # The sample first: where it is missing, the reference's gigabytes are not fetched for nothing.
-    opened = {role: image_sets.open_set(download.find(paths[role])) for role in reversed(paths)}
+    opened = {role: open_evaluation_set(released.find(paths[role])) for role in reversed(paths)}
     sets = {role: opened[role] for role in paths}
     needed = requirements(args, sets)
     missing = {role: needed[role] - images.stored.keys() for role, images in sets.items()}
     with cli.warnings_said() as said:
         network = None
         if any(missing.values()) or "is" in args.metrics and args.sample:
-            from features import Network
+            from evaluation.features import Network
 
             network = Network(args.graph, args.backend, device, args.batch_size)
         check_graphs(sets, network)
@@ -217,7 +216,7 @@ def main(args):
         if args.save_stats:
             # Of the last one, which is the sample if there are two.
             made = {"graph": network.sha256, "images": images.count, "image_size": images.size} if network else {}
-            image_sets.save_statistics(args.save_stats, arrays[role], images.about or made, args.keep_features)
+            save_statistics(args.save_stats, arrays[role], images.about or made, args.keep_features)
             print(f"Statistics: {args.save_stats}")
         if not args.sample:
             return
@@ -237,7 +236,7 @@ def main(args):
                 "stored": sorted(needed[role] - missing[role]),
             }
         backend = network and {"name": network.backend, "graph_sha256": network.sha256, "versions": network.versions}
-        devices.write_record(args, device, figures | {"backend": backend, "seconds": seconds, "warnings": said})
+        records.write_record(args, device, figures | {"backend": backend, "seconds": seconds, "warnings": said})
 
 
 if __name__ == "__main__":

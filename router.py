@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from files import UserError, load_tensors, written_whole
+from diffusion import GaussianDiffusion
+from models import DiT
+from runtime import released
+from runtime.errors import UserError
+from runtime.files import atomic_write, load_tensors
+from runtime.hashes import fingerprint
 from schedule import Schedule
 
 if TYPE_CHECKING:
@@ -85,7 +90,7 @@ class Router(nn.Module):
     def save(self, path: str | Path, **extra: Any) -> None:
         """Writes a router file whole or not at all; `extra` ("opt", "args") must be tensors and plain types."""
         # Through a file of Python's: of a full disk torch's own writer says nothing that could be told from a bug.
-        with written_whole(path) as part, part.open("wb") as file:
+        with atomic_write(path) as part, part.open("wb") as file:
             torch.save({"routers": self.state(), **extra}, file)
 
     @classmethod
@@ -157,3 +162,20 @@ def router_loss(
         scores = (scores > threshold).float() + (scores - scores.detach())
     student = dit(x, before, y, [row.unbind() for row in scores.unbind()], cache)
     return (teacher - student).square().flatten(1).mean(1)
+
+
+def load_schedule(method: str | None, path: str | None, threshold: float) -> tuple[Schedule | None, dict[str, Any]]:
+    """The `Schedule` of the file at `path`, or None, and what a manifest says of it: JSON types, None what is not used.
+
+    method: "dynamiclayer" for a router file, used at `threshold`, "schedule" for a schedule file, None for neither.
+    Raises UserError where the file is missing, damaged, or another one.
+    """
+    described = dict.fromkeys(("router", "threshold", "schedule"))
+    if method is None:
+        return None, described
+    path = released.find(path)
+    if method == "schedule":
+        schedule = Schedule.load(path)
+        return schedule, described | {"schedule": schedule.sha256()}
+    router = Router.load(path)
+    return router.schedule(threshold), described | {"router": fingerprint(router, {}), "threshold": threshold}

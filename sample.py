@@ -8,7 +8,7 @@
 The time is that of the diffusion loop: without loading, without decoding.
 """
 
-import cli
+from runtime import cli
 
 CFG_SCALE = 4.0  # as published for pictures
 
@@ -57,28 +57,32 @@ def main(args):
     import torch
     from tqdm import tqdm
 
-    import devices
     import sampling
     from diffusion import create_diffusion
-    from files import check_writable
+    from pretrained.loading import load_dit, load_vae
+    from pretrained.spec import check_labels, model_spec
+    from router import load_schedule
+    from runtime import devices, records
+    from runtime.files import check_writable
+    from runtime.pictures import picture_format, psnr, save_picture
 
     # What can be refused is refused before the weights are read.
     device = devices.pick_device(args.device, cuda_graphs=args.cuda_graphs)
     dtype = devices.pick_dtype(args.dtype, device)
-    spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+    spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
     labels = args.class_labels or spec.default_labels
-    sampling.check_labels(labels, spec.num_classes)
+    check_labels(labels, spec.num_classes)
     out = args.out or f"Sample_NFE{args.num_sampling_steps}_Method_{args.accelerate_method or 'full'}.png"
-    sampling.picture_format(out)
+    picture_format(out)
     for place in filter(None, (out, args.record)):
         check_writable(place)
-    schedule, _ = sampling.load_schedule(args.accelerate_method, args.path, args.thres)
+    schedule, _ = load_schedule(args.accelerate_method, args.path, args.thres)
     if not (args.ddim_sample or args.p_sample):
         print("Neither --ddim-sample nor --p-sample: DDIM is meant")
 
     if args.random_weights:
         print(f"Random weights from seed {args.seed}: the times are meant, there will be no picture")
-    dit = sampling.load_dit(spec, device, args.seed if args.random_weights else None)
+    dit = load_dit(spec, device, args.seed if args.random_weights else None)
     cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
     sampling.check_sampler(dit, cfg_scale, args.p_sample)
     dit = devices.set_precision(dit, dtype)
@@ -87,7 +91,7 @@ def main(args):
     if schedule:
         schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
         print(schedule.describe(dit.multiply_adds()))
-    vae = None if args.random_weights else devices.speed_up_vae(sampling.load_vae(spec, device), device, dtype)
+    vae = None if args.random_weights else devices.speed_up_vae(load_vae(spec, device), device, dtype)
 
     diffusion = create_diffusion(args.num_sampling_steps)
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: the same noise on every device
@@ -129,7 +133,7 @@ def main(args):
     images = {} if args.random_weights else {name: sampling.decode(vae, latents[name]).cpu() for name in runs}
     if images:
         columns = min(len(labels), 10) if args.compare else 4 if len(labels) <= 8 else 10
-        sampling.save_picture(list(images.values()), out, columns)
+        save_picture(list(images.values()), out, columns)
         if spec.class_names:
             print("Classes: " + ", ".join(spec.class_names[label] for label in labels[:columns]))
         print(f"Picture: {out}" + (f" (above without the {cached}, below with it)" if args.compare else ""))
@@ -138,7 +142,7 @@ def main(args):
         shown, peak = (images, 255) if images else (latents, (latents["full"].max() - latents["full"].min()).item())
         figures = compare(dit, schedule, times, batch=len(labels) * (1 if cfg_scale == 1.0 else 2))
         figures["dtype"] = dtype
-        psnr = sampling.psnr(shown[cached], shown["full"], peak)
+        psnr = psnr(shown[cached], shown["full"], peak)
         figures["psnr_db"] = psnr if math.isfinite(psnr) else None  # JSON has no infinity, of pictures that are equal
         rates = figures["g_multiply_adds_per_second"]
         print(
@@ -150,7 +154,7 @@ def main(args):
         )
         print(f"PSNR of the {'images' if images else 'latents'} with and without the {cached}: {psnr:.2f} dB")
         if args.record:
-            devices.write_record(args, device, figures)
+            records.write_record(args, device, figures)
 
 
 def compare(dit, schedule, times, batch):
@@ -160,7 +164,7 @@ def compare(dit, schedule, times, batch):
     """
     import statistics
 
-    import devices
+    from runtime import devices
     from schedule import Schedule
 
     costs = dit.multiply_adds()

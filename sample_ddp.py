@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-import cli
+from runtime import cli
 
 CFG_SCALE = 1.5  # as published for FID
 DETERMINISTIC_BATCH = 8  # images of a batch with --deterministic, each always at the same place in it
@@ -67,40 +67,43 @@ def parse_args(argv=None):
 
 def load(args, device, dtype, processes):
     """The model's spec, its DiT in `dtype`, its VAE, and its schedule or None with what the manifest says of it."""
-    import devices
     import sampling
+    from pretrained.loading import load_dit, load_vae
+    from pretrained.spec import model_spec
+    from router import load_schedule
+    from runtime import devices
 
-    spec = processes.together(
-        lambda: sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt), in_turn=True
+    spec = processes.run_everywhere(
+        lambda: model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt), local_main_first=True
     )
 
     def read():
         # What is missing is fetched; a wrong --path is found before the weights are read.
-        schedule, described = sampling.load_schedule(args.accelerate_method, args.path, args.thres)
-        dit = sampling.load_dit(spec, device)
+        schedule, described = load_schedule(args.accelerate_method, args.path, args.thres)
+        dit = load_dit(spec, device)
         sampling.check_sampler(dit, spec.guidance(args.cfg_scale, CFG_SCALE), args.p_sample)
         if schedule:
             schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
         dit = devices.set_precision(dit, dtype)
         if args.compile:
             devices.compile_blocks(dit)
-        return dit, devices.speed_up_vae(sampling.load_vae(spec, device), device, dtype), schedule, described
+        return dit, devices.speed_up_vae(load_vae(spec, device), device, dtype), schedule, described
 
-    return spec, *processes.together(read, in_turn=True)
+    return spec, *processes.run_everywhere(read, local_main_first=True)
 
 
 def describe(args, spec, dit, vae, schedule, device, dtype):
     """The manifest: all that determines the images, as JSON types; schedule: its part of it."""
     from importlib.metadata import version
 
-    import devices
-    import sampling
+    from runtime import devices
+    from runtime.hashes import fingerprint
 
     return {
         "format": FORMAT,
         **{name: version(name) for name in ("torch", "diffusers", "timm", "numpy")},
-        "model": sampling.fingerprint(dit, spec.config),
-        "vae": sampling.fingerprint(vae, {"scaling_factor": vae.config.scaling_factor}),
+        "model": fingerprint(dit, spec.config),
+        "vae": fingerprint(vae, {"scaling_factor": vae.config.scaling_factor}),
         **schedule,
         "images": args.num_fid_samples,
         "image_size": spec.image_size,
@@ -138,9 +141,9 @@ def set_name(args, spec, manifest):
 
 def begin(images, processes, batch_size):
     """The ranges (start, stop) of images that are left to sample; the processes check those that are there together."""
-    processes.together(lambda: images.hold(processes.rank))
-    finished = processes.by_first(images.finished)
-    bad = processes.together(lambda: images.damaged(finished[processes.rank :: processes.size]))
+    processes.run_everywhere(lambda: images.hold(processes.rank))
+    finished = processes.run_on_main(images.finished)
+    bad = processes.run_everywhere(lambda: images.damaged(finished[processes.rank :: processes.size]))
     bad = [damaged for part in processes.gather(bad) for damaged in part]
 
     def missing():
@@ -154,7 +157,7 @@ def begin(images, processes, batch_size):
         images.check_space()
         return left
 
-    return processes.by_first(missing)
+    return processes.run_on_main(missing)
 
 
 def main(args):
@@ -164,11 +167,13 @@ def main(args):
     import torch
     from tqdm import tqdm
 
-    import devices
-    from files import UserError, check_writable, out_of_memory
-    from pipeline import Pipeline
-    from processes import Processes
-    from shards import SampleSet
+    from evaluation.sample_set import SampleSet
+    from evaluation.writer import SampleWriter
+    from runtime import devices, records
+    from runtime.errors import UserError
+    from runtime.files import check_writable
+    from runtime.memory import out_of_memory
+    from runtime.processes import Processes
 
     processes = Processes()
     device = devices.pick_device(args.device, processes, args.cuda_graphs)
@@ -179,7 +184,7 @@ def main(args):
             torch.set_num_threads(1)  # a sum depends on how many threads share it
     processes.connect()
     if args.record:
-        processes.by_first(lambda: check_writable(args.record))
+        processes.run_on_main(lambda: check_writable(args.record))
     spec, dit, vae, schedule, described = load(args, device, dtype, processes)
     manifest = describe(args, spec, dit, vae, described, device, dtype)
     for rank, other in enumerate(processes.gather(manifest)):
@@ -187,14 +192,14 @@ def main(args):
         if different:
             raise processes.error(f"process {rank} has another {', '.join(different)} than process {processes.rank}")
     images = SampleSet(args.sample_dir, set_name(args, spec, manifest), manifest, args.save_to_disk, args.keep_shards)
-    if processes.by_first(images.open):
-        if processes.first:
+    if processes.run_on_main(images.open):
+        if processes.is_main:
             images.complete_pngs()
             print(f"{images.npz} is there already, complete" + ("; nothing to record" if args.record else ""))
         return processes.disconnect()
     batch_size = DETERMINISTIC_BATCH if args.deterministic else args.per_proc_batch_size
     ranges = begin(images, processes, batch_size)
-    if processes.first:
+    if processes.is_main:
         if not (args.ddim_sample or args.p_sample):
             print("Neither --ddim-sample nor --p-sample: DDIM is meant")
         if schedule:
@@ -204,19 +209,19 @@ def main(args):
 
     # In a log file a line a minute is enough, and none for what is done before.
     often = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60}
-    bar = partial(tqdm, smoothing=0, disable=not processes.first, **often)
-    shown = bar(total=images.count, initial=images.count_finished() if processes.first else 0, unit="image")
+    bar = partial(tqdm, smoothing=0, disable=not processes.is_main, **often)
+    shown = bar(total=images.count, initial=images.count_finished() if processes.is_main else 0, unit="image")
 
     def show():
-        if processes.first:
+        if processes.is_main:
             shown.update(images.count_finished() - shown.n)
 
     sample = batch_sampler(args, dit, schedule, manifest["cfg_scale"], batch_size, device)
-    pipeline, since = Pipeline(sample, vae, images.write, device), time.perf_counter()
+    pipeline, since = SampleWriter(sample, vae, images.write, device), time.perf_counter()
     try:
         with cli.sigterm_interrupts():
             pipeline.run(ranges[processes.rank :: processes.size], show)
-            if not processes.first:
+            if not processes.is_main:
                 return
             pipeline.run(wait_for_others(images, processes, batch_size, show), show)
             seconds = time.perf_counter() - since
@@ -236,13 +241,14 @@ def main(args):
     figures = summarise(sum(stop - start for start, stop in ranges), seconds, spent, pipeline.overlaps, processes.size)
     print(f"Samples: {images.npz} ({images.count} images, SHA-256 of arr_0 {digest})")
     if args.record:
-        devices.write_record(args, device, {"dtype": dtype} | figures)
+        records.write_record(args, device, {"dtype": dtype} | figures)
 
 
 def batch_sampler(args, dit, schedule, cfg_scale, batch_size, device):
     """A function (start, stop) -> latents of these images on the device, and their labels on the CPU."""
     import sampling
     from diffusion import create_diffusion
+    from runtime.noise import ImageNoise
 
     diffusion = create_diffusion(args.num_sampling_steps)
     sampler = sampling.make_sampler(dit, diffusion, cfg_scale, schedule, args.p_sample, args.cuda_graphs)
@@ -252,9 +258,7 @@ def batch_sampler(args, dit, schedule, cfg_scale, batch_size, device):
         if args.deterministic or args.cuda_graphs or args.compile:
             # Another size would be compiled or recorded anew: images beyond a smaller batch fill it up and are dropped.
             stop = start + batch_size
-        draws = sampling.ImageDraws(
-            args.global_seed, range(start, stop), shape, dit.num_classes, device, args.balanced_labels
-        )
+        draws = ImageNoise(args.global_seed, range(start, stop), shape, dit.num_classes, device, args.balanced_labels)
         return sampler(draws.z, draws.y, randn_like=draws.randn_like), draws.labels
 
     return sample

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import UserError, load_tensors, written_whole
+from runtime.errors import UserError
+from runtime.files import atomic_write, load_tensors
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Schedule:
 
     def save(self, path: str | Path) -> None:
         """Writes a schedule file, {"compute": bool [steps, depth, 2]}, whole or not at all."""
-        with written_whole(path) as part, part.open("wb") as file:  # as in `Router.save`
+        with atomic_write(path) as part, part.open("wb") as file:  # as in `Router.save`
             torch.save({"compute": self.compute}, file)
 
     @classmethod

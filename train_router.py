@@ -14,8 +14,8 @@ import contextlib
 import math
 import os
 
-import cli
-from presets import PRESETS, describe_presets
+from runtime import cli
+from training.presets import PRESETS, describe_presets
 
 # What a router depends on, beside the model and the data: --resume auto continues a run with the same.
 DETERMINING = (
@@ -172,7 +172,7 @@ def check_args(parser, args):
 
 def check_continues(saved, args, updates, dit, identity):
     """Raises UserError where the checkpoint `saved` is of another model or step count, or has all `updates`."""
-    from files import UserError
+    from runtime.errors import UserError
 
     steps, depth = len(saved["routers"]), len(saved["routers"]["0.prob"]) // 2
     if steps != args.num_sampling_steps:
@@ -194,23 +194,25 @@ def check_continues(saved, args, updates, dit, identity):
 
 def prepare(args, processes, device):
     """The model's spec, its DiT (None for --extract-latents), its VAE, the data, and the VAE's fingerprint."""
-    import data
-    import sampling
+    from pretrained.loading import load_dit, load_vae
+    from pretrained.spec import model_spec
+    from runtime.hashes import fingerprint
+    from training.sources import ImageSource, LatentSource
 
-    spec = processes.together(
-        lambda: sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt), in_turn=True
+    spec = processes.run_everywhere(
+        lambda: model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt), local_main_first=True
     )
-    source = processes.together(lambda: data.Images(args.data_path, spec)) if args.data_path else None
+    source = processes.run_everywhere(lambda: ImageSource(args.data_path, spec)) if args.data_path else None
 
     def load():
         # What is missing is fetched; a wrong --ckpt is found before that.
-        dit = None if args.extract_latents else sampling.load_dit(spec, device)
-        return dit, sampling.load_vae(spec, device)
+        dit = None if args.extract_latents else load_dit(spec, device)
+        return dit, load_vae(spec, device)
 
-    dit, vae = processes.together(load, in_turn=True)
+    dit, vae = processes.run_everywhere(load, local_main_first=True)
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    identity = {"vae": sampling.fingerprint(vae, config)}
-    source = source or processes.together(lambda: data.Latents(args.latents, spec, identity["vae"]))
+    identity = {"vae": fingerprint(vae, config)}
+    source = source or processes.run_everywhere(lambda: LatentSource(args.latents, spec, identity["vae"]))
     if dit:
         if len(source) < args.global_batch_size:
             raise processes.error(
@@ -218,7 +220,7 @@ def prepare(args, processes, device):
                 f"{args.global_batch_size}"
             )
         size = spec.name if spec.registered else ""  # a folder's name says nothing
-        identity |= {"model": sampling.fingerprint(dit, {"size": size, **spec.config}), "data": source.fingerprint()}
+        identity |= {"model": fingerprint(dit, {"size": size, **spec.config}), "data": source.fingerprint()}
     return spec, dit, vae, source, identity
 
 
@@ -226,13 +228,13 @@ def main(args):
     import json
     from importlib.metadata import version
 
-    import data
-    import devices
     from diffusion import create_diffusion
-    from files import written_whole
-    from processes import Processes
-    from runs import Run, open_run
-    from updates import Training
+    from runtime import devices
+    from runtime.files import atomic_write
+    from runtime.processes import Processes
+    from training.batches import BatchSampler
+    from training.run_folder import RunFolder, open_run
+    from training.trainer import Trainer
 
     processes = Processes()
     device = devices.pick_device(args.device, processes)
@@ -258,7 +260,7 @@ def main(args):
         saved = None
         if processes.launch:
             # After a restart (torchrun's --max-restarts) what this launch began goes on, whatever its --resume was.
-            run, saved = Run.newest(args.results_dir, lambda s: s["launch"] == processes.launch and like_this(s))
+            run, saved = RunFolder.newest(args.results_dir, lambda s: s["launch"] == processes.launch and like_this(s))
             lines = run.history(saved["step"]) if run else []
         if saved is None:
             check = lambda saved: check_continues(saved, args, updates, dit, identity)  # noqa: E731
@@ -266,12 +268,12 @@ def main(args):
         run.set_history(lines)
         return saved
 
-    saved = processes.by_first(open_folder)
+    saved = processes.run_on_main(open_folder)
     dit = devices.set_precision(dit, args.dtype)
     dit.grad_checkpointing = args.grad_checkpointing
     if args.compile:
-        processes.together(lambda: devices.compile_blocks(dit))
-    batches = data.Batches(
+        processes.run_everywhere(lambda: devices.compile_blocks(dit))
+    batches = BatchSampler(
         len(source),
         args.global_batch_size,
         args.global_seed,
@@ -281,21 +283,21 @@ def main(args):
         args.epochs,
     )
     diffusion = create_diffusion(args.num_sampling_steps)
-    training = Training(dit, vae, diffusion, args, updates, processes, batches.part)
+    training = Trainer(dit, vae, diffusion, args, updates, processes, batches.part)
     if saved:
         training.load_state_dict(saved)
-    if processes.first:
-        with written_whole(run.folder / "args.json") as part:
+    if processes.is_main:
+        with atomic_write(run.folder / "args.json") as part:
             versions = {name: version(name) for name in ("torch", "diffusers", "numpy")}
             part.write_text(json.dumps({"args": vars(args), "versions": versions}, indent=2) + "\n")
         introduce(args, run, source, training, saved, identity)
-    log = start_wandb(args, run.folder, saved and saved["wandb"]) if args.wandb and processes.first else None
+    log = start_wandb(args, run.folder, saved and saved["wandb"]) if args.wandb and processes.is_main else None
     kept = {"args": vars(args), "identity": identity, "launch": processes.launch}
     kept["wandb"] = log.id if log else saved and saved["wandb"]
 
     def save():
         """A checkpoint, by the first process."""
-        if not processes.first:
+        if not processes.is_main:
             return
         path = run.save(training.router, args.keep, args.thres, **training.state_dict(), **kept)
         if log and path.with_suffix(".png").exists():
@@ -303,10 +305,10 @@ def main(args):
 
             log.log({"heatmap": wandb.Image(str(path.with_suffix(".png")))}, step=training.step)
 
-    if processes.first and not run.last.exists():
+    if processes.is_main and not run.last.exists():
         save()  # so that a restart finds the run
     told = train(args, processes, training, source, batches, spec.horizontal_flip, run, save, log)
-    if processes.first:
+    if processes.is_main:
         conclude(args, spec, run, training, log)
     processes.disconnect()
     if told:
@@ -344,27 +346,30 @@ def train(args, processes, training, source, batches, flips, run, save, log):
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    import data
-    import devices
-    from files import UserError
+    from runtime import devices
+    from runtime.errors import UserError
+    from training.batches import TrainingSamples, ignore_signals, loaded, names_in
+    from training.sources import check_skipped
 
     dit, device = training.dit, training.device
     shape = (dit.in_channels, dit.input_size, dit.input_size)
     loader = DataLoader(
-        data.Samples(source, args.global_seed, shape, dit.num_classes, dit.y_embedder.dropout_prob, flips),
+        TrainingSamples(source, args.global_seed, shape, dit.num_classes, dit.y_embedder.dropout_prob, flips),
         batch_sampler=batches,
         num_workers=min(args.num_workers, os.cpu_count() or 1),
-        worker_init_fn=data.ignore_signals,
+        worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
     )
     # A process that is told to stop says so with its gradients, so that all stop after the same update.
     stop = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=training.updates, initial=training.step, unit="update", disable=None if processes.first else True)
+    bar = tqdm(
+        total=training.updates, initial=training.step, unit="update", disable=None if processes.is_main else True
+    )
     told, unread, since, timed = False, [], time.perf_counter(), training.step
     try:
-        for batch in data.loaded(loader) if training.step < training.updates else ():
-            unread += data.names_in(batch["skipped"])
+        for batch in loaded(loader) if training.step < training.updates else ():
+            unread += names_in(batch["skipped"])
             told = training.update(batch, bool(stop))
             step = training.step
             bar.update()
@@ -372,13 +377,13 @@ def train(args, processes, training, source, batches, flips, run, save, log):
             reports, saves = done or step % args.log_every == 0, done or step % args.ckpt_every == 0
             if reports or saves:
                 names = {name for names in processes.gather(unread) for name in names} - training.skipped
-                for name in sorted(names) if processes.first else ():
+                for name in sorted(names) if processes.is_main else ():
                     bar.write(f"skipped {name}")
                 # Before they are kept, so that who replaces the files can go on.
-                processes.together(lambda names=names: data.check_skipped(training.skipped | names, source))
+                processes.run_everywhere(lambda names=names: check_skipped(training.skipped | names, source))
                 training.skipped |= names
                 unread = []
-            if reports and processes.first:
+            if reports and processes.is_main:
                 line = training.report() | {
                     "epoch": batches.epoch(step - 1),
                     "images_per_second": (step - timed) * args.global_batch_size / (time.perf_counter() - since),
@@ -432,14 +437,14 @@ def extract(args, images, vae, spec, vae_fingerprint, processes):
     """--extract-latents: encodes all images once, each process its share of the files."""
     import shlex
 
-    import data
+    from training.latents import extract_latents, finish_latents, prepare_latents
 
     folder, workers = args.extract_latents, min(args.num_workers, os.cpu_count() or 1)
-    processes.by_first(lambda: data.prepare_latents(images, spec, folder, vae_fingerprint))
+    processes.run_on_main(lambda: prepare_latents(images, spec, folder, vae_fingerprint))
     rank, size = processes.rank, processes.size
-    processes.together(lambda: data.extract_latents(images, vae, spec, folder, rank, size, workers))
-    skipped = processes.by_first(lambda: data.finish_latents(images, folder))
-    if processes.first:
+    processes.run_everywhere(lambda: extract_latents(images, vae, spec, folder, rank, size, workers))
+    skipped = processes.run_on_main(lambda: finish_latents(images, folder))
+    if processes.is_main:
         for name in skipped:
             print(f"skipped {name}")
         print(f"latents: {folder}; train with --latents {shlex.quote(folder)} instead of --data-path")

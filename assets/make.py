@@ -1,4 +1,4 @@
-"""Makes the pictures of this folder from the shipped weights and records: python assets/make.py
+"""Makes the pictures of this folder from the shipped weights and records: python -m assets.make
 
 samples.png: ten classes across, eight samples down, DDIM-20 without a router.
 router.png:  the scores of the two shipped routers, steps down in the order they run, layers across.
@@ -6,13 +6,12 @@ router.gif:  how the first of them came about, by the log of its training.
 """
 
 import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from runtime import cli
 
-import cli  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 FOLDER = ROOT / "ckpt" / "fashion_mnist"
 
@@ -30,20 +29,23 @@ def draw_samples(args, rows=8):
 
     import sampling
     from diffusion import create_diffusion
+    from pretrained.loading import load_dit, load_vae
+    from pretrained.spec import model_spec
+    from runtime.pictures import save_picture
 
     device = torch.device("cpu")
-    spec = sampling.model_spec(ckpt=args.ckpt)
-    dit, vae = sampling.load_dit(spec, device), sampling.load_vae(spec, device)
+    spec = model_spec(ckpt=args.ckpt)
+    dit, vae = load_dit(spec, device), load_vae(spec, device)
     labels = torch.arange(spec.num_classes).repeat(rows)
     generator = torch.Generator().manual_seed(args.seed)
     z = torch.randn(len(labels), dit.in_channels, dit.input_size, dit.input_size, generator=generator)
     latents = sampling.sample_latents(dit, create_diffusion(20), z, labels, spec.cfg_scale)
-    sampling.save_picture([sampling.decode(vae, latents)], args.out / "samples.png", spec.num_classes)
+    save_picture([sampling.decode(vae, latents)], args.out / "samples.png", spec.num_classes)
 
 
 def draw_routers(args, threshold=0.1):
-    from figures import save_heatmap
     from router import Router
+    from training.plots import save_heatmap
 
     routers = {f"DDIM-{steps}": Router.load(Path(args.ckpt) / f"DDIM{steps}_router.pt") for steps in (20, 50)}
     scores = {title: router.scores() for title, router in routers.items()}
@@ -51,8 +53,8 @@ def draw_routers(args, threshold=0.1):
 
 
 def draw_training(args, threshold=0.1):
-    from figures import save_animation
-    from runs import frames
+    from training.plots import save_animation
+    from training.run_folder import frames
 
     log = ROOT / "demo" / "records" / "fashion-20.jsonl"
     save_animation(frames(map(json.loads, log.open()), 20), threshold, args.out / "router.gif")

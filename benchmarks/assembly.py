@@ -1,7 +1,7 @@
 """Peak memory and time of making one .npz of a set of samples: as the original implementation does it, and as we do.
 
-    python benchmarks/assembly.py --record benchmarks/results/assembly-cpu.json
-    python benchmarks/assembly.py --table            # the table of the records there are
+    python -m benchmarks.assembly --record benchmarks/results/assembly-cpu.json
+    python -m benchmarks.assembly --table            # the table of the records there are
 
 The shards hold random bytes: assembling does not depend on what an image shows. The original holds all images in a list
 and joins them for np.savez, so its memory grows with them; it is measured on --original-images, and ours on as many and
@@ -15,16 +15,14 @@ still holds of the shards that were just written, and how fast it hands out memo
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
+from benchmarks.common import markdown, read_records
+from runtime import cli
+from runtime.memory import peak_resident
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from records import markdown, read_records  # noqa: E402
-
-import cli  # noqa: E402
-from files import peak_resident  # noqa: E402
 
 MEASUREMENTS = {
     "original": "original: a list of all images, joined, np.savez",
@@ -59,7 +57,7 @@ def parse_args(argv=None):
 
 def sample_set(folder, images, size):
     """The `SampleSet` of `images` images in `folder`."""
-    from shards import SampleSet
+    from evaluation.sample_set import SampleSet
 
     return SampleSet(folder, "set", {"images": images, "image_size": size, "synthetic": True})
 
@@ -125,8 +123,8 @@ def contents(npz):
     """What the arrays of a set are: {name: (type, length, shape of an image or label, SHA-256 of the values)}."""
     import hashlib
 
-    from npz import read_parts
-    from shards import ROWS
+    from evaluation.npz import read_parts
+    from evaluation.sample_set import ROWS
 
     found = {}
     for name in ("arr_0", "labels"):
@@ -145,7 +143,7 @@ def answer(connection, function, args):
     # Ctrl-C reaches all processes of a terminal: the first one ends this one, and says so once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from files import UserError
+    from runtime.errors import UserError
 
     try:
         connection.send((function(*args), None))
@@ -162,7 +160,7 @@ def alone(function, *args):
     import signal
     from multiprocessing import get_context
 
-    from files import UserError
+    from runtime.errors import UserError
 
     context = get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -190,7 +188,7 @@ def alone(function, *args):
 
 def check_place(args):
     """Raises UserError where --work holds something, or the disk is too small for a set and what is made of it."""
-    from files import UserError
+    from runtime.errors import UserError
 
     work = Path(args.work or ".").resolve()
     try:
@@ -214,7 +212,7 @@ def make_work(name):
     """The folder `name`, made where it is not there, or a new one in the current folder."""
     import tempfile
 
-    from files import UserError
+    from runtime.errors import UserError
 
     try:
         if not name:
@@ -272,7 +270,7 @@ def main(args):
         print(table(read_records("assembly-*")))
         return
 
-    from files import check_writable
+    from runtime.files import check_writable
 
     check_place(args)
     if args.record:
@@ -286,13 +284,13 @@ def main(args):
 
     import torch
 
-    import devices
+    from runtime import devices, records
 
     device = torch.device("cpu")
     print(table([{"flags": vars(args), "device": devices.device_name(device), **measured}]))
     if args.record:
         flags = {name: value for name, value in vars(args).items() if name != "work"}
-        devices.write_record(argparse.Namespace(**flags), device, measured)
+        records.write_record(argparse.Namespace(**flags), device, measured)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Images a second, and peak memory, of the features of FID: by PyTorch (inception.py) and by TensorFlow.
 
-    python benchmarks/extraction.py --record benchmarks/results/extraction-cpu.json
-    python benchmarks/extraction.py --table          # the table of the records there are
+    python -m benchmarks.extraction --record benchmarks/results/extraction-cpu.json
+    python -m benchmarks.extraction --table          # the table of the records there are
 
 The images are random, and so are the weights where no --graph is given: the work does not depend on them. Both backends
 run in turn, each round of each in a fresh process. The first batch is not counted: with it TensorFlow prepares its
@@ -15,14 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.assembly import alone
+from benchmarks.common import markdown, read_records
+from runtime import cli
+from runtime.memory import peak_resident
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from assembly import alone  # noqa: E402
-from records import markdown, read_records  # noqa: E402
-
-import cli  # noqa: E402
-from files import peak_resident  # noqa: E402
 
 BACKENDS = {"tensorflow": "TensorFlow", "torch": "PyTorch"}
 TOLERANCE = 1e-5  # of the features, relative L2
@@ -47,7 +46,7 @@ def parse_args(argv=None):
 
 def write_graph(path):
     """Writes a graph of the published structure with random weights to `path`."""
-    from inception_graph import inception_v3
+    from benchmarks.inception_graph import inception_v3
 
     inception_v3(path)
 
@@ -61,9 +60,8 @@ def measure(backend, path, args):
 
     import numpy as np
 
-    import devices
-    import inception
-    import inception_tf
+    from evaluation import inception, inception_tf
+    from runtime import devices
 
     graph = {"torch": inception, "tensorflow": inception_tf}[backend].load_graph(path, devices.pick_device(args.device))
     shape = args.batch_size, args.image_size, args.image_size, 3
@@ -141,7 +139,7 @@ def main(args):
         print(table(read_records("extraction-*")))
         return
 
-    from files import check_writable
+    from runtime.files import check_writable
 
     if args.record:
         check_writable(args.record)
@@ -152,13 +150,13 @@ def main(args):
             alone(write_graph, path)
         measured = measure_all(args, path)
 
-    import devices
+    from runtime import devices, records
 
     device = devices.pick_device(args.device)
     flags = vars(args) | {"graph": args.graph and Path(args.graph).name}
     print(table([{"flags": flags, "device": devices.device_name(device), **measured}]))
     if args.record:
-        devices.write_record(argparse.Namespace(**flags), device, measured)
+        records.write_record(argparse.Namespace(**flags), device, measured)
 
 
 if __name__ == "__main__":

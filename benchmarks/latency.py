@@ -1,9 +1,9 @@
 """Where the time of sampling goes and what shortens it: a model with and without a router, in every way to run it.
 
-    python benchmarks/latency.py --ckpt ckpt/fashion_mnist --path ckpt/fashion_mnist/DDIM20_router.pt --reference
-    python benchmarks/latency.py --model DiT-XL/2 --path ckpt/DDIM20_router.pt --reference --quick
-    python benchmarks/latency.py --ckpt ckpt/fashion_mnist --path ckpt/fashion_mnist/DDIM20_router.pt --profile
-    python benchmarks/latency.py --table            # the tables of the records there are
+    python -m benchmarks.latency --ckpt ckpt/fashion_mnist --path ckpt/fashion_mnist/DDIM20_router.pt --reference
+    python -m benchmarks.latency --model DiT-XL/2 --path ckpt/DDIM20_router.pt --reference --quick
+    python -m benchmarks.latency --ckpt ckpt/fashion_mnist --path ckpt/fashion_mnist/DDIM20_router.pt --profile
+    python -m benchmarks.latency --table            # the tables of the records there are
 
 All rows run in turn in one process, `--repeats` times, from the same noise; a ratio is the median over the rounds. The
 times are those of the diffusion loop with guidance. Without --ckpt the weights are random.
@@ -13,15 +13,13 @@ flags --compile and --cuda-graphs. "First" is what came before: two steps with a
 recording a graph. "Peak" is the weights and the most that a row took beside them (a GPU's alone).
 """
 
-import sys
 from pathlib import Path
 
+from benchmarks.common import markdown, read_records
+from runtime import cli
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from records import markdown, read_records  # noqa: E402
-
-import cli  # noqa: E402
 
 CFG_SCALE = 4.0  # as published for pictures; a step takes as long with any but 1
 MODES = ["eager", "compile", "graphs", "compile+graphs"]
@@ -66,7 +64,7 @@ def make_models(load, dtypes, modes):
     """{(dtype, whether compiled): DiT}; `load` makes one in float32. Models of one precision share their weights."""
     import copy
 
-    import devices
+    from runtime import devices
 
     models = {}
     for dtype in sorted(dtypes, key=["bf16", "fp16", "fp32", "tf32"].index):
@@ -86,9 +84,9 @@ def make_rows(args, device, dtypes, modes, models, schedules):
     """
     from functools import partial
 
-    import devices
     import sampling
     from diffusion import create_diffusion
+    from runtime import devices
 
     diffusion, short = create_diffusion(args.num_sampling_steps), create_diffusion(2)
     rows = {}
@@ -105,7 +103,7 @@ def make_rows(args, device, dtypes, modes, models, schedules):
                 else:
                     rows[name, mode, dtype] = make(diffusion, schedule=schedule), make(short, schedule=warm(schedule))
     if args.reference:
-        from original import original_latents
+        from benchmarks.original import original_latents
 
         published = devices.pick_dtype(None, device)
         for name, schedule in schedules.items():
@@ -143,7 +141,7 @@ def measure(args, device, dtypes, modes, load, schedules):
 
     import torch
 
-    import devices
+    from runtime import devices
     from schedule import Schedule
 
     models = make_models(load, dtypes, modes)
@@ -243,9 +241,9 @@ def profile(dit, schedule, args, device):
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 
-    import devices
     import sampling
     from diffusion import create_diffusion
+    from runtime import devices
 
     diffusion = create_diffusion(args.num_sampling_steps)
     z, y = inputs(dit, args.images, device)
@@ -327,9 +325,12 @@ def main(args):
 
     import torch
 
-    import devices
-    import sampling
-    from files import UserError, check_writable
+    from pretrained.loading import load_dit
+    from pretrained.spec import model_spec
+    from router import load_schedule
+    from runtime import devices, records
+    from runtime.errors import UserError
+    from runtime.files import check_writable
 
     device = devices.pick_device(args.device)
     if args.record:
@@ -343,10 +344,10 @@ def main(args):
     if not on_gpu and any("graphs" in mode for mode in modes):
         raise UserError(f"CUDA graphs need a CUDA device and this is {device}: leave them out of --modes")
     schedules = {"full": None}
-    spec = sampling.model_spec(args.model, args.image_size, ckpt=args.ckpt)
+    spec = model_spec(args.model, args.image_size, ckpt=args.ckpt)
     if args.path:
-        schedules["router"], _ = sampling.load_schedule("dynamiclayer", args.path, args.thres)
-    load = lambda: sampling.load_dit(spec, device, None if args.ckpt else 0)  # noqa: E731
+        schedules["router"], _ = load_schedule("dynamiclayer", args.path, args.thres)
+    load = lambda: load_dit(spec, device, None if args.ckpt else 0)  # noqa: E731
     if args.profile:
         dit = devices.set_precision(load(), (args.dtypes or [published])[0])
         schedules["router"].check_fits(args.path, args.num_sampling_steps, dit.depth)
@@ -356,7 +357,7 @@ def main(args):
     record = {"flags": vars(args), "device": devices.device_name(device), "torch": torch.__version__, "rows": rows}
     print(table(record))
     if args.record:
-        devices.write_record(args, device, {"dtype": None, "rows": rows})
+        records.write_record(args, device, {"dtype": None, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Time of the FID in two ways, and time and peak memory of precision and recall, at the sizes of an evaluation.
 
-    python benchmarks/metrics_speed.py --record benchmarks/results/metrics-cpu.json
-    python benchmarks/metrics_speed.py --quick          # small sizes, seconds: does it run
-    python benchmarks/metrics_speed.py --table          # the table of the records there are
+    python -m benchmarks.metrics_speed --record benchmarks/results/metrics-cpu.json
+    python -m benchmarks.metrics_speed --quick          # small sizes, seconds: does it run
+    python -m benchmarks.metrics_speed --table          # the table of the records there are
 
 The FID is computed from eigenvalues, as metrics.py does, and by `scipy.linalg.sqrtm`, as the original does, in turn in
 one process, from the same statistics of random features. They must agree to 1e-6. Precision and recall are computed
@@ -15,17 +15,15 @@ of the other set. Times do not depend on what they are.
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 
+from benchmarks.assembly import alone
+from benchmarks.common import markdown, read_records
+from runtime import cli
+from runtime.memory import peak_resident
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from assembly import alone  # noqa: E402
-from records import markdown, read_records  # noqa: E402
-
-import cli  # noqa: E402
-from files import peak_resident  # noqa: E402
 
 SIZES = {"reference": 10000, "sample": 50000, "features": 2048}
 QUICK = {"reference": 300, "sample": 500, "features": 64}
@@ -87,7 +85,7 @@ def measure_fid(count, features, repeats):
 
     import numpy as np
 
-    import metrics
+    from evaluation import metrics
 
     inputs = []
     for seed in (0, 1):
@@ -108,9 +106,7 @@ def measure_precision_recall(dtype, reference, sample, features):
     import time
     import warnings
 
-    import torch  # noqa: F401  before the base is read
-
-    import metrics
+    from evaluation import metrics
 
     warnings.simplefilter("error", RuntimeWarning)
     sets = random_features(0, reference, features), random_features(1, sample, features)
@@ -167,7 +163,7 @@ def main(args):
         print(table(read_records("metrics-*")))
         return
 
-    from files import check_writable
+    from runtime.files import check_writable
 
     if args.record:
         check_writable(args.record)
@@ -176,13 +172,13 @@ def main(args):
 
     import torch
 
-    import devices
+    from runtime import devices, records
 
     device = torch.device("cpu")
     print(table([{"flags": vars(args), "device": devices.device_name(device), **measured}]))
     if args.record:
         flags = {name: value for name, value in vars(args).items() if name != "quick"}
-        devices.write_record(argparse.Namespace(**flags), device, measured)
+        records.write_record(argparse.Namespace(**flags), device, measured)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
 """What --dtype, --compile and --cuda-graphs change in the images of the shipped model.
 
-    python benchmarks/precision.py --record benchmarks/results/precision-fashion-cpu.json
-    python benchmarks/precision.py --table          # the table of the records there are
+    python -m benchmarks.precision --record benchmarks/results/precision-fashion-cpu.json
+    python -m benchmarks.precision --table          # the table of the records there are
 
 The same noise and labels, as many of each class, sampled in every way with the router and without; each is compared
 with plain fp32, and judged by the classifier that is shipped with the model.
 """
 
-import sys
 from pathlib import Path
 
+from benchmarks.common import markdown, read_records
+from runtime import cli
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from records import markdown, read_records  # noqa: E402
-
-import cli  # noqa: E402
 
 SHIPPED = ROOT / "ckpt" / "fashion_mnist"
 STEPS, BATCH = 20, 50
@@ -77,23 +75,27 @@ def main(args):
 
     import torch
 
-    import devices
-    import inception
     import sampling
     from diffusion import create_diffusion
-    from files import check_writable
+    from evaluation import inception
+    from pretrained.loading import load_dit, load_vae
+    from pretrained.spec import model_spec
+    from router import load_schedule
+    from runtime import devices, records
+    from runtime.files import check_writable
+    from runtime.pictures import psnr
 
     device = devices.pick_device(args.device)
     if args.record:
         check_writable(args.record)
-    spec = sampling.model_spec(ckpt=SHIPPED)
+    spec = model_spec(ckpt=SHIPPED)
     classifier = inception.load_graph(SHIPPED / "classifier.pb", device)
-    router, _ = sampling.load_schedule("dynamiclayer", SHIPPED / f"DDIM{STEPS}_router.pt", 0.1)
+    router, _ = load_schedule("dynamiclayer", SHIPPED / f"DDIM{STEPS}_router.pt", 0.1)
     y = torch.arange(args.images) % spec.num_classes
     plain, rows = {}, []
     for dtype, compiled, recorded in ways(device):
-        dit = devices.set_precision(sampling.load_dit(spec, device), dtype)
-        vae = devices.speed_up_vae(sampling.load_vae(spec, device), device, dtype)
+        dit = devices.set_precision(load_dit(spec, device), dtype)
+        vae = devices.speed_up_vae(load_vae(spec, device), device, dtype)
         if compiled:
             devices.compile_blocks(dit)
         for name, schedule in ("full", None), ("router", router):
@@ -109,7 +111,7 @@ def main(args):
                     "compiled": compiled,
                     "recorded": recorded,
                     "error": ((latents - exact).abs().max() / exact.abs().max()).item(),
-                    "psnr_db": sampling.psnr(images, shown, 255) if grey.any() else None,
+                    "psnr_db": psnr(images, shown, 255) if grey.any() else None,
                     "grey_levels": grey.max().item(),
                     "differing": (grey > 0).float().mean().item(),
                     "class_accuracy": classifier.class_accuracy(images, y),
@@ -117,7 +119,7 @@ def main(args):
             )
     print(table([{"device": devices.device_name(device), "rows": rows}]))
     if args.record:
-        devices.write_record(args, device, {"dtype": None, "rows": rows})
+        records.write_record(args, device, {"dtype": None, "rows": rows})
 
 
 if __name__ == "__main__":

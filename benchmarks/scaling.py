@@ -1,7 +1,7 @@
 """How much faster two processes sample than one, and what share of their time is neither sampling nor decoding.
 
-    python benchmarks/scaling.py --record benchmarks/results/scaling-fashion-cpu.json
-    python benchmarks/scaling.py --table            # the table of the records there are
+    python -m benchmarks.scaling --record benchmarks/results/scaling-fashion-cpu.json
+    python -m benchmarks.scaling --table            # the table of the records there are
 
 Runs sample_ddp.py as a user does, alone and under torchrun, in turn: the shipped model, DDIM-20 with its router, one
 thread a process, so that two processes have twice the machine that one has. What a run says of itself is what counts:
@@ -18,12 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.common import markdown, read_records
+from runtime import cli
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from records import markdown, read_records  # noqa: E402
-
-import cli  # noqa: E402
 
 MODEL = ROOT / "ckpt" / "fashion_mnist"
 
@@ -45,7 +44,7 @@ def run(args, processes):
 
     Raises UserError where it fails.
     """
-    from files import UserError
+    from runtime.errors import UserError
 
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
@@ -112,7 +111,7 @@ def main(args):
         print(table(read_records("scaling-*")))
         return
 
-    from files import check_writable
+    from runtime.files import check_writable
 
     if args.record:
         check_writable(args.record)
@@ -124,14 +123,14 @@ def main(args):
 
     import torch
 
-    import devices
+    from runtime import devices, records
 
     torch.set_num_threads(1)
     device = torch.device("cpu")
     measured = json.loads(json.dumps(figures(runs)))  # as a record: names are texts
     print(table([{"device": devices.device_name(device), **measured}]))
     if args.record:
-        devices.write_record(args, device, measured)
+        records.write_record(args, device, measured)
 
 
 if __name__ == "__main__":

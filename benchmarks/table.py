@@ -1,8 +1,8 @@
 """The paper's table in small: speed and quality of the shipped model by method and number of steps.
 
-    python benchmarks/table.py                             # all that is missing; hours on two cores, stop at any time
-    python benchmarks/table.py --rows router-20,fora2-20   # only these, without the times
-    python benchmarks/table.py --table                     # the tables and the picture of the records there are
+    python -m benchmarks.table                             # all that is missing; hours on two cores, stop at any time
+    python -m benchmarks.table --rows router-20,fora2-20   # only these, without the times
+    python -m benchmarks.table --table                     # the tables and the picture of the records there are
 
 sample_ddp.py samples each row from the same noise and labels, evaluator.py judges it against the training images, and
 its figures go to results/table/ROW.json. Random layers, first and last blocks reuse exactly as many layer calls as the
@@ -20,12 +20,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common import RESULTS, markdown
+from runtime import cli
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from records import RESULTS, markdown  # noqa: E402
-
-import cli  # noqa: E402
 
 # Seen from ROOT, where the programs are started.
 MODEL = "ckpt/fashion_mnist"
@@ -146,7 +145,7 @@ def start(*command, **environment):
 
     Raises UserError where it fails: it has said why.
     """
-    from files import UserError
+    from runtime.errors import UserError
 
     command = [sys.executable, *map(str, command)]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
@@ -179,7 +178,7 @@ def judge(npz):
 
     import numpy as np
 
-    from inception import load_graph
+    from evaluation.inception import load_graph
 
     report = npz.with_suffix(".json")
     start("evaluator.py", JUDGES["reference"], npz, "--graph", JUDGES["graph"], "--json", report)
@@ -202,9 +201,9 @@ def fingerprints():
     """The SHA-256 of the files that judge. Raises UserError where one is missing."""
     import hashlib
 
-    import download
+    from runtime import released
 
-    return {name: hashlib.sha256(download.find(ROOT / path).read_bytes()).hexdigest() for name, path in JUDGES.items()}
+    return {name: hashlib.sha256(released.find(ROOT / path).read_bytes()).hexdigest() for name, path in JUDGES.items()}
 
 
 def describe(schedule, costs):
@@ -222,12 +221,13 @@ def fill(args):
     """Samples, judges and times what is missing in the records."""
     from importlib.metadata import version
 
-    import devices
-    import sampling
+    from pretrained.loading import load_dit
+    from pretrained.spec import model_spec
+    from runtime import devices, records
 
     device = devices.pick_device("auto")
-    spec = sampling.model_spec(ckpt=str(ROOT / MODEL))
-    dit = devices.set_precision(sampling.load_dit(spec, device), "tf32")
+    spec = model_spec(ckpt=str(ROOT / MODEL))
+    dit = devices.set_precision(load_dit(spec, device), "tf32")
     plans = {row: plan(row, dit.depth) for row in ROWS}
     judges, versions = fingerprints(), {name: version(name) for name in ("torch", "diffusers", "timm", "numpy")}
     # All rows once come before some of them with other seeds.
@@ -245,12 +245,12 @@ def fill(args):
             plans[row].save(ROOT / schedule_path(row, args))
         seeds = dict(sorted((seeds | {str(seed): judge(sample(row, seed, args))}).items()))
         figures = {**known, "versions": versions, "seeds": seeds}
-        devices.write_record(argparse.Namespace(record=path, **flags), device, figures)
+        records.write_record(argparse.Namespace(record=path, **flags), device, figures)
     path = args.results / "timing.json"
     if args.timing or not args.rows and list(read(path).get("rows", [])) != [row.name for row in ROWS]:
         print("times of all rows, in turn:", flush=True)
         timing = {"batch": BATCH, "cfg_scale": spec.cfg_scale, "rows": times(spec, dit, plans, device)}
-        devices.write_record(argparse.Namespace(record=path), device, timing)
+        records.write_record(argparse.Namespace(record=path), device, timing)
 
 
 def times(spec, dit, plans, device):
@@ -260,9 +260,9 @@ def times(spec, dit, plans, device):
     import torch
     from tqdm import tqdm
 
-    import devices
     import sampling
     from diffusion import create_diffusion
+    from runtime import devices
 
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(BATCH, dit.in_channels, dit.input_size, dit.input_size, generator=generator).to(device)
@@ -329,7 +329,7 @@ def missing(records, timing):
 
 def show(args):
     """Prints the tables of the records there are, and draws their picture."""
-    from figures import save_curves
+    from training.plots import save_curves
 
     timing = read(args.results / "timing.json")
     records = {row: read(args.results / f"{row.name}.json") for row in ROWS}

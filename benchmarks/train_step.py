@@ -1,7 +1,7 @@
 """Time and peak memory of one update of router training: as the original implementation does it, and as we do.
 
-    python benchmarks/train_step.py --model DiT-B/2 --record benchmarks/results/train-b2-cpu.json
-    python benchmarks/train_step.py --table          # the table of the records there are
+    python -m benchmarks.train_step --model DiT-B/2 --record benchmarks/results/train-b2-cpu.json
+    python -m benchmarks.train_step --table          # the table of the records there are
 
 An update is one draw: noise to step i, fill the cache there, a DDIM step, teacher and student at i-1, backward, AdamW.
 Weights, latents, labels and noise are random: the work of an update does not depend on their values. The latents are
@@ -13,16 +13,14 @@ Memory: two updates of one variant in a fresh process of its own. On a CPU the p
 tensors took, for which the base is 0.
 """
 
-import sys
 from pathlib import Path
 
+from benchmarks.common import markdown, read_records
+from benchmarks.original import original_loss
+from runtime import cli
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from original import original_loss  # noqa: E402
-from records import markdown, read_records  # noqa: E402
-
-import cli  # noqa: E402
 
 VARIANTS = {
     "original": "original: model not frozen, gradient through the teacher",
@@ -53,7 +51,7 @@ def load_models(names, load):
     """{name: the frozen DiT of that variant}; `load` makes one. One set of weights serves all but bf16."""
     import copy
 
-    import devices
+    from runtime import devices
 
     # First, so that the float32 weights it came from are gone before others are made.
     models = {"bf16": devices.set_precision(load(), "bf16")} if "bf16" in names else {}
@@ -76,13 +74,14 @@ class Updates:
     def __init__(self, args, device, names):
         import torch
 
-        import sampling
         from diffusion import create_diffusion
+        from pretrained.loading import load_dit
+        from pretrained.spec import model_spec
         from router import Router
 
-        spec = sampling.model_spec(args.model, args.image_size)
+        spec = model_spec(args.model, args.image_size)
         self.device = device
-        self.models = load_models(names, lambda: sampling.load_dit(spec, device, random_seed=SEED))
+        self.models = load_models(names, lambda: load_dit(spec, device, random_seed=SEED))
         self.diffusion = create_diffusion(args.num_sampling_steps)
         self.routers, self.optimizers = {}, {}
         dit = self.models[names[0]]
@@ -101,8 +100,8 @@ class Updates:
         """One update of the variant `name`. Returns its seconds."""
         import time
 
-        import devices
         from router import router_loss
+        from runtime import devices
 
         dit, router, optimizer = self.models[name], self.routers[name], self.optimizers[name]
         loss = original_loss if name == "original" else router_loss
@@ -127,7 +126,7 @@ def measure_memory(args, name):
 
     What tensors took on a GPU; else the resident set. The process must be a fresh one.
     """
-    import devices
+    from runtime import devices
 
     device = devices.pick_device(args.device)
     base = devices.peak_memory(device)
@@ -206,12 +205,12 @@ def main(args):
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    import devices
-    import sampling
-    from files import check_writable
+    from pretrained.spec import model_spec
+    from runtime import devices, records
+    from runtime.files import check_writable
 
     device = devices.pick_device(args.device)
-    sampling.model_spec(args.model, args.image_size)  # an unknown name is refused here
+    model_spec(args.model, args.image_size)  # an unknown name is refused here
     if args.record:
         check_writable(args.record)
     names = [name for name in VARIANTS if name != "compiled" or args.compile]
@@ -222,7 +221,7 @@ def main(args):
     measured = figures(measure_times(args, device, names), memory, args.batch_size)
     print(table([{"flags": vars(args), "device": devices.device_name(device), **measured}]))
     if args.record:
-        devices.write_record(args, device, measured)
+        records.write_record(args, device, measured)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How long the commands of docs/tutorial.md take, each as typed, one after the other in a fresh clone.
 
-    python benchmarks/tutorial.py --record benchmarks/results/tutorial-cpu.json
-    python benchmarks/tutorial.py --table            # the table of the record, which the tutorial shows
+    python -m benchmarks.tutorial --record benchmarks/results/tutorial-cpu.json
+    python -m benchmarks.tutorial --table            # the table of the record, which the tutorial shows
 
 The clone is of the last commit, in a temporary folder, and uses this environment. The images that the tutorial exports
 first are made before. Times are of whole commands: importing, loading, reading and writing included.
@@ -15,12 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.common import markdown, read_records
+from runtime import cli
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from records import markdown, read_records  # noqa: E402
-
-import cli  # noqa: E402
 
 # Published, DiT-XL/2 at 256 pixels on an A5000: 8 images with guidance, the diffusion loop of 20 steps.
 FULL, ROUTER = 2.869, 2.261
@@ -70,7 +69,7 @@ def table(records):
 
 def measure():
     """Seconds of each command, a list. Raises UserError where one fails."""
-    from files import UserError
+    from runtime.errors import UserError
 
     bin_folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
@@ -78,7 +77,7 @@ def measure():
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        commands = ["python demo/fashion_mnist.py", *(command for _, command in numbered_commands())]
+        commands = ["python -m demo.fashion_mnist", *(command for _, command in numbered_commands())]
         for command in commands:
             since = time.perf_counter()
             result = subprocess.run(["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True)
@@ -94,7 +93,7 @@ def main(args):
         print(table(read_records("tutorial-*")))
         return
 
-    from files import check_writable
+    from runtime.files import check_writable
 
     if args.record:
         check_writable(args.record)
@@ -102,13 +101,13 @@ def main(args):
 
     import torch
 
-    import devices
+    from runtime import devices, records
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # what the commands take by themselves
     measured = {"seconds": seconds}
     print(table([{"device": devices.device_name(device), **measured}]))
     if args.record:
-        devices.write_record(args, device, measured)
+        records.write_record(args, device, measured)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
 """How many samples of the shipped model an independent classifier puts in the class that was asked for.
 
-    python demo/class_accuracy.py --path ckpt/fashion_mnist/DDIM20_router.pt       # with and without the router
+    python -m demo.class_accuracy --path ckpt/fashion_mnist/DDIM20_router.pt       # with and without the router
 
 Both draw from the same noise; every class gets the same number of samples.
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli  # noqa: E402
+from runtime import cli
 
 
 def parse_args(argv=None):
-    from training import HERE
+    from demo.train_loop import HERE
 
     shipped = HERE.parent / "ckpt" / "fashion_mnist"
     parser = cli.ArgumentParser(description="Class accuracy of the Fashion-MNIST model's samples.")
@@ -42,22 +39,23 @@ def parse_args(argv=None):
 def main(args):
     import torch
     from tqdm import tqdm
-    from training import load_split
 
-    import devices
-    import download
-    import inception
     import sampling
+    from demo.train_loop import load_split
     from diffusion import create_diffusion
+    from evaluation import inception
+    from pretrained.loading import load_dit, load_vae
+    from pretrained.spec import model_spec
     from router import Router
+    from runtime import devices, released
 
     device = devices.pick_device(args.device)
     classifier = inception.load_graph(args.classifier, device)
-    spec = sampling.model_spec(ckpt=args.ckpt)
-    dit, vae = sampling.load_dit(spec, device), sampling.load_vae(spec, device)
+    spec = model_spec(ckpt=args.ckpt)
+    dit, vae = load_dit(spec, device), load_vae(spec, device)
     schedules = {"without router": None}
     if args.path:
-        router = Router.load(download.find(args.path))
+        router = Router.load(released.find(args.path))
         router.check_fits(args.path, args.num_sampling_steps, dit.depth)
         schedules[f"with {args.path}"] = schedule = router.schedule(args.thres)
         print(schedule.describe(dit.multiply_adds()))

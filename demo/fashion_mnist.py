@@ -1,6 +1,6 @@
 """Fashion-MNIST as an ImageFolder of 32x32 RGB PNGs: demo/data/{train,test}/<class>/<index>.png
 
-    python demo/fashion_mnist.py [--source DIR]        # 12 s on a laptop; 70,000 files, 280 MB on disk
+    python -m demo.fashion_mnist [--source DIR]        # 12 s on a laptop; 70,000 files, 280 MB on disk
 
 The 28x28 pixels keep their values; a black border of two pixels makes the sides 32.
 Source of the images: Xiao et al. 2017, arXiv:1708.07747 (MIT licence).
@@ -8,13 +8,10 @@ Source of the images: Xiao et al. 2017, arXiv:1708.07747 (MIT licence).
 
 import gzip
 import struct
-import sys
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli  # noqa: E402 - the programs of the top level are not a package
+from runtime import cli
 
 HERE = Path(__file__).resolve().parent
 # Debian's package dataset-fashion-mnist puts the four files here.
@@ -37,7 +34,7 @@ def parse_args(argv=None):
 
 def find_source(source, out):
     """The folder that holds the four files. Raises UserError where there is none and no network."""
-    from files import UserError
+    from runtime.errors import UserError
 
     if source is None and SYSTEM.is_dir():
         source = SYSTEM
@@ -69,7 +66,7 @@ def read_idx(path):
     """One IDX file of unsigned bytes -> uint8 array of its own shape. Raises UserError where it is damaged."""
     import numpy as np
 
-    from files import UserError
+    from runtime.errors import UserError
 
     try:
         data = gzip.decompress(path.read_bytes())

@@ -1,17 +1,15 @@
-"""How far routers' samplers are from the plain one, a step at a time: python demo/teacher_error.py ROUTER [ROUTER ...]
+"""How far routers' samplers are from the plain one, a step at a time: python -m demo.teacher_error ROUTER [ROUTER ...]
 
 For every step that a router decides, real images are noised to the step before it, which runs in full; then the model
 with the router's layers reused is compared with the model that runs everything (the error that training lowers, with
 scores of 0 and 1). All routers see the same images and the same noise.
 """
 
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+from runtime import cli
 
-import cli  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
 
 def parse_args(argv=None):
@@ -33,19 +31,22 @@ def main(args):
     import torch
     from torch.utils.data import DataLoader
 
-    import data
-    import devices
-    import sampling
     from diffusion import create_diffusion
-    from files import UserError
+    from pretrained.loading import load_dit, load_vae
+    from pretrained.spec import model_spec
     from router import Router, router_loss
+    from runtime import devices
+    from runtime.errors import UserError
+    from runtime.noise import random_stream
+    from training.batches import TrainingSamples, clean_latents
+    from training.sources import ImageSource
 
     device = devices.pick_device(args.device)
-    spec = sampling.model_spec(ckpt=args.ckpt)
-    images = data.Images(args.data_path, spec)
+    spec = model_spec(ckpt=args.ckpt)
+    images = ImageSource(args.data_path, spec)
     if args.samples > len(images):
         raise UserError(f"{args.data_path} has {len(images)} images, fewer than --samples {args.samples}")
-    dit, vae = sampling.load_dit(spec, device), sampling.load_vae(spec, device)
+    dit, vae = load_dit(spec, device), load_vae(spec, device)
     routers = {path: Router.load(path) for path in args.routers}
     steps = next(iter(routers.values())).steps
     for path, router in routers.items():
@@ -57,13 +58,13 @@ def main(args):
 
     # The labels stay, so that the conditional model is what is measured.
     shape = (dit.in_channels, dit.input_size, dit.input_size)
-    samples = data.Samples(images, args.seed, shape, dit.num_classes, 0.0, False)
-    order = data.stream("order", args.seed, 0).permutation(len(images))[: args.samples].tolist()
+    samples = TrainingSamples(images, args.seed, shape, dit.num_classes, 0.0, False)
+    order = random_stream("order", args.seed, 0).permutation(len(images))[: args.samples].tolist()
     keys = list(enumerate(order))
     batches = [keys[start : start + args.batch_size] for start in range(0, len(keys), args.batch_size)]
     with torch.inference_mode():
         for batch in DataLoader(samples, batch_sampler=batches):
-            x_start, y, noise = data.clean_latents(batch, vae, device)
+            x_start, y, noise = clean_latents(batch, vae, device)
             for row, i in enumerate(trained):
                 for path, compute in schedules.items():
                     errors[path][row] += router_loss(dit, diffusion, compute[i], i + 1, x_start, y, noise).sum().item()

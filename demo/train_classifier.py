@@ -1,22 +1,19 @@
 """Train the judge of the shipped model's samples: a small convolutional classifier of Fashion-MNIST images.
 
-    python demo/train_classifier.py            # writes demo/work/fashion_mnist/classifier.pb; minutes on a laptop
+    python -m demo.train_classifier            # writes demo/work/fashion_mnist/classifier.pb; minutes on a laptop
 
 What it writes is a graph file, which `inception.py` runs like the network of FID. It never sees a generated image.
 Stopped at any time, the same command continues.
 """
 
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli  # noqa: E402
+from runtime import cli
 
 
 def parse_args(argv=None):
-    from training import MODEL_FOLDER, add_arguments
+    from demo.train_loop import MODEL_FOLDER, add_arguments
 
     parser = cli.ArgumentParser(description="Train the classifier that judges samples of the Fashion-MNIST model.")
     add_arguments(parser, name="classifier", steps=4000)
@@ -61,7 +58,7 @@ def save_graph(classifier, path):
     """
     from torch import nn
 
-    from graph_file import FLOAT, GraphWriter
+    from evaluation.graph_file import FLOAT, GraphWriter
 
     def array(tensor):
         return tensor.detach().cpu().numpy()
@@ -85,10 +82,10 @@ def save_graph(classifier, path):
 
 def main(args):
     import torch
-    from training import load_split, normalise, train
 
-    import inception
-    from devices import pick_device
+    from demo.train_loop import load_split, normalise, train
+    from evaluation import inception
+    from runtime.devices import pick_device
 
     args.device = pick_device(args.device)
     images, labels = load_split(args.data, "train")

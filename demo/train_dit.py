@@ -1,20 +1,17 @@
 """Train the class-conditional DiT of the shipped model on the latents of its autoencoder.
 
-    python demo/train_dit.py            # writes demo/work/fashion_mnist/{config.json,dit.safetensors}
+    python -m demo.train_dit            # writes demo/work/fashion_mnist/{config.json,dit.safetensors}
 
 Stopped at any time, the same command continues. `--export` writes the averaged weights as they are by now.
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli  # noqa: E402
+from runtime import cli
 
 
 def parse_args(argv=None):
-    from training import MODEL_FOLDER, add_arguments
+    from demo.train_loop import MODEL_FOLDER, add_arguments
 
     parser = cli.ArgumentParser(description="Train the DiT of the shipped Fashion-MNIST model.")
     add_arguments(parser, name="dit", steps=9200, batch_size=64)
@@ -31,7 +28,8 @@ def encode_all(vae, images, device):
     """Mean and standard deviation of every image's latent: two float32 tensors (M, 4, 8, 8), scaled."""
     import torch
     from tqdm import tqdm
-    from training import normalise
+
+    from demo.train_loop import normalise
 
     with torch.no_grad():
         parts = [
@@ -47,10 +45,10 @@ def export(weights, out):
     import json
 
     import torch
-    from fashion_mnist import CLASSES
     from safetensors.torch import save_file
 
-    from files import written_whole
+    from demo.fashion_mnist import CLASSES
+    from runtime.files import atomic_write
 
     config = {
         "model": MODEL,
@@ -60,9 +58,9 @@ def export(weights, out):
         "cfg_scale": 2.0,
         "horizontal_flip": False,
     }
-    with written_whole(out / "config.json") as part:
+    with atomic_write(out / "config.json") as part:
         part.write_text(json.dumps(config, indent=2) + "\n")
-    with written_whole(out / "dit.safetensors") as part:
+    with atomic_write(out / "dit.safetensors") as part:
         save_file({name: value.to("cpu", torch.float16).contiguous() for name, value in weights.items()}, part)
     print(f"wrote {out / 'dit.safetensors'}")
 
@@ -71,12 +69,12 @@ def main(args):
     import torch
     from diffusers import AutoencoderKL
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-    from training import autocast, load_split, train
 
-    from devices import pick_device
+    from demo.train_loop import autocast, load_split, train
     from diffusion import create_diffusion
-    from files import load_tensors
     from models import DiT
+    from runtime.devices import pick_device
+    from runtime.files import load_tensors
 
     args.device = pick_device(args.device)
     torch.manual_seed(args.seed)

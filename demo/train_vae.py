@@ -1,21 +1,18 @@
 """Train the autoencoder of the shipped model: 32x32 RGB <-> 8x8 latents of 4 channels, as diffusers' AutoencoderKL.
 
-    python demo/train_vae.py            # writes demo/work/fashion_mnist/vae; minutes on a laptop
+    python -m demo.train_vae            # writes demo/work/fashion_mnist/vae; minutes on a laptop
 
 Stopped at any time, the same command continues.
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli  # noqa: E402
+from runtime import cli
 
 
 def parse_args(argv=None):
-    from training import MODEL_FOLDER, add_arguments
+    from demo.train_loop import MODEL_FOLDER, add_arguments
 
     parser = cli.ArgumentParser(description="Train the autoencoder of the shipped Fashion-MNIST model.")
     add_arguments(parser, name="vae", steps=4000, batch_size=32)
@@ -32,9 +29,9 @@ def parse_args(argv=None):
 def main(args):
     import torch
     from diffusers import AutoencoderKL
-    from training import autocast, load_split, normalise, train
 
-    from devices import pick_device
+    from demo.train_loop import autocast, load_split, normalise, train
+    from runtime.devices import pick_device
 
     args.device = pick_device(args.device)
     images, _ = load_split(args.data, "train")

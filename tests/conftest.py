@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-import cli
 from diffusion import create_diffusion
 from models import DiT
 from router import Router
+from runtime import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import call, random_dit, random_vae
-from inception_graph import inception_v3
 from PIL import Image
 
-import download
+from benchmarks.inception_graph import inception_v3
 from models import DiT, DiT_models
 from router import Router
+from runtime import released
 
 SIZES = dict(patch_size=8, hidden_size=24, depth=2, num_heads=2)
 
@@ -22,7 +22,7 @@ def flags(tmp_path, monkeypatch):
     """The flags of a small DiT-S/8 at 512, four steps; the released VAE is a small one of eight pixels to a cell."""
     monkeypatch.chdir(tmp_path)
     random_vae(stages=4, width=4).save_pretrained(tmp_path / "vae")
-    monkeypatch.setattr(download, "fetch_vae", lambda kind: tmp_path / "vae")
+    monkeypatch.setattr(released, "fetch_vae", lambda kind: tmp_path / "vae")
     monkeypatch.setitem(DiT_models, "DiT-S/8", partial(DiT, **SIZES))
     torch.save({"ema": random_dit(input_size=64, num_classes=2, **SIZES).state_dict()}, "weights.pt")
     Router(4, 2).save("router.pt")

@@ -8,13 +8,13 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import DATA, ROOT, assert_refused, call, run
-from inception_graph import HAS_TENSORFLOW, needs_tensorflow
 from PIL import Image
 
-import download
-import features
-from graph_file import GraphWriter
-from inception import load_graph
+from benchmarks.inception_graph import HAS_TENSORFLOW, needs_tensorflow
+from evaluation import features
+from evaluation.graph_file import GraphWriter
+from evaluation.inception import load_graph
+from runtime import released
 
 GRAPH = ROOT / "ckpt" / "fashion_mnist" / "classifier.pb"
 REFERENCE = ROOT / "ckpt" / "fashion_mnist" / "reference.npz"
@@ -162,7 +162,7 @@ def test_the_shipped_reference_judges_real_images_as_good(folder, capfd):
 
 
 def test_only_what_is_asked_for_is_computed(folder, monkeypatch, capfd):
-    import metrics
+    from evaluation import metrics
 
     monkeypatch.setattr(metrics, "precision_recall", None)
     printed, _ = evaluate(folder / "a.npz", folder / "b.npz", "--graph", GRAPH, "--metrics", "sfid,is,fid", capfd=capfd)
@@ -197,7 +197,7 @@ def test_fewer_samples_than_the_published_values_are_of_are_mentioned(folder, mo
 
 
 def test_where_memory_is_short_smaller_batches_are_tried_and_said(folder, monkeypatch, capfd):
-    from inception import Graph
+    from evaluation.inception import Graph
 
     plain, run = evaluate(folder / "a.npz", folder / "b.npz", "--graph", GRAPH, capfd=capfd)[0], Graph.run
 
@@ -234,7 +234,7 @@ def test_inputs_that_cannot_be_used_are_refused_in_one_line(folder, tmp_path, ca
 
 
 def test_a_missing_sample_is_said_before_the_reference_is_fetched(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(download, "fetch", lambda name: pytest.fail(f"{name} was to be fetched"))
+    monkeypatch.setattr(released, "fetch", lambda name: pytest.fail(f"{name} was to be fetched"))
     refused(capfd, "VIRTUAL_imagenet256_labeled.npz", tmp_path / "none.npz", words=["no such file", "none.npz"])
 
 
@@ -278,7 +278,7 @@ def test_graph_files_that_cannot_be_used_are_refused(folder, tmp_path, capfd):
 
 
 def test_the_published_graph_is_checked_before_it_is_used(folder, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(download, "ROOT", tmp_path)
+    monkeypatch.setattr(released, "ROOT", tmp_path)
     path = tmp_path / "pretrained_models" / "classify_image_graph_def.pb"
     path.parent.mkdir()
     path.write_bytes(GRAPH.read_bytes())

@@ -26,15 +26,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_refused, call, start, torchrun
-from guards import GUARDS
 from PIL import Image
 
-import cli
-import sampling
-from data import Images, extract_latents, finish_latents, loaded, prepare_latents
-from files import UserError, load_tensors
-from processes import Processes
+from pretrained.loading import load_vae
+from pretrained.spec import model_spec
 from router import Router
+from runtime import cli
+from runtime.errors import UserError
+from runtime.files import load_tensors
+from runtime.hashes import fingerprint
+from runtime.processes import Processes
+from training.batches import loaded
+from training.latents import extract_latents, finish_latents, prepare_latents
+from training.sources import ImageSource
 
 GRAPH = ROOT / "ckpt" / "fashion_mnist" / "classifier.pb"
 TOO_MUCH = 1 << 58  # bytes that no machine has
@@ -63,8 +67,9 @@ class Hurt:
         left = [hurt]
         with pytest.MonkeyPatch.context() as patch:
             if place:
-                module, *owner, name = place.split(".")
-                where = importlib.import_module(module)
+                *owner, name = place.split(".")
+                module = next(k for k in range(len(owner), 0, -1) if importlib.util.find_spec(".".join(owner[:k])))
+                where, owner = importlib.import_module(".".join(owner[:module])), owner[module:]
                 for part in owner:
                     where = getattr(where, part)
                 before = getattr(where, name)
@@ -121,30 +126,30 @@ def control_c():
 COMPARE = ["--accelerate-method", "dynamiclayer", "--path", "ROUTER", "--compare", "--record", "FOLDER/r.json"]
 STATISTICS = ["--save-stats", "FOLDER/s.npz", "--json", "FOLDER/r.json"]
 STAGES = [
-    ("sample.py", "sampling.load_dit", []),
+    ("sample.py", "pretrained.loading.load_dit", []),
     ("sample.py", "sampling.make_denoiser", []),
     ("sample.py", "sampling.decode", []),
     ("sample.py", "PIL.Image.Image.save", []),
-    ("sample.py", "devices.device_name", COMPARE),
-    ("sample_ddp.py", "sampling.load_dit", []),
+    ("sample.py", "runtime.devices.device_name", COMPARE),
+    ("sample_ddp.py", "pretrained.loading.load_dit", []),
     ("sample_ddp.py", "sampling.make_denoiser", []),
     ("sample_ddp.py", "sampling.decode", []),
     ("sample_ddp.py", "shards.write_npz", []),
-    ("sample_ddp.py", "shards.SampleSet._labels", []),
-    ("train_router.py", "data.encode", ["--extract-latents", "FOLDER/latents"]),
+    ("sample_ddp.py", "evaluation.sample_set.SampleSet._labels", []),
+    ("train_router.py", "training.batches.encode", ["--extract-latents", "FOLDER/latents"]),
     ("train_router.py", "numpy.save", ["--extract-latents", "FOLDER/latents"]),
-    ("train_router.py", "sampling.load_dit", []),
+    ("train_router.py", "pretrained.loading.load_dit", []),
     ("train_router.py", "updates.router_loss", []),
     ("train_router.py", "router.Router.state", []),
     ("train_router.py", "train_router.describe", []),
     ("train_router.py", "runs.save_animation", []),
     ("evaluator.py", "image_sets.read_header", []),
     ("evaluator.py", "image_sets.read_parts", []),
-    ("evaluator.py", "inception.Graph.run", []),
+    ("evaluator.py", "evaluation.inception.Graph.run", []),
     ("evaluator.py", "image_sets.write_npz", STATISTICS),
-    ("evaluator.py", "metrics.frechet_distance", []),
-    ("evaluator.py", "metrics.precision_recall", []),
-    ("evaluator.py", "devices.device_name", STATISTICS),
+    ("evaluator.py", "evaluation.metrics.frechet_distance", []),
+    ("evaluator.py", "evaluation.metrics.precision_recall", []),
+    ("evaluator.py", "runtime.devices.device_name", STATISTICS),
 ]
 
 
@@ -191,7 +196,7 @@ setattr(owner, name, hurting)
 
 
 @pytest.mark.parametrize(
-    "program, place", [("sample_ddp.py", "sampling.decode"), ("evaluator.py", "metrics.inception_score")]
+    "program, place", [("sample_ddp.py", "sampling.decode"), ("evaluator.py", "evaluation.metrics.inception_score")]
 )
 def test_a_process_that_is_interrupted_ends_with_code_130(program, place, hurt, tmp_path):
     """The end of the process itself, with its threads: by the same entry point that a user types."""
@@ -223,7 +228,7 @@ def no_memory_for_numpy():
         ("sample.py", "sampling.make_denoiser", "--class-labels"),
         ("sample_ddp.py", "sampling.decode", "2 images at a time: pass a smaller --per-proc-batch-size"),
         ("train_router.py", "updates.router_loss", "--global-batch-size"),
-        ("evaluator.py", "features.Network.extract", "--batch-size"),
+        ("evaluator.py", "evaluation.features.Network.extract", "--batch-size"),
     ],
 )
 def test_too_little_memory_for_a_batch_names_the_flag_to_lower(program, place, flag, fault, hurt, tmp_path):
@@ -438,12 +443,12 @@ def test_weights_that_are_cut_off_after_they_were_read_stay_what_they_were(model
     importlib.import_module("safetensors.torch").save_file({"x": large}, tmp_path / "x.safetensors")
 
     def read_cut_use():
-        spec = sampling.model_spec(ckpt=folder)
-        vae, x = sampling.load_vae(spec, "cpu"), load_tensors(tmp_path / "x.safetensors")["x"]
+        spec = model_spec(ckpt=folder)
+        vae, x = load_vae(spec, "cpu"), load_tensors(tmp_path / "x.safetensors")["x"]
         for path in (tmp_path / "x.safetensors", folder / "vae" / "diffusion_pytorch_model.safetensors"):
             os.truncate(path, 0)
         assert torch.equal(x, large)
-        sampling.fingerprint(vae, {})
+        fingerprint(vae, {})
 
     assert in_a_child(read_cut_use) == 0
 
@@ -457,8 +462,8 @@ def test_files_that_change_while_they_are_read_are_one_line(hurt, tmp_path):
     sample = tmp_path / "b.npz"
     whole = sample.read_bytes()
     for place, change, words in (
-        ("inception.Graph.run", lambda: os.truncate(sample, 50000), "b.npz"),
-        ("metrics.frechet_distance", sample.unlink, "b.npz"),
+        ("evaluation.inception.Graph.run", lambda: os.truncate(sample, 50000), "b.npz"),
+        ("evaluation.metrics.frechet_distance", sample.unlink, "b.npz"),
     ):
         sample.write_bytes(whole)
         assert_refused(hurt.run("evaluator.py", "--json", tmp_path / "r.json", place=place, hurt=change), words)
@@ -477,10 +482,10 @@ def test_files_that_change_while_they_are_read_are_one_line(hurt, tmp_path):
 
 def latents(hurt, folder):
     """Latents of the images in `folder`; the flags to train with them."""
-    spec = sampling.model_spec(ckpt=hurt.model)
-    vae, images = sampling.load_vae(spec, torch.device("cpu")), Images(hurt.images, spec)
+    spec = model_spec(ckpt=hurt.model)
+    vae, images = load_vae(spec, torch.device("cpu")), ImageSource(hurt.images, spec)
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    prepare_latents(images, spec, folder, sampling.fingerprint(vae, config))
+    prepare_latents(images, spec, folder, fingerprint(vae, config))
     extract_latents(images, vae, spec, folder)
     finish_latents(images, folder)
     flags = hurt.flags["train_router.py"]
@@ -489,7 +494,7 @@ def latents(hurt, folder):
 
 
 TRUNCATE = """
-import updates
+import training.trainer as updates
 before = updates.router_loss
 def hurting(*args):
     os.truncate("{}", 300)
@@ -686,25 +691,3 @@ def test_processes_whose_peer_was_killed_leave_within_a_minute_with_one_line(pro
     for path in tmp_path.rglob(".*.part"):
         path.unlink()  # what the killed one was writing, which the next start removes
     assert_whole(tmp_path)
-
-
-# The table
-
-
-def test_every_test_in_the_table_of_faults_exists():
-    named = re.findall(r"`(\w+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
-    assert len(named) > 30
-    for file, name in named:
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
-
-
-def test_every_fault_of_the_table_has_its_guard():
-    """guards.py takes each away and sees the test fail, which takes minutes; here, that it can."""
-    table = (ROOT / "docs" / "reliability.md").read_text().split("\n\n| fault |")[1].split("\n\n")[0]
-    guarded = {test.partition("[")[0] for test, *_ in GUARDS}
-    for row in table.splitlines()[2:]:
-        named = {f"{file}::{name}" for file, name in re.findall(r"`(\w+\.py)::(\w+)`", row)}
-        assert named and named <= guarded, f"{row}: {named - guarded}"
-    for _, file, text, without in GUARDS:
-        assert (ROOT / file).read_text().count(text) == 1, f"{file}: {text!r}"
-        assert text != without

@@ -199,9 +199,9 @@ def header(random, array):
 
 def npz(folder):
     """As `routers`, for sets to evaluate, finished sets and shards."""
-    from image_sets import open_set
-    from npz import write_npz
-    from shards import SampleSet
+    from evaluation.evaluation_set import open_evaluation_set
+    from evaluation.npz import write_npz
+    from evaluation.sample_set import SampleSet
 
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     manifest = {"images": 4, "image_size": 8}
@@ -235,7 +235,7 @@ def npz(folder):
     def read():
         samples.damaged([(0, 4)])  # a shard is sound or not, and nothing else
         refused = None
-        for reads in (lambda: [*open_set(samples.npz).batches(3)], samples._is_complete):
+        for reads in (lambda: [*open_evaluation_set(samples.npz).batches(3)], samples._is_complete):
             try:
                 reads()
             except ValueError as error:
@@ -252,7 +252,8 @@ def configs(folder):
     from conftest import random_dit
     from safetensors.torch import save_file
 
-    import sampling
+    from pretrained.loading import load_dit
+    from pretrained.spec import check_labels, model_spec
 
     sizes = dict(input_size=4, patch_size=2, hidden_size=24, depth=3, num_heads=2, num_classes=5)
     whole = {"model": sizes, "image_size": 8, "class_names": list("abcde"), "vae": "vae", "cfg_scale": 2.0}
@@ -283,10 +284,10 @@ def configs(folder):
     ]
 
     def read():
-        spec = sampling.model_spec(ckpt=str(folder))
-        sampling.check_labels(spec.default_labels, spec.num_classes)
+        spec = model_spec(ckpt=str(folder))
+        check_labels(spec.default_labels, spec.num_classes)
         spec.guidance(None, 4.0) + 0.0
-        dit = sampling.load_dit(spec, "cpu")
+        dit = load_dit(spec, "cpu")
         [spec.class_names[label].upper() for label in spec.default_labels if spec.class_names]
         dit.multiply_adds()
         x = torch.zeros(1, dit.in_channels, dit.input_size, dit.input_size)
@@ -297,8 +298,8 @@ def configs(folder):
 
 def graphs(folder):
     """As `routers`, for the graph file of the evaluator's network."""
-    from features import Network
-    from graph_file import message_classes
+    from evaluation.features import Network
+    from evaluation.graph_file import message_classes
 
     path = folder / "graph.pb"
     whole = (ROOT / "ckpt" / "fashion_mnist" / "classifier.pb").read_bytes()
@@ -332,7 +333,6 @@ KINDS = {"routers": (routers, 2000), "npz": (npz, 2000), "configs": (configs, 50
 
 def limit_memory():
     """This process may take `MEMORY` bytes, with what it has now."""
-    import torch  # noqa: F401
 
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     data, resident = (int(status[name].split()[0]) * 1024 for name in ("VmData", "VmRSS"))
@@ -341,7 +341,8 @@ def limit_memory():
 
 def fuzz(kind, count, folder):
     """What came of `count` mutations, a dict; "faults": the tracebacks of those that were neither used nor refused."""
-    from files import UserError, peak_resident
+    from runtime.errors import UserError
+    from runtime.memory import peak_resident
 
     ways, write, read = KINDS[kind][0](folder)
     limit_memory()

@@ -8,9 +8,9 @@ import torch
 from conftest import DATA, random_dit
 
 from diffusion import create_diffusion
-from files import UserError
 from models import DiT_models
 from router import Router, router_loss
+from runtime.errors import UserError
 
 RELEASED = Path(__file__).resolve().parent.parent.parent / "shared" / "reference"
 

@@ -76,7 +76,8 @@ def test_compare_prints_both_times_the_ratio_the_bound_and_the_psnr(sample, mode
     ):
         assert re.search(line, result.stdout, re.M), (line, result.stdout)
     bound = float(re.search(r"of the bound (\S+)", result.stdout)[1])
-    from sampling import load_dit, model_spec
+    from pretrained.loading import load_dit
+    from pretrained.spec import model_spec
 
     costs = load_dit(model_spec(ckpt=str(model_folder)), "cpu").multiply_adds()
     assert bound == pytest.approx(Router.load(path).schedule(0.5).speedup_bound(costs), abs=6e-4)

@@ -19,12 +19,14 @@ from conftest import assert_refused, call, fork, free_port, start, start_ranks, 
 from PIL import Image
 from torch._dynamo.utils import counters
 
-import devices
 import sampling
 from diffusion import create_diffusion
+from evaluation.sample_set import SampleSet
+from pretrained.loading import load_dit, load_vae
+from pretrained.spec import model_spec
 from router import Router
+from runtime import devices
 from schedule import Schedule
-from shards import SampleSet
 
 METHOD = ["--accelerate-method", "dynamiclayer", "--thres", 0.5, "--path"]
 SCHEDULE = ["--accelerate-method", "schedule", "--path"]
@@ -57,8 +59,8 @@ def the_set(folder):
 
 def expected(model_folder, indices, labels=None, router=None, ancestral=False, scale=SCALE, seed=0):
     """The images `indices` by the documented rules, one at a time, with NumPy's and the sampler's own functions."""
-    spec = sampling.model_spec(ckpt=str(model_folder))
-    dit, vae = sampling.load_dit(spec, "cpu"), sampling.load_vae(spec, "cpu")
+    spec = model_spec(ckpt=str(model_folder))
+    dit, vae = load_dit(spec, "cpu"), load_vae(spec, "cpu")
     schedule = Router.load(router).schedule(0.5) if router else None
     images = []
     for number in indices:
@@ -168,7 +170,7 @@ def test_a_schedule_file_makes_what_the_router_of_that_plan_makes(flags, sample,
 
 def test_a_set_of_before_there_were_schedule_files_stays_valid(sample, model_folder, tmp_path):
     """Its manifest says nothing of a schedule."""
-    from npz import write_npz
+    from evaluation.npz import write_npz
 
     command = [*METHOD, model_folder / "router4.pt"]
     assert sample(*command).returncode == 0
@@ -248,15 +250,15 @@ def test_the_name_tells_runs_apart_and_paths_may_hold_anything(sample, model_fol
 
 
 def test_weights_and_vae_are_in_the_name_of_a_registered_model():
-    import sample_ddp
+    from sample_ddp import parse_args, set_name
 
-    args = sample_ddp.parse_args(["--ckpt", "runs/3/ema last.pt", "--num-sampling-steps", "50"])
-    spec = sampling.model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+    args = parse_args(["--ckpt", "runs/3/ema last.pt", "--num-sampling-steps", "50"])
+    spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
     manifest = {"cfg_scale": 1.5, "sampler": "ddim", "router": None, "dtype": None}
-    name = sample_ddp.set_name(args, spec, manifest)
+    name = set_name(args, spec, manifest)
     assert name == "DiT-XL-2-ema-last-size-256-vae-ema-cfg-1.5-seed-0-ddim-50-n-50000"
     args.ckpt = None
-    assert sample_ddp.set_name(args, spec, manifest).startswith("DiT-XL-2-pretrained-")
+    assert set_name(args, spec, manifest).startswith("DiT-XL-2-pretrained-")
 
 
 def test_pngs_and_the_set_hold_the_same_pixels(sample, tmp_path):

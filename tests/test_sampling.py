@@ -9,12 +9,17 @@ from conftest import ROOT, fork, random_dit
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import devices
 import sampling
 from diffusion import create_diffusion
-from files import UserError
-from graphs import Recorded
+from pretrained.loading import load_dit, load_vae
+from pretrained.spec import model_spec
 from router import Router
+from runtime import devices
+from runtime.cuda_graphs import GraphedFunction
+from runtime.errors import UserError
+from runtime.hashes import fingerprint
+from runtime.noise import ImageNoise
+from runtime.pictures import psnr, save_picture
 from schedule import Schedule
 
 
@@ -119,7 +124,7 @@ def test_a_recorded_trajectory_is_that_of_its_arguments_and_its_results_stay(anc
     """On a CPU, whose recording is the function on the same static tensors as a CUDA graph's."""
     dit, diffusion, z, y = setup()
     schedule = random_schedule(6, 3)
-    recorded = sampling.RecordedSampler(dit, diffusion, 2.0, schedule, ancestral)
+    recorded = sampling.CudaGraphSampler(dit, diffusion, 2.0, schedule, ancestral)
     results = []
     for seed, labels in ((0, y), (1, y + 2)):
         draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
@@ -132,7 +137,7 @@ def test_a_recorded_trajectory_is_that_of_its_arguments_and_its_results_stay(anc
 
 def test_a_function_is_recorded_once_for_each_shape():
     calls = []
-    recorded = Recorded(lambda x: calls.append(x.data_ptr()) or x + 1)
+    recorded = GraphedFunction(lambda x: calls.append(x.data_ptr()) or x + 1)
     for n in (2, 3, 2):
         assert torch.equal(recorded(torch.full((n,), 5.0)), torch.full((n,), 6.0))
     # The third call has the tensor of the first.
@@ -193,7 +198,7 @@ def test_nothing_waits_for_a_gpu(ancestral, graphs):
     dit, z, y = dit.to("cuda"), z.to("cuda"), y.to("cuda")
     plan = diffusion, 2.0, random_schedule(6, 3), ancestral
     if graphs:
-        sample = sampling.RecordedSampler(dit, *plan)
+        sample = sampling.CudaGraphSampler(dit, *plan)
     else:
         sample = lambda z, y: sampling.sample_latents(dit, plan[0], z, y, *plan[1:])  # noqa: E731
     sample(z, y)  # what happens once: tables are copied, a graph is recorded
@@ -209,7 +214,7 @@ def test_a_graph_computes_what_it_recorded_on_a_gpu():
     dit, diffusion, z, y = setup()
     dit, z, y = dit.to("cuda"), z.to("cuda"), y.to("cuda")
     schedule = random_schedule(6, 3)
-    recorded = sampling.RecordedSampler(devices.set_precision(dit, "fp32"), diffusion, 2.0, schedule)
+    recorded = sampling.CudaGraphSampler(devices.set_precision(dit, "fp32"), diffusion, 2.0, schedule)
     for noise, labels in ((z, y), (z + 1, y + 2)):
         expected = sampling.sample_latents(dit, diffusion, noise, labels, 2.0, schedule)
         torch.testing.assert_close(recorded(noise, labels), expected, rtol=1e-5, atol=1e-3)
@@ -262,7 +267,7 @@ def test_ancestral_sampling_follows_the_noise_it_is_given():
 
 def drawn(indices, **more):
     """The labels, the first noise and two further ones of the images `indices`."""
-    draws = sampling.ImageDraws(3, indices, (4, 2, 2), 5, torch.device("cpu"), **more)
+    draws = ImageNoise(3, indices, (4, 2, 2), 5, torch.device("cpu"), **more)
     assert torch.equal(draws.y, draws.labels)
     return draws.y, draws.z, draws.randn_like(draws.z), draws.randn_like(torch.cat([draws.z, draws.z]))
 
@@ -285,7 +290,7 @@ def test_draws_are_uniform_labels_and_independent_normal_noise():
     assert noise.mean().abs() < 5 / noise.numel() ** 0.5 and (noise.var() - 1).abs() < 5 * (2 / noise.numel()) ** 0.5
     correlation = torch.corrcoef(noise.permute(0, 2, 1).flatten(0, 1))
     assert (correlation - torch.eye(48)).abs().max() < 6 / 4000**0.5
-    other = sampling.ImageDraws(4, range(4000), (4, 2, 2), 5, torch.device("cpu"))
+    other = ImageNoise(4, range(4000), (4, 2, 2), 5, torch.device("cpu"))
     assert (other.z * z).mean().abs() < 5 / z.numel() ** 0.5
 
 
@@ -304,7 +309,6 @@ def test_a_schedule_for_another_sampler_is_refused():
 
 TRAJECTORIES = """
 import sys
-sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 from test_sampling import digests
@@ -380,40 +384,40 @@ def test_every_level_is_quantised_as_published():
 
 def test_the_hash_of_a_model_follows_every_weight_and_its_configuration():
     one, config = random_dit(), {"depth": 3}
-    first = sampling.fingerprint(one, config)
-    assert first == sampling.fingerprint(random_dit(), config) and len(first) == 64
-    assert first != sampling.fingerprint(one, {"depth": 4})
+    first = fingerprint(one, config)
+    assert first == fingerprint(random_dit(), config) and len(first) == 64
+    assert first != fingerprint(one, {"depth": 4})
     one.blocks[1].mlp.fc2.weight[5, 7] += 1e-6
-    assert first != sampling.fingerprint(one, config)
+    assert first != fingerprint(one, config)
 
 
 def test_guidance_is_what_was_asked_then_what_the_folder_recommends_then_the_published(model_folder):
-    folder, name = sampling.model_spec(ckpt=str(model_folder)), sampling.model_spec("DiT-S/8")
+    folder, name = model_spec(ckpt=str(model_folder)), model_spec("DiT-S/8")
     assert folder.guidance(None, 1.5) == 2.0 and folder.guidance(0.0, 1.5) == 0.0
     assert name.guidance(None, 1.5) == 1.5 and name.guidance(3.0, 1.5) == 3.0
 
 
 def test_psnr_of_a_known_error():
     a = torch.zeros(4, 4, dtype=torch.uint8)
-    assert sampling.psnr(a, a + 1, 255) == pytest.approx(48.1308, abs=1e-3)  # 20 log10(255)
-    assert sampling.psnr(a, a, 255) == float("inf")
+    assert psnr(a, a + 1, 255) == pytest.approx(48.1308, abs=1e-3)  # 20 log10(255)
+    assert psnr(a, a, 255) == float("inf")
 
 
 def test_a_model_folder_needs_no_other_flag(model_folder):
-    spec = sampling.model_spec(ckpt=str(model_folder))
+    spec = model_spec(ckpt=str(model_folder))
     assert (spec.name, spec.image_size, spec.num_classes, spec.cfg_scale) == ("tiny", 8, 5, 2.0)
     assert spec.default_labels == [0, 1, 2, 3, 4]
-    dit = sampling.load_dit(spec, torch.device("cpu"))
+    dit = load_dit(spec, torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(dit.state_dict().values(), random_dit().state_dict().values()))
-    images = sampling.decode(sampling.load_vae(spec, "cpu"), torch.randn(3, 4, 4, 4))
+    images = sampling.decode(load_vae(spec, "cpu"), torch.randn(3, 4, 4, 4))
     assert images.shape == (3, 8, 8, 3)
 
 
 def test_the_released_model_shows_the_eight_published_classes():
-    spec = sampling.model_spec()
+    spec = model_spec()
     assert spec.default_labels == [207, 992, 387, 974, 142, 979, 417, 279]
     assert spec.weights == "DiT-XL-2-256x256.pt"
-    assert sampling.model_spec(image_size=512).config["input_size"] == 64
+    assert model_spec(image_size=512).config["input_size"] == 64
 
 
 def test_weights_load_from_every_kind_of_file(tmp_path, monkeypatch):
@@ -425,14 +429,14 @@ def test_weights_load_from_every_kind_of_file(tmp_path, monkeypatch):
     torch.save({"ema": state, "model": {}, "opt": {}}, tmp_path / "training.pt")
     save_file(state, tmp_path / "weights.safetensors")
     for path in tmp_path.iterdir():
-        spec = sampling.model_spec("DiT-tiny/2", 256, 5, ckpt=str(path))
-        loaded = sampling.load_dit(spec, "cpu").state_dict()
+        spec = model_spec("DiT-tiny/2", 256, 5, ckpt=str(path))
+        loaded = load_dit(spec, "cpu").state_dict()
         assert all(torch.equal(loaded[name], state[name]) for name in state), path
 
 
 def test_random_weights_come_from_the_seed_and_do_not_output_zero(model_folder):
-    spec = sampling.model_spec(ckpt=str(model_folder))
-    a, b, c = (sampling.load_dit(spec, "cpu", random_seed=seed) for seed in (1, 1, 2))
+    spec = model_spec(ckpt=str(model_folder))
+    a, b, c = (load_dit(spec, "cpu", random_seed=seed) for seed in (1, 1, 2))
     x, t, y = torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.tensor([0])
     assert a(x, t, y).any()
     assert torch.equal(a(x, t, y), b(x, t, y))
@@ -448,7 +452,7 @@ def test_a_folder_with_a_damaged_configuration_is_refused(tmp_path, config):
     (tmp_path / "dit.safetensors").touch()
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(UserError, match="config.json"):
-        sampling.model_spec(ckpt=str(tmp_path))
+        model_spec(ckpt=str(tmp_path))
 
 
 def test_a_folder_with_unknown_arguments_or_other_weights_is_refused(model_folder, tmp_path):
@@ -466,7 +470,7 @@ def test_a_folder_with_unknown_arguments_or_other_weights_is_refused(model_folde
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model": config["model"] | change}))
         with pytest.raises(UserError, match=words):
-            sampling.load_dit(sampling.model_spec(ckpt=str(tmp_path)), "cpu")
+            load_dit(model_spec(ckpt=str(tmp_path)), "cpu")
 
 
 def test_a_damaged_vae_or_one_of_another_model_is_refused(model_folder, tmp_path):
@@ -479,15 +483,15 @@ def test_a_damaged_vae_or_one_of_another_model_is_refused(model_folder, tmp_path
     for change, words in (({"latent_channels": 3}, "cannot be read"), ({"block_out_channels": 3}, "cannot be read")):
         (folder / "vae" / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=words):
-            sampling.load_vae(sampling.model_spec(ckpt=str(folder)), "cpu")
+            load_vae(model_spec(ckpt=str(folder)), "cpu")
     (folder / "vae" / "config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps(model | {"image_size": 16}))
     with pytest.raises(UserError, match="2 pixels to a cell"):
-        sampling.load_vae(sampling.model_spec(ckpt=str(folder)), "cpu")
+        load_vae(model_spec(ckpt=str(folder)), "cpu")
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     with pytest.raises(UserError, match="cannot be read"):
-        sampling.load_vae(sampling.model_spec(ckpt=str(folder)), "cpu")
+        load_vae(model_spec(ckpt=str(folder)), "cpu")
 
 
 def test_each_group_of_a_picture_starts_a_new_row(tmp_path):
@@ -495,14 +499,14 @@ def test_each_group_of_a_picture_starts_a_new_row(tmp_path):
     from PIL import Image
 
     dark, grey = torch.zeros(3, 96, 96, 3, dtype=torch.uint8), torch.full((1, 96, 96, 3), 100, dtype=torch.uint8)
-    sampling.save_picture([dark, grey], tmp_path / "x.png", columns=2)
+    save_picture([dark, grey], tmp_path / "x.png", columns=2)
     cells = np.asarray(Image.open(tmp_path / "x.png"))[50::98, 50::98, 0]
     assert cells.tolist() == [[0, 0], [0, 255], [100, 255]]
 
 
 def test_models_without_released_weights_ask_for_a_checkpoint():
-    for spec in (sampling.model_spec("DiT-S/2"), sampling.model_spec(num_classes=7)):
+    for spec in (model_spec("DiT-S/2"), model_spec(num_classes=7)):
         with pytest.raises(UserError, match="--ckpt"):
-            sampling.load_dit(spec, "cpu")
+            load_dit(spec, "cpu")
     with pytest.raises(UserError, match="unknown model"):
-        sampling.model_spec("DiT-XXL/2")
+        model_spec("DiT-XXL/2")

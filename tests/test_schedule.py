@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-import sampling
-from files import UserError
-from router import Router
+from router import Router, load_schedule
+from runtime.errors import UserError
+from runtime.hashes import fingerprint
 from schedule import Schedule
 
 POLICIES = {"random": lambda *plan: Schedule.random_layers(*plan, seed=3)}
@@ -156,15 +156,15 @@ def test_the_schedule_of_a_file_and_what_the_manifest_says_of_it(tmp_path):
     schedule = Schedule.every_nth(4, 3, 2)
     schedule.save(tmp_path / "s.pt")
     Router(4, 3).save(tmp_path / "r.pt")
-    assert sampling.load_schedule(None, None, 0.5) == (None, {"router": None, "threshold": None, "schedule": None})
-    loaded, described = sampling.load_schedule("schedule", tmp_path / "s.pt", 0.5)
+    assert load_schedule(None, None, 0.5) == (None, {"router": None, "threshold": None, "schedule": None})
+    loaded, described = load_schedule("schedule", tmp_path / "s.pt", 0.5)
     assert torch.equal(loaded.compute, schedule.compute)
     cells = bytes(cell for row in schedule.rows() for block in row for cell in block)
     assert described == {"router": None, "threshold": None, "schedule": hashlib.sha256(cells).hexdigest()}
-    loaded, described = sampling.load_schedule("dynamiclayer", tmp_path / "r.pt", 0.5)
+    loaded, described = load_schedule("dynamiclayer", tmp_path / "r.pt", 0.5)
     router = Router.load(tmp_path / "r.pt")
     assert torch.equal(loaded.compute, router.schedule(0.5).compute)
-    assert described == {"router": sampling.fingerprint(router, {}), "threshold": 0.5, "schedule": None}
+    assert described == {"router": fingerprint(router, {}), "threshold": 0.5, "schedule": None}
 
 
 def test_a_schedule_of_other_steps_or_depth_is_refused():

@@ -17,9 +17,9 @@ import torch
 from conftest import ROOT, assert_refused, call, fork, plain_images, run, start, torchrun
 from PIL import Image
 
-import data
-import train_router
 from router import Router
+from train_router import parse_args
+from training.batches import draw_steps
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_one_process_trains_logs_draws_and_says_how_to_sample(train, model_folde
     )
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [2, 4, 5]
-    drawn = [[(0, 2, 4)[k] for k in data.draw_steps(0, update, 2, 3)] for update in range(5)]
+    drawn = [[(0, 2, 4)[k] for k in draw_steps(0, update, 2, 3)] for update in range(5)]
     counts = {row: sum(row in rows for rows in drawn) for row in (0, 2, 4)}
     assert lines[-1]["updates_per_row"] == {str(row): n for row, n in counts.items() if n}
     assert lines[0]["draws_per_step"] == {str(r): sum(drawn[:2], []).count(r) for r in sorted(set(sum(drawn[:2], [])))}
@@ -338,7 +338,7 @@ def test_a_damaged_image_is_named_and_more_than_one_percent_are_refused(
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(flags, tmp_path, monkeypatch, capfd):
-    import updates
+    from training import trainer
 
     calls = []
 
@@ -346,8 +346,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(flag
         calls.append(args)
         return updates_loss(*args) * (float("nan") if len(calls) == 12 else 1)
 
-    updates_loss = updates.router_loss
-    monkeypatch.setattr(updates, "router_loss", sometimes_nan)
+    updates_loss = trainer.router_loss
+    monkeypatch.setattr(trainer, "router_loss", sometimes_nan)
     results = tmp_path / "results"
     result = call("train_router.py", *flags, "--ckpt-every", 4, "--max-steps", 8, "--results-dir", results, capfd=capfd)
     assert result.returncode == 1
@@ -425,15 +425,17 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused_once(train)
 
 
 def test_presets_set_the_published_numbers_and_a_flag_that_is_given_wins():
-    args = train_router.parse_args(["--preset", "xl2-512-50", "--data-path", "x"])
+    args = parse_args(["--preset", "xl2-512-50", "--data-path", "x"])
     published = dict(model="DiT-XL/2", image_size=512, num_sampling_steps=50, l1=5e-6, lr=1e-3, thres=0.9)
     published |= dict(max_steps=40000, global_batch_size=64, draws_per_step=8)
     assert {name: getattr(args, name) for name in published} == published
-    args = train_router.parse_args(["--preset", "l2-20", "--data-path", "x", "--lr", "0.5", "--max-steps", "7"])
+    args = parse_args(["--preset", "l2-20", "--data-path", "x", "--lr", "0.5", "--max-steps", "7"])
     assert (args.model, args.l1, args.lr, args.max_steps, args.num_sampling_steps) == ("DiT-L/2", 5e-6, 0.5, 7, 20)
-    assert train_router.parse_args(["--preset", "fashion-20"]).data_path == "demo/data/train"
-    latents = train_router.parse_args(["--preset", "fashion-20", "--latents", "x"])
+    assert parse_args(["--preset", "fashion-20"]).data_path == "demo/data/train"
+    latents = parse_args(["--preset", "fashion-20", "--latents", "x"])
     assert latents.data_path is None and latents.latents == "x"
     help_text = subprocess.run([sys.executable, ROOT / "train_router.py", "--help"], capture_output=True, text=True)
-    for name in train_router.PRESETS:
+    from training.presets import PRESETS
+
+    for name in PRESETS:
         assert re.search(rf"^  {name} .*\n {{14}}\S", help_text.stdout, re.M)

@@ -1,0 +1,1 @@
+"""Timings: each a module, `python -m benchmarks.NAME`."""

@@ -1,0 +1,1 @@
+"""A set of sampled images: made in shards, read, judged."""

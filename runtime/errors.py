@@ -1,0 +1,7 @@
+"""Errors that the user can mend."""
+
+
+class UserError(ValueError):
+    """The input is at fault, not the program: the message names the value, the rule and the way out."""
+
+    said = False  # by another process of the same job, so that this one need not
