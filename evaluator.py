@@ -195,7 +195,7 @@ def main(args):
     sets = {role: opened[role] for role in paths}
     needed = requirements(args, sets)
     missing = {role: needed[role] - images.stored.keys() for role, images in sets.items()}
-    with cli.warnings_said() as said:
+    with cli.one_line_warnings() as said:
         network = None
         if any(missing.values()) or "is" in args.metrics and args.sample:
             from evaluation.features import Network
@@ -236,8 +236,8 @@ def main(args):
                 "stored": sorted(needed[role] - missing[role]),
             }
         backend = network and {"name": network.backend, "graph_sha256": network.sha256, "versions": network.versions}
-        records.write_record(args, device, figures | {"backend": backend, "seconds": seconds, "warnings": said})
+        records.write_record(args.record, vars(args), device, figures | {"backend": backend, "seconds": seconds, "warnings": said})
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), less="a smaller --batch-size, or fewer --metrics")
+    cli.run(main, parse_args(), memory_hint="a smaller --batch-size, or fewer --metrics")

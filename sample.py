@@ -87,7 +87,7 @@ def main(args):
     sampling.check_sampler(dit, cfg_scale, args.p_sample)
     dit = devices.set_precision(dit, dtype)
     if args.compile:
-        devices.compile_blocks(dit)
+        devices.compile_blocks(dit.blocks)
     if schedule:
         schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
         print(schedule.describe(dit.multiply_adds()))
@@ -154,7 +154,7 @@ def main(args):
         )
         print(f"PSNR of the {'images' if images else 'latents'} with and without the {cached}: {psnr:.2f} dB")
         if args.record:
-            records.write_record(args, device, figures)
+            records.write_record(args.record, vars(args), device, figures)
 
 
 def compare(dit, schedule, times, batch):
@@ -176,6 +176,9 @@ def compare(dit, schedule, times, batch):
         name: batch * plan.multiply_adds(costs).sum().item() / statistics.median(times[name]) / 1e9
         for name, plan in plans.items()
     }
+    block, tokens = dit.blocks[0], dit.pos_embed.shape[1]
+    layers = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+    rates["matrix_product"] = devices.matmul_rate(layers, batch * tokens) / 1e9
     return {
         "batch": batch,
         "seconds": times,
@@ -184,9 +187,9 @@ def compare(dit, schedule, times, batch):
         "share_of_bound": ratio / bound,
         "cached_share": schedule.cached_share(),
         "layers_run_per_step": schedule.compute.sum(dim=(1, 2)).tolist(),
-        "g_multiply_adds_per_second": rates | {"matrix_product": devices.matmul_rate(dit, batch) / 1e9},
+        "g_multiply_adds_per_second": rates,
     }
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), less="fewer --class-labels")
+    cli.run(main, parse_args(), memory_hint="fewer --class-labels")

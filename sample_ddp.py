@@ -86,7 +86,7 @@ def load(args, device, dtype, processes):
             schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
         dit = devices.set_precision(dit, dtype)
         if args.compile:
-            devices.compile_blocks(dit)
+            devices.compile_blocks(dit.blocks)
         return dit, devices.speed_up_vae(load_vae(spec, device), device, dtype), schedule, described
 
     return spec, *processes.run_everywhere(read, local_main_first=True)
@@ -176,13 +176,13 @@ def main(args):
     from runtime.processes import Processes
 
     processes = Processes()
-    device = devices.pick_device(args.device, processes, args.cuda_graphs)
+    processes.connect()
+    device = processes.run_everywhere(lambda: devices.pick_device(args.device, processes, args.cuda_graphs))
     dtype = devices.pick_dtype(args.dtype, device)
     if args.deterministic:
         devices.make_deterministic(device)
         if device.type == "cpu":
             torch.set_num_threads(1)  # a sum depends on how many threads share it
-    processes.connect()
     if args.record:
         processes.run_on_main(lambda: check_writable(args.record))
     spec, dit, vae, schedule, described = load(args, device, dtype, processes)
@@ -241,7 +241,7 @@ def main(args):
     figures = summarise(sum(stop - start for start, stop in ranges), seconds, spent, pipeline.overlaps, processes.size)
     print(f"Samples: {images.npz} ({images.count} images, SHA-256 of arr_0 {digest})")
     if args.record:
-        records.write_record(args, device, {"dtype": dtype} | figures)
+        records.write_record(args.record, vars(args), device, {"dtype": dtype} | figures)
 
 
 def batch_sampler(args, dit, schedule, cfg_scale, batch_size, device):
@@ -305,4 +305,4 @@ def summarise(images, seconds, spent, overlaps, processes):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), less="a smaller --per-proc-batch-size")
+    cli.run(main, parse_args(), memory_hint="a smaller --per-proc-batch-size")

@@ -36,7 +36,7 @@ def parse_args(argv=None):
     data.add_argument(
         "--num-workers",
         metavar="N",
-        type=cli.not_negative_int,
+        type=cli.non_negative_int,
         default=4,
         help="data loading processes of each process, at most the cores",
     )
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     training.add_argument(
         "--l1",
         metavar="WEIGHT",
-        type=cli.not_negative,
+        type=cli.non_negative,
         default=5e-6,
         help="weight of the sum of scores: more caches more; with --target-cached the weight to start from",
     )
@@ -62,7 +62,7 @@ def parse_args(argv=None):
         help="share of all layers, at all steps, to cache at --thres: finds the weight of --l1 while training",
     )
     cli.add_threshold_argument(training)
-    training.add_argument("--lr", type=cli.not_negative, default=1e-3, help="learning rate of AdamW")
+    training.add_argument("--lr", type=cli.non_negative, default=1e-3, help="learning rate of AdamW")
     training.add_argument(
         "--max-steps",
         metavar="N",
@@ -237,9 +237,9 @@ def main(args):
     from training.trainer import Trainer
 
     processes = Processes()
-    device = devices.pick_device(args.device, processes)
-    devices.make_deterministic(device)  # so that a resumed run ends where the unbroken one does
     processes.connect()
+    device = processes.run_everywhere(lambda: devices.pick_device(args.device, processes))
+    devices.make_deterministic(device)  # so that a resumed run ends where the unbroken one does
     spec, dit, vae, source, identity = prepare(args, processes, device)
     if args.extract_latents:
         return extract(args, source, vae, spec, identity["vae"], processes)
@@ -272,7 +272,7 @@ def main(args):
     dit = devices.set_precision(dit, args.dtype)
     dit.grad_checkpointing = args.grad_checkpointing
     if args.compile:
-        processes.run_everywhere(lambda: devices.compile_blocks(dit))
+        processes.run_everywhere(lambda: devices.compile_blocks(dit.blocks))
     batches = BatchSampler(
         len(source),
         args.global_batch_size,
@@ -489,4 +489,4 @@ def start_wandb(args, folder, run_id=None):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), less="a smaller --global-batch-size, or --grad-checkpointing")
+    cli.run(main, parse_args(), memory_hint="a smaller --global-batch-size, or --grad-checkpointing")

@@ -13,7 +13,6 @@ original too; ours include the checks of the shards and their removal. They say 
 still holds of the shards that were just written, and how fast it hands out memory, is in them.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -290,7 +289,7 @@ def main(args):
     print(table([{"flags": vars(args), "device": devices.device_name(device), **measured}]))
     if args.record:
         flags = {name: value for name, value in vars(args).items() if name != "work"}
-        records.write_record(argparse.Namespace(**flags), device, measured)
+        records.write_record(args.record, flags, device, measured)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ graph. Images start as uint8 arrays, and features count when they are on the CPU
 its libraries included; on a GPU it does not hold the GPU's memory. The features of both must agree to 1e-5.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -156,7 +155,7 @@ def main(args):
     flags = vars(args) | {"graph": args.graph and Path(args.graph).name}
     print(table([{"flags": flags, "device": devices.device_name(device), **measured}]))
     if args.record:
-        records.write_record(argparse.Namespace(**flags), device, measured)
+        records.write_record(args.record, flags, device, measured)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def make_models(load, dtypes, modes):
         models[dtype, False] = dit = same if same and dtype == "tf32" else devices.set_precision(load(), dtype)
         if any("compile" in mode for mode in modes):
             compiled = copy.deepcopy(dit, {id(parameter): parameter for parameter in dit.parameters()})
-            devices.compile_blocks(compiled)
+            devices.compile_blocks(compiled.blocks)
             models[dtype, True] = compiled
     return models
 
@@ -182,7 +182,9 @@ def measure(args, device, dtypes, modes, load, schedules):
     products = {}
     for dtype in dict.fromkeys(row[2] for row in rows):
         devices.set_precision(z, dtype)
-        products[dtype] = devices.matmul_rate(models[dtype, False], 2 * args.images)
+        block, tokens = models[dtype, False].blocks[0], dit.pos_embed.shape[1]
+        layers = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+        products[dtype] = devices.matmul_rate(layers, 2 * args.images * tokens)
 
     def ratio(slow, fast):
         # Neighbouring runs share the state of the machine: the median of their ratios.
@@ -357,7 +359,7 @@ def main(args):
     record = {"flags": vars(args), "device": devices.device_name(device), "torch": torch.__version__, "rows": rows}
     print(table(record))
     if args.record:
-        records.write_record(args, device, {"dtype": None, "rows": rows})
+        records.write_record(args.record, vars(args), device, {"dtype": None, "rows": rows})
 
 
 if __name__ == "__main__":

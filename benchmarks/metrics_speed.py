@@ -13,7 +13,6 @@ Features are combinations of a few random directions, cut at 0: as with those of
 of the other set. Times do not depend on what they are.
 """
 
-import argparse
 import statistics
 from pathlib import Path
 
@@ -178,7 +177,7 @@ def main(args):
     print(table([{"flags": vars(args), "device": devices.device_name(device), **measured}]))
     if args.record:
         flags = {name: value for name, value in vars(args).items() if name != "quick"}
-        records.write_record(argparse.Namespace(**flags), device, measured)
+        records.write_record(args.record, flags, device, measured)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def main(args):
         dit = devices.set_precision(load_dit(spec, device), dtype)
         vae = devices.speed_up_vae(load_vae(spec, device), device, dtype)
         if compiled:
-            devices.compile_blocks(dit)
+            devices.compile_blocks(dit.blocks)
         for name, schedule in ("full", None), ("router", router):
             plan = create_diffusion(STEPS), spec.guidance(None, 4.0), schedule
             sampler = sampling.make_sampler(dit, *plan, cuda_graphs=recorded)
@@ -119,7 +119,7 @@ def main(args):
             )
     print(table([{"device": devices.device_name(device), "rows": rows}]))
     if args.record:
-        records.write_record(args, device, {"dtype": None, "rows": rows})
+        records.write_record(args.record, vars(args), device, {"dtype": None, "rows": rows})
 
 
 if __name__ == "__main__":

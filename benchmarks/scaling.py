@@ -130,7 +130,7 @@ def main(args):
     measured = json.loads(json.dumps(figures(runs)))  # as a record: names are texts
     print(table([{"device": devices.device_name(device), **measured}]))
     if args.record:
-        records.write_record(args, device, measured)
+        records.write_record(args.record, vars(args), device, measured)
 
 
 if __name__ == "__main__":

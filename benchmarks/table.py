@@ -245,12 +245,12 @@ def fill(args):
             plans[row].save(ROOT / schedule_path(row, args))
         seeds = dict(sorted((seeds | {str(seed): judge(sample(row, seed, args))}).items()))
         figures = {**known, "versions": versions, "seeds": seeds}
-        records.write_record(argparse.Namespace(record=path, **flags), device, figures)
+        records.write_record(path, flags, device, figures)
     path = args.results / "timing.json"
     if args.timing or not args.rows and list(read(path).get("rows", [])) != [row.name for row in ROWS]:
         print("times of all rows, in turn:", flush=True)
         timing = {"batch": BATCH, "cfg_scale": spec.cfg_scale, "rows": times(spec, dit, plans, device)}
-        records.write_record(argparse.Namespace(record=path), device, timing)
+        records.write_record(path, {}, device, timing)
 
 
 def times(spec, dit, plans, device):

@@ -64,7 +64,7 @@ def load_models(names, load):
     if "checkpointing" in models:
         models["checkpointing"].grad_checkpointing = True
     if "compiled" in models:
-        devices.compile_blocks(models["compiled"])
+        devices.compile_blocks(models["compiled"].blocks)
     return models
 
 
@@ -221,7 +221,7 @@ def main(args):
     measured = figures(measure_times(args, device, names), memory, args.batch_size)
     print(table([{"flags": vars(args), "device": devices.device_name(device), **measured}]))
     if args.record:
-        records.write_record(args, device, measured)
+        records.write_record(args.record, vars(args), device, measured)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def main(args):
     measured = {"seconds": seconds}
     print(table([{"device": devices.device_name(device), **measured}]))
     if args.record:
-        records.write_record(args, device, measured)
+        records.write_record(args.record, vars(args), device, measured)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def parse_args(argv=None):
     add_arguments(parser, name="vae", steps=4000, batch_size=32)
     parser.add_argument(
         "--kl",
-        type=cli.not_negative,
+        type=cli.non_negative,
         default=1e-4,
         help="weight of the divergence from a unit normal, per latent value",
     )

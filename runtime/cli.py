@@ -49,14 +49,14 @@ def number(kind, accepts, rule):
 
 
 positive = number(int, lambda value: value >= 1, "a whole number of at least 1")
-not_negative_int = number(int, lambda value: value >= 0, "a whole number of at least 0")
+non_negative_int = number(int, lambda value: value >= 0, "a whole number of at least 0")
 # The models were trained with 1000 steps; a router decides the second step of a pair.
 sampling_steps = number(int, lambda value: 1 <= value <= 1000, "a whole number from 1 to 1000")
 router_steps = number(int, lambda value: 2 <= value <= 1000, "a whole number from 2 to 1000")
 fraction = number(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
 finite = number(float, math.isfinite, "a finite number")
 share = number(float, lambda value: 0 < value <= 0.5, "a number in (0, 0.5]")
-not_negative = number(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+non_negative = number(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32-1")
 
 
@@ -192,7 +192,7 @@ def sigterm_interrupts():
 
 
 @contextlib.contextmanager
-def warnings_said():
+def one_line_warnings():
     """In this block a warning is one line on standard error; yields the list of those that were said."""
     program, said = os.path.basename(sys.argv[0]), []
 
@@ -205,7 +205,7 @@ def warnings_said():
         yield said
 
 
-def fault(error, less=None):
+def fault(error, memory_hint=None):
     """What to say of an exception that is not the program's fault; "" where another process says it; None of a bug.
 
     Those are a `UserError`, files that cannot be used (an OSError that nothing else took), and too little memory;
@@ -217,18 +217,18 @@ def fault(error, less=None):
     # A data loading process hands its error on below a traceback: the last line says it.
     text = str(error).strip().rpartition("\n")[2]
     if isinstance(error, UserError):
-        return "" if error.said else str(error).rpartition("UserError: ")[2]
+        return "" if error.printed_by_main else str(error).rpartition("UserError: ")[2]
     if isinstance(error, OSError):
         where = error.filename or "a file, or the output"
         return f"{where} cannot be used: {error.strerror or text}; see that it is there, with the rights and the room"
     if out_of_memory(error):
-        return f"memory does not suffice{f': pass {less}' if less else ''}"
+        return f"memory does not suffice{f': pass {memory_hint}' if memory_hint else ''}"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return "a data loading process was killed, for want of memory perhaps: pass a smaller --num-workers"
     return None
 
 
-def run(main, args, less=None):
+def run(main, args, memory_hint=None):
     """Calls main(args) and exits: 1 with one line for a fault that is not the program's (`fault`), 130 for Ctrl-C.
 
     A bug keeps its traceback. A KeyboardInterrupt may hold a text of main's, which is said too.
@@ -239,7 +239,7 @@ def run(main, args, less=None):
         main(args)
         sys.stdout.flush()  # so that a full disk behind it is told here
     except Exception as error:
-        text = fault(error, less)
+        text = fault(error, memory_hint)
         if text is None:
             raise
         try:

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ from runtime.errors import UserError
 from runtime.memory import peak_resident
 
 if TYPE_CHECKING:
-    from models import DiT
     from runtime.processes import Processes
 
 # What --dtype may name; "tf32" is float32 whose products use the matrix units of a GPU, where it has them.
@@ -43,18 +43,18 @@ def speed_up_vae(vae: Any, device: torch.device, dtype: str) -> Any:
     return vae.to(DTYPES["fp16" if dtype == "fp16" else "fp32"], memory_format=torch.channels_last)
 
 
-def compile_blocks(dit: "DiT", backend: str = "inductor") -> None:
+def compile_blocks(blocks: nn.ModuleList, backend: str = "inductor") -> None:
     """Compiles each block of a DiT with `torch.compile` and its `backend`, the model around them staying as it is.
 
     Raises UserError where a CPU's compiler is missing.
     """
     compiler = os.environ.get("CXX", "g++")
-    if dit.pos_embed.device.type == "cpu" and not shutil.which(compiler):
+    if next(blocks.parameters()).device.type == "cpu" and not shutil.which(compiler):
         raise UserError(f"--compile needs the C++ compiler {compiler}: install it, name one in CXX, or leave it out")
     # Four graphs a shape and precision, of which a process may have several; by itself torch stops at 8. The name is
     # the one that older versions know, too.
     torch._dynamo.config.cache_size_limit = 64  # type: ignore[attr-defined]
-    for block in dit.blocks:
+    for block in blocks:
         block.compile(fullgraph=True, backend=backend)
 
 
@@ -67,7 +67,7 @@ def pick_device(name: str, processes: "Processes | None" = None, cuda_graphs: bo
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if processes and processes.size > 1 and name.startswith("cuda"):
-        name = f"cuda:{processes.local}"
+        name = f"cuda:{processes.local_rank}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -122,16 +122,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 @torch.inference_mode()
-def matmul_rate(dit: "DiT", samples: int, seconds: float = 1.0) -> float:
+def matmul_rate(layers: Sequence[nn.Linear], rows: int, seconds: float = 1.0) -> float:
     """Multiply-adds per second of plain matrix products of the block's own shapes, for `samples` in a batch.
 
     The four linear layers of a block in turn, preallocated, on the device and in the precision of `dit`: what a perfect
     loop could reach.
     """
-    block = dit.blocks[0]
-    device = dit.pos_embed.device
-    rows = samples * dit.pos_embed.shape[1]
-    weights = [linear.weight for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
+    weights = [layer.weight for layer in layers]
+    device = weights[0].device
     inputs = [weight.new_empty(rows, weight.shape[1]).normal_() for weight in weights]
     outputs = [weight.new_empty(rows, weight.shape[0]) for weight in weights]
 

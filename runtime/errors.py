@@ -4,4 +4,4 @@
 class UserError(ValueError):
     """The input is at fault, not the program: the message names the value, the rule and the way out."""
 
-    said = False  # by another process of the same job, so that this one need not
+    printed_by_main = False  # by another process of the same job, so that this one need not

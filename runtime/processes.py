@@ -142,7 +142,7 @@ class Processes:
     def error(self, message):
         """A UserError that every process raises and the first one says."""
         error = UserError(message)
-        error.said = not self.is_main
+        error.printed_by_main = not self.is_main
         return error
 
     def gather(self, value):

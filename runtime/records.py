@@ -5,15 +5,13 @@ import platform
 import subprocess
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from runtime.devices import device_name
 from runtime.files import atomic_write
 
-if TYPE_CHECKING:
-    from argparse import Namespace
 
 
 def _commit() -> str | None:
@@ -28,7 +26,7 @@ def _commit() -> str | None:
     return commit + "-dirty" * bool(changed) if commit else None
 
 
-def write_record(args: "Namespace", device: torch.device, figures: dict[str, Any]) -> None:
+def write_record(path: str | Path, flags: dict[str, Any], device: torch.device, figures: dict[str, Any]) -> None:
     """Writes `figures`, a dict that was measured on `device`, and all that they depend on, as JSON to args.record."""
     record = {
         "device": device_name(device),
@@ -36,9 +34,9 @@ def write_record(args: "Namespace", device: torch.device, figures: dict[str, Any
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
-        "flags": {name: value for name, value in vars(args).items() if name not in ("out", "record", "table")},
+        "flags": {name: value for name, value in flags.items() if name not in ("out", "record", "table")},
         **figures,
     }
-    with atomic_write(args.record) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"Record: {args.record}")
+    print(f"Record: {path}")

@@ -80,8 +80,8 @@ class Hurt:
                     return before(*args, **kwargs)
 
                 patch.setattr(where, name, hurting)
-            line = re.search(r"less=(.*)\)$", (ROOT / program).read_text(), re.M)
-            less = {"less": ast.literal_eval(line[1])} if line else {}
+            line = re.search(r"memory_hint=(.*)\)$", (ROOT / program).read_text(), re.M)
+            less = {"memory_hint": ast.literal_eval(line[1])} if line else {}
             run = cli.run
             patch.setattr(cli, "run", lambda main, args: run(main, args, **less))
             try:

@@ -154,7 +154,7 @@ def test_compiled_blocks_are_four_graphs_without_breaks_and_compute_the_same():
     compiled = random_dit()
     torch._dynamo.reset()
     counters.clear()
-    devices.compile_blocks(compiled)
+    devices.compile_blocks(compiled.blocks)
     for schedule in (Schedule(compute), other, None):
         expected = sampling.sample_latents(dit, diffusion, z, y, 2.0, schedule)
         actual = sampling.sample_latents(compiled, diffusion, z, y, 2.0, schedule)
@@ -170,7 +170,7 @@ def test_several_precisions_and_sizes_compile_in_one_process():
     counters.clear()
     for k, dtype in enumerate(("fp32", "bf16", "fp16"), 1):
         compiled = devices.set_precision(random_dit(), dtype)
-        devices.compile_blocks(compiled, backend="eager")
+        devices.compile_blocks(compiled.blocks, backend="eager")
         for images in (2, 1):
             latents = sampling.sample_latents(compiled, diffusion, z[:images], y[:images], 2.0, random_schedule(6, 3))
             assert latents.isfinite().all()
