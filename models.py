@@ -1,13 +1,13 @@
-"""DiT: diffusion transformers whose layers can run, be reused, or be blended.
+"""DiT: a diffusion transformer whose layers can run, be reused, or be blended.
 
-A *layer* is one attention or one MLP of one block. Caching is one rule with one word, `compute`:
+A *layer* is the attention or the MLP of a block. At each step one word, `compute`, decides what happens to it:
 
-    True          run the layer (and remember its output where a cache is given),
+    True          run it and remember its output,
     False         use the remembered output,
-    0-d tensor    in [0, 1]: blend both, cached + compute * (fresh - cached). This is router training;
-                  both are read, so both must be finite, and the remembered output is used up.
+    0-d tensor    in [0, 1]: blend the remembered and the fresh output. This is router training.
 
-Nothing here knows diffusion or the router. What is remembered is a layer's output before its gate.
+`apply_layer` is the only place that knows this rule. A layer's output is remembered before its gate is applied.
+This file knows neither diffusion nor the router.
 
 Sources: Peebles and Xie 2023, arXiv:2212.09748 (the model); Ma et al. 2024, arXiv:2406.01733 (the rule).
 """
@@ -25,21 +25,22 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Compute = bool | Tensor  # of a layer, as above
-Cache = list[list[Tensor | None]]  # for each block the slots of attention and MLP
+Compute = bool | Tensor  # the decision for one layer, as above
+Slot = Tensor | None  # the remembered output (N, T, D) of one layer; None is empty
+Cache = list[list[Slot]]  # per block the slots of attention and MLP
 
 
 class Blend(torch.autograd.Function):
-    """cached + compute * (fresh - cached) of two tensors (N, T, D), compute float32 (), to their own dtype.
+    """cached + compute * (fresh - cached), in the dtype of both (N, T, D); compute is float32 ().
 
-    Between forward and backward one tensor (N, T, D) is kept, the difference, where `torch.lerp` keeps both.
-    The gradient of `compute` is summed in its own precision.
+    Keeps one tensor (N, T, D) for the backward pass, the difference; `torch.lerp` keeps two.
+    The gradient of `compute` is summed in float32.
     """
 
     @staticmethod
     def forward(ctx: Any, cached: Tensor, fresh: Tensor, compute: Tensor) -> Tensor:
         ctx.save_for_backward(fresh - cached, compute)
-        # lerp is exact at both ends: 0 gives `cached` and 1 gives the fresh output bit for bit.
+        # lerp is exact at both ends: 0 gives `cached` and 1 gives `fresh`, bit for bit.
         return torch.lerp(cached, fresh, compute.to(fresh.dtype))
 
     @staticmethod
@@ -50,24 +51,25 @@ class Blend(torch.autograd.Function):
         return None, to_fresh, to_compute
 
 
-def compute_or_reuse(layer: Callable[[], Tensor], compute: Compute, cached: Tensor | None) -> Tensor:
-    """The output (N, T, D) of one layer under the rule at the top of this file.
+def apply_layer(layer: Callable[[], Tensor], compute: Compute, slot: Slot) -> tuple[Tensor, Slot]:
+    """Run a layer, reuse its remembered output, or blend both. Returns its output (N, T, D) and its slot from now on.
 
-    layer: a function without arguments that runs it; called unless `compute` is False.
-    cached: what an earlier step remembered, (N, T, D), or None.
-    Raises ValueError where the output is to be reused or blended and nothing was remembered.
+    layer: a function without arguments that runs the layer; not called if `compute` is False.
+    slot: the remembered output; both outputs of a blend must be finite.
+    Raises ValueError if the slot is needed and empty.
     """
     if compute is True:
-        return layer()
-    if cached is None:
+        output = layer()
+        return output, output
+    if slot is None:
         raise ValueError("a layer is to be reused before it ran: the first step of a schedule must run every layer")
     if compute is False:
-        return cached
-    return Blend.apply(cached, layer(), compute)
+        return slot, slot
+    return Blend.apply(slot, layer(), compute), None  # nothing reads the slot again, so its memory is freed
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (N, T, D) scaled and shifted by per-sample vectors (N, 1, D)."""
+    """x (N, T, D) * scale + shift, with one vector (N, 1, D) of each per sample."""
     return torch.addcmul(shift, x, scale)
 
 
@@ -100,17 +102,17 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels (N,) -> vectors (N, D). The last row, `num_classes`, is the null class of guidance."""
+    """Class labels (N,) -> vectors (N, D). The last row, number `num_classes`, is the null class that guidance uses."""
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
-        # Without label dropout there is no guidance, hence no null row (as the released checkpoints).
+        # A model trained without label dropout has no null class, as in the released checkpoints.
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
 
     def drop(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Labels (N,) with each replaced by the null class with probability `dropout_prob`."""
+        """Replace each of the labels (N,) by the null class with probability `dropout_prob`."""
         dropped = torch.rand(labels.shape, device=labels.device, generator=generator) < self.dropout_prob
         return torch.where(dropped, self.num_classes, labels)
 
@@ -134,23 +136,23 @@ class DiTBlock(nn.Module):
         x: Tensor,
         modulation: Tensor,
         compute: tuple[Compute, Compute] = (True, True),
-        cached: tuple[Tensor | None, Tensor | None] = (None, None),
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x (N, T, D) -> x (N, T, D) and the outputs of its layers before their gates.
+        slots: tuple[Slot, Slot] = (None, None),
+    ) -> tuple[Tensor, tuple[Slot, Slot]]:
+        """x (N, T, D) -> x (N, T, D) and the new slots.
 
-        modulation: (N, 6, D), of this block as in `DiT.modulations`.
-        compute, cached: for attention and MLP, as in `compute_or_reuse`.
+        modulation: (N, 6, D), this block's part of `DiT.modulations`.
+        compute, slots: for attention and MLP, as in `apply_layer`.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unsqueeze(2).unbind(1)
-        attn = compute_or_reuse(lambda: self.attn(modulate(self.norm1(x), shift_a, scale_a)), compute[0], cached[0])
+        attn, slot_a = apply_layer(lambda: self.attn(modulate(self.norm1(x), shift_a, scale_a)), compute[0], slots[0])
         x = torch.addcmul(x, gate_a, attn)
-        mlp = compute_or_reuse(lambda: self.mlp(modulate(self.norm2(x), shift_m, scale_m)), compute[1], cached[1])
+        mlp, slot_m = apply_layer(lambda: self.mlp(modulate(self.norm2(x), shift_m, scale_m)), compute[1], slots[1])
         x = torch.addcmul(x, gate_m, mlp)
-        return x, (attn, mlp)
+        return x, (slot_a, slot_m)
 
 
 class FinalLayer(nn.Module):
-    """Tokens (N, T, D), their modulation (N, 2, D) -> patches (N, T, p*p*out_channels)."""
+    """Tokens (N, T, D) and a modulation (N, 2, D) -> patches (N, T, p*p*out_channels)."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -163,13 +165,33 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+def _check_arguments(
+    frequency_shift: int, mlp_norm_eps: float, *, depth: int, hidden_size: int, num_heads: int, **sizes: int
+) -> None:
+    """Raises ValueError if a DiT cannot have these sizes and settings; `sizes` are more positive ints by name."""
+    sizes |= dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads)
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} {size!r} is not a positive whole number")
+    if frequency_shift not in (0, 1):
+        raise ValueError(f"frequency_shift {frequency_shift!r} is neither 0 nor 1")
+    if not isinstance(mlp_norm_eps, float | int) or not 0 < mlp_norm_eps < math.inf:
+        raise ValueError(f"mlp_norm_eps {mlp_norm_eps!r} is not a positive number")
+    if depth > 500:  # making a block takes time even on the device "meta"
+        raise ValueError(f"depth {depth} is more than 500 blocks")
+    if sizes["input_size"] % sizes["patch_size"]:
+        raise ValueError(f"input_size {sizes['input_size']} is not a multiple of patch_size {sizes['patch_size']}")
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads {num_heads}")
+
+
 class DiT(nn.Module):
     """A diffusion transformer over latents (Peebles and Xie 2023, sec. 3).
 
     input_size: height and width of the latent in cells, a multiple of patch_size.
     hidden_size: a multiple of num_heads, and of 4 for the fixed positions.
-    frequency_shift, mlp_norm_eps: 1 and 1e-5 make it the DiT of diffusers (`checkpoints.py`).
-    Raises ValueError where these do not hold.
+    frequency_shift, mlp_norm_eps: 1 and 1e-5 for the DiT of diffusers (pretrained/diffusers_layout.py).
+    Raises ValueError if a size cannot be used.
     """
 
     def __init__(
@@ -190,32 +212,21 @@ class DiT(nn.Module):
         super().__init__()
         sizes = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size)
         sizes |= dict(depth=depth, num_heads=num_heads, num_classes=num_classes)
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} {size!r} is not a positive whole number")
-        if frequency_shift not in (0, 1):
-            raise ValueError(f"frequency_shift {frequency_shift!r} is neither 0 nor 1")
-        if not isinstance(mlp_norm_eps, float | int) or not 0 < mlp_norm_eps < math.inf:
-            raise ValueError(f"mlp_norm_eps {mlp_norm_eps!r} is not a positive number")
-        if depth > 500:  # a block takes time to make even where its tensors take no memory
-            raise ValueError(f"depth {depth} is more than 500 blocks")
-        if input_size % patch_size:
-            raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
-        if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads {num_heads}")
+        _check_arguments(frequency_shift, mlp_norm_eps, **sizes)
         self.in_channels = in_channels
         self.input_size = input_size
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.patch_size = patch_size
         self.num_classes = num_classes
+        self.label_dropout = class_dropout_prob  # 0: no null class, so no guidance
         self.depth = depth
-        # True runs each block again in the backward pass instead of keeping what is inside it.
+        # True: recompute each block in the backward pass instead of keeping its activations.
         self.grad_checkpointing = False
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        # Fixed, but part of the released state dicts, hence a parameter without gradient.
+        # Fixed, but the released state dicts contain it, hence a parameter without gradient.
         self.pos_embed = nn.Parameter(position_table(hidden_size, input_size // patch_size), requires_grad=False)
         blocks = [DiTBlock(hidden_size, num_heads, mlp_ratio, mlp_norm_eps) for _ in range(depth)]
         self.blocks: Sequence[DiTBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
@@ -223,7 +234,7 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """The published initialisation. Every gate and the output start at 0, so a fresh model outputs exactly 0."""
+        """Initialise as published. Every gate and the output start at 0, so a fresh model outputs exactly 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -238,11 +249,11 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def empty_cache(self) -> Cache:
-        """A new cache: for each block the slots [attention, MLP], each None until that layer ran."""
+        """A new cache: per block the empty slots [attention, MLP]."""
         return [[None, None] for _ in self.blocks]
 
     def cache_bytes(self, samples: int, dtype: torch.dtype) -> int:
-        """What a full cache takes for that many samples (guidance counts twice) in a torch.dtype."""
+        """Bytes of a full cache for a batch of `samples` (with guidance twice the images) in a torch.dtype."""
         return 2 * self.depth * samples * self.pos_embed[0].numel() * dtype.itemsize
 
     def unpatchify(self, x: Tensor) -> Tensor:
@@ -252,17 +263,17 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(n, self.out_channels, side * p, side * p)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        """What the blocks are conditioned on: timesteps t (..., N), labels y (N,) -> (..., N, D)."""
+        """Timesteps t (..., N) and labels y (N,) -> the vectors (..., N, D) that condition the blocks."""
         return self.t_embedder(t.flatten()).unflatten(0, t.shape) + self.y_embedder(y)
 
     def modulations(self, c: Tensor) -> list[Tensor]:
-        """What c (..., N, D) does in each block: a list of (..., N, 6, D), and last of the output's (..., N, 2, D).
+        """Modulation vectors from c (..., N, D): one (..., N, 6, D) per block, then (..., N, 2, D) for the final layer.
 
-        Shift, scale and gate of the attention, then of the MLP; of the output shift and scale. "Scale" is the factor
-        itself, 1 + what the model predicts. Of several steps at once, the weights are read once.
+        The six are shift, scale and gate of the attention, then of the MLP; the two are shift and scale. A scale is the
+        factor itself, 1 + the model's output.
         """
         modules = [block.adaLN_modulation for block in self.blocks] + [self.final_layer.adaLN_modulation]
-        c = nn.functional.silu(c)  # each module's first part, the same for all
+        c = nn.functional.silu(c)  # the first part of every module, the same for all
         vectors = [linear(c).unflatten(-1, (-1, c.shape[-1])) for _, linear in modules]
         for v in vectors:
             v[..., 1::3, :] += 1
@@ -280,9 +291,8 @@ class DiT(nn.Module):
 
         compute: per block (attention, MLP): True runs the layer, False reuses its cached output,
                  a 0-d tensor in [0, 1] blends both. None runs everything.
-        cache:   from `empty_cache`; the outputs (N, T, D) that reuse reads and running layers replace.
-                 A blended layer empties its slot, whose memory is not needed again.
-        Raises ValueError where a layer is reused before it ran.
+        cache:   from `empty_cache`; reuse reads it, and every layer updates its slot.
+        Raises ValueError if a layer is reused before it ran.
         Source: Peebles and Xie 2023, sec. 3; Ma et al. 2024, sec. 3.2.
         """
         return self.denoise(x, self.modulations(self.condition(t, y)), compute, cache)
@@ -294,47 +304,31 @@ class DiT(nn.Module):
         compute: Sequence[Sequence[Compute]] | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """`forward` where the `modulations` of x's timesteps and labels are known."""
+        """`forward`, given the `modulations` of the timesteps and labels."""
         dtype = x.dtype
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D), T = H*W / p**2
         for l, block in enumerate(self.blocks):
             run = (True, True) if compute is None else tuple(compute[l])
-            # A layer that runs is given no slot: whether it was filled would be one more case to compile.
-            cached = tuple(None if cache is None or run[k] is True else cache[l][k] for k in (0, 1))
+            # A layer that runs gets no slot: empty or full would be two cases to compile.
+            slots = tuple(None if cache is None or run[k] is True else cache[l][k] for k in (0, 1))
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, outputs = checkpoint(block, x, modulations[l], run, cached, use_reentrant=False)
+                x, slots = checkpoint(block, x, modulations[l], run, slots, use_reentrant=False)
             else:
-                x, outputs = block(x, modulations[l], run, cached)
+                x, slots = block(x, modulations[l], run, slots)
             if cache is not None:
-                for k in (0, 1):
-                    if run[k] is not False:
-                        cache[l][k] = outputs[k] if run[k] is True else None
+                cache[l][:] = slots
         return self.unpatchify(self.final_layer(x, modulations[-1])).to(dtype)  # (N, T, p*p*2C) -> (N, 2C, H, W)
 
-    def forward_with_cfg(
-        self,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor,
-        cfg_scale: float,
-        compute: Sequence[Sequence[Compute]] | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """`forward` with classifier-free guidance on a batch [x, x] with labels [y, null], then `guided`."""
-        half = x[: len(x) // 2]
-        return guided(self.forward(torch.cat([half, half]), t, y, compute, cache), cfg_scale)
-
     def multiply_adds(self) -> dict[str, Any]:
-        """Multiply-adds of one sample and one step without guidance, as a dict of ints.
+        """Multiply-adds of one sample at one step without guidance, as a dict of ints.
 
-        "layer": (attention, MLP) of one block, what reuse saves; "fixed": everything else (embedders,
-        modulation, output). Linear layers, the patch convolution and the two attention products are
-        counted; norms, activations and additions are not.
+        "layer": (attention, MLP) of one block, which reuse saves; "fixed": embedders, modulation and output.
+        Counts linear layers, the patch convolution and the two attention products, but no norms, activations or sums.
         """
         tokens, d = self.pos_embed.shape[1:]
 
         def linear(module: nn.Module) -> int:
-            return module.get_parameter("weight").numel()  # for each token, or each sample
+            return module.get_parameter("weight").numel()  # per token, or per sample
 
         block = self.blocks[0]
         attention = tokens * (linear(block.attn.qkv) + linear(block.attn.proj)) + 2 * tokens * tokens * d
@@ -350,11 +344,11 @@ class DiT(nn.Module):
 
 
 def guided(output: Tensor, cfg_scale: float) -> Tensor:
-    """The output (2N, 2C, H, W) of a batch [x, x] with labels [y, null] under guidance: both halves alike in the noise.
+    """Apply classifier-free guidance to the output (2N, 2C, H, W) of a batch [x, x] with labels [y, null].
 
-    The rest of the channels passes through. Source: Ho and Salimans 2021, eq. 6.
+    Both halves get the guided noise. Source: Ho and Salimans 2021, eq. 6.
     """
-    # Three of four channels: the released samples guide only these.
+    # Three of four channels, as in the released samples; the others pass through.
     noise, rest = output[:, :3], output[:, 3:]
     cond, uncond = noise.chunk(2)
     noise = uncond + cfg_scale * (cond - uncond)
@@ -362,11 +356,11 @@ def guided(output: Tensor, cfg_scale: float) -> Tensor:
 
 
 def position_table(dim: int, side: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions of a side x side grid -> float32 (1, side*side, dim); dim a multiple of 4.
+    """Fixed 2-D sine-cosine positions of a side x side grid: float32 (1, side*side, dim), dim a multiple of 4.
 
-    The first half of the features encodes the column, the second the row; each sines, then cosines.
+    The first half of the features encodes the column, the second half the row; each has sines, then cosines.
     """
-    if torch.get_default_device().type == "meta":  # where tensors are but shapes
+    if torch.get_default_device().type == "meta":  # tensors have shapes only
         return torch.empty(1, side * side, dim)
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
     row, column = np.divmod(np.arange(side * side), side)
@@ -375,7 +369,7 @@ def position_table(dim: int, side: int) -> Tensor:
     return torch.from_numpy(table).float().unsqueeze(0)
 
 
-# depth, width, heads; each with patches of 2, 4 and 8 latent cells: "DiT-XL/2" and eleven more.
+# depth, width, heads; with patches of 2, 4 and 8 latent cells these are "DiT-XL/2" and eleven more.
 SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
 DiT_models = {
     f"DiT-{size}/{patch}": partial(DiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)

@@ -1,14 +1,14 @@
-"""`Router`: the learnable scores over a DiT's layers, and the files they are kept in.
+"""`Router`: learnable scores of a DiT's layers, their files, and their training loss.
 
-One logit per step and layer, independent of the input; its sigmoid is the layer's score. The scores of a step
-are one `Parameter`, so that the optimizer's state of a step moves only when that step was drawn.
+There is one logit per step and layer, independent of the input; its sigmoid is the layer's score. The scores of a step
+are one `Parameter`, so that the optimizer's state of a step changes only if that step was drawn.
 Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.
 """
 
 import argparse
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,15 @@ from runtime.files import atomic_write, load_tensors
 from runtime.hashes import fingerprint
 from schedule import Schedule
 
-if TYPE_CHECKING:
-    from diffusion import GaussianDiffusion
-    from models import DiT
-
 
 class Row(nn.Module):
     """The logits of one step, float32 (2*depth,): attention 0, MLP 0, attention 1, ..."""
 
     def __init__(self, layers: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.prob = nn.Parameter(torch.randn(layers, generator=generator))  # the released files' name; it holds logits
+        self.prob = nn.Parameter(
+            torch.randn(layers, generator=generator)
+        )  # named as in the released files; it holds logits
 
 
 class Router(nn.Module):
@@ -58,23 +56,23 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Logits back into [-LIMIT, LIMIT]."""
+        """Clamp the logits into [-LIMIT, LIMIT]."""
         for logits in self.parameters():
             logits.clamp_(-self.LIMIT, self.LIMIT)
 
     @staticmethod
     def trained_steps(steps: int) -> range:
-        """The steps i that a router of `steps` decides: the even ones that follow an odd one.
+        """The steps i that a router for `steps` steps decides: every even i that runs right after an odd one.
 
-        Steps go in pairs from i = steps-1 down; with an odd count the first one executed stays alone, in full.
+        If `steps` is odd, the step that runs first has no partner before it and runs in full.
         """
         return range(0, steps - 1, 2)
 
     @torch.no_grad()
     def schedule(self, threshold: float) -> Schedule:
-        """The `Schedule` in which a layer of a trained step runs where its score > threshold; other steps are full.
+        """The `Schedule` that runs a layer of a trained step if its score > threshold, and all other steps in full.
 
-        Raises ValueError where the threshold is outside [0, 1].
+        Raises ValueError if the threshold is outside [0, 1].
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold {threshold} is outside [0, 1]")
@@ -84,28 +82,28 @@ class Router(nn.Module):
         return Schedule(compute)
 
     def state(self) -> OrderedDict[str, Tensor]:
-        """The layout of router files: {"0.prob": float32 (2*depth,), "1.prob": ...}."""
+        """The rows as router files hold them: {"0.prob": float32 (2*depth,), "1.prob": ...}."""
         return OrderedDict((name, row.detach().cpu().clone()) for name, row in self.routers.named_parameters())
 
     def save(self, path: str | Path, **extra: Any) -> None:
-        """Writes a router file whole or not at all; `extra` ("opt", "args") must be tensors and plain types."""
-        # Through a file of Python's: of a full disk torch's own writer says nothing that could be told from a bug.
+        """Write a router file atomically; `extra` entries ("opt", "args") must be tensors and plain types."""
+        # Python opens the file, because torch's own writer does not report a full disk as an OSError.
         with atomic_write(path) as part, part.open("wb") as file:
             torch.save({"routers": self.state(), **extra}, file)
 
     @classmethod
     def load(cls, path: str | Path) -> "Router":
-        """Reads a router file, ours or a released one, without running what is in it, onto the CPU.
+        """Load a router file, ours or a released one, onto the CPU without running code in it.
 
-        Raises UserError where the file is missing, cut off, or holds something else.
+        Raises UserError if the file is missing, cut off, or no router file.
         """
-        # The released files carry the Namespace of their flags.
+        # The released files contain the Namespace of their flags.
         saved = load_tensors(path, allow=[argparse.Namespace])
         return cls.from_state(path, saved.get("routers") if isinstance(saved, dict) else None)
 
     @classmethod
     def from_state(cls, path: str | Path, rows: Any) -> "Router":
-        """The router of `rows`, found in the file at `path` and laid out as in `state`. Raises UserError as `load`."""
+        """Make a router from `rows`, laid out as in `state` and loaded from `path`. Raises UserError as `load`."""
         if not isinstance(rows, dict) or not rows:
             raise UserError(f'{path} is not a router file: it has no "routers"; train_router.py writes them')
         steps = len(rows)
@@ -125,13 +123,13 @@ class Router(nn.Module):
         return router
 
     def check_fits(self, path: str | Path, steps: int, depth: int) -> None:
-        """Raises UserError where this router, read from `path`, is not one for `steps` steps and `depth` blocks."""
+        """Raises UserError if this router, loaded from `path`, is not for `steps` steps and `depth` blocks."""
         Schedule.full(self.steps, self.depth).check_fits(path, steps, depth)
 
 
 def router_loss(
-    dit: "DiT",
-    diffusion: "GaussianDiffusion",
+    dit: DiT,
+    diffusion: GaussianDiffusion,
     scores: Tensor,
     i: int,
     x_start: Tensor,
@@ -139,15 +137,16 @@ def router_loss(
     noise: Tensor,
     threshold: float | None = None,
 ) -> Tensor:
-    """How far the blended model is from the plain one at step i-1, per image: float32 (N,).
+    """Squared error of the blended model against the plain one at step i-1, per image: float32 (N,).
 
-    scores: [depth, 2] of step i-1, the only thing that gets a gradient; i: odd step, an int.
-    x_start (N, C, H, W) clean latents, y (N,) labels with the null class where they were dropped, noise like x_start.
+    The model runs in full at step i, which fills the cache, and takes one DDIM step to i-1. There the plain model is
+    the teacher, and the student blends each layer's output by its score (`models.apply_layer`).
+
+    scores: [depth, 2] of step i-1; only they get a gradient. i: an odd step, an int.
+    x_start, noise: clean latents and noise (N, C, H, W). y: labels (N,), some already dropped to the null class.
     threshold: None blends by the scores; a number hardens them in the forward pass (straight-through).
-    The model at step i fills the cache and takes one DDIM step; there the plain model teaches the one in which each
-    layer's output is score * fresh + (1 - score) * cached.
-    Raises ValueError where i is no odd step of the diffusion.
-    Source: Ma et al. 2024, sec. 3.3; the mean runs over all 2C output channels.
+    Raises ValueError if i is no odd step of the diffusion.
+    Source: Ma et al. 2024, sec. 3.3; the mean is over all 2C output channels.
     """
     if not (i % 2 and 0 < i < diffusion.steps):
         raise ValueError(f"router training starts from odd steps below {diffusion.steps}, not from {i}")
@@ -158,17 +157,18 @@ def router_loss(
         x = diffusion.ddim_step(dit(x, at, y, cache=cache), x, i)
         teacher = dit(x, before, y)
     if threshold is not None:
-        # The parenthesis is exactly 0: hard values forward, the gradient of the scores backward.
+        # The second term is exactly 0: hard values forward, the gradient of the scores backward.
         scores = (scores > threshold).float() + (scores - scores.detach())
     student = dit(x, before, y, [row.unbind() for row in scores.unbind()], cache)
     return (teacher - student).square().flatten(1).mean(1)
 
 
 def load_schedule(method: str | None, path: str | None, threshold: float) -> tuple[Schedule | None, dict[str, Any]]:
-    """The `Schedule` of the file at `path`, or None, and what a manifest says of it: JSON types, None what is not used.
+    """Load the schedule that --accelerate-method, --path and --thres ask for, and describe it for a manifest.
 
-    method: "dynamiclayer" for a router file, used at `threshold`, "schedule" for a schedule file, None for neither.
-    Raises UserError where the file is missing, damaged, or another one.
+    method: "dynamiclayer" for a router file, used at `threshold`; "schedule" for a schedule file; None for no schedule.
+    Returns the `Schedule` or None, and {"router", "threshold", "schedule"}: JSON types, None if it does not apply.
+    Raises UserError if the file is missing, damaged, or of the other kind.
     """
     described = dict.fromkeys(("router", "threshold", "schedule"))
     if method is None:

@@ -1,11 +1,11 @@
-"""Sample a picture from a DiT, with or without a router or schedule that lets layers reuse their output, and time it.
+"""Sample a picture from a DiT and time it, with or without a router or schedule that lets layers reuse their output.
 
     python sample.py --model DiT-XL/2 --num-sampling-steps 20 --ddim-sample \\
         --accelerate-method dynamiclayer --path ckpt/DDIM20_router.pt --thres 0.1
     python sample.py --ckpt ckpt/fashion_mnist --num-sampling-steps 20 --ddim-sample \\
         --accelerate-method dynamiclayer --path ckpt/fashion_mnist/DDIM20_router.pt --compare
 
-The time is that of the diffusion loop: without loading, without decoding.
+The time is that of the diffusion loop, without loading and decoding.
 """
 
 from runtime import cli
@@ -16,7 +16,7 @@ CFG_SCALE = 4.0  # as published for pictures
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     cli.add_model_arguments(parser, vae="mse").add_argument(
-        "--random-weights", action="store_true", help="weights drawn from the seed: for timing only, no picture"
+        "--random-weights", action="store_true", help="draw the weights from the seed: timing only, no picture"
     )
     sampling = cli.add_sampling_arguments(parser, cfg_scale=CFG_SCALE)
     sampling.add_argument(
@@ -24,49 +24,38 @@ def parse_args(argv=None):
         type=int,
         nargs="+",
         metavar="LABEL",
-        help="classes to sample, one image each; without it eight of ImageNet's, or a small model's all",
+        help="classes to sample, one image each; default: eight classes of ImageNet, or the first ten of a small model",
     )
-    sampling.add_argument("--seed", type=cli.seed, default=0, help="of the noise")
+    sampling.add_argument("--seed", type=cli.seed, default=0, help="seed of the noise")
     cli.add_speed_arguments(parser)
     output = parser.add_argument_group("picture and times")
-    output.add_argument("--out", metavar="FILE", help="picture to write; without it Sample_NFE{n}_Method_{method}.png")
-    output.add_argument("--repeats", metavar="N", type=cli.positive, default=5, help="timed runs after a warm-up")
+    output.add_argument("--out", metavar="FILE", help="picture to write; default: Sample_NFE{n}_Method_{method}.png")
+    output.add_argument("--repeats", metavar="N", type=cli.positive, default=5, help="timed runs, after a warm-up")
     output.add_argument(
         "--compare",
         action="store_true",
-        help="also sample without the file of --path, in turn, from the same noise; the picture shows those above",
+        help="also sample without the file of --path, in turn, from the same noise; the picture shows both",
     )
     cli.add_record_argument(output, only="with --compare: ")
     args = parser.parse_args(argv)
     cli.check_sampling_arguments(parser, args)
     if args.compare and not args.path:
-        parser.error("--compare needs a router or schedule to compare with: add --accelerate-method and --path")
+        parser.error("--compare needs a router or schedule: add --accelerate-method and --path")
     if args.record and not args.compare:
-        parser.error("--record keeps the figures of --compare: add that")
+        parser.error("--record writes the figures of --compare: add --compare")
     if args.random_weights and args.ckpt and args.ckpt.endswith((".pt", ".safetensors")):
         parser.error("--random-weights draws the weights: leave out --ckpt, or name a model folder")
     return args
 
 
 def main(args):
-    import math
-    import statistics
-    import time
-    from functools import partial
-
-    import torch
-    from tqdm import tqdm
-
-    import sampling
-    from diffusion import create_diffusion
-    from pretrained.loading import load_dit, load_vae
+    """Check what can be refused early, load, sample, save the picture, report."""
     from pretrained.spec import check_labels, model_spec
     from router import load_schedule
-    from runtime import devices, records
+    from runtime import devices
     from runtime.files import check_writable
-    from runtime.pictures import picture_format, psnr, save_picture
+    from runtime.pictures import picture_format
 
-    # What can be refused is refused before the weights are read.
     device = devices.pick_device(args.device, cuda_graphs=args.cuda_graphs)
     dtype = devices.pick_dtype(args.dtype, device)
     spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
@@ -74,17 +63,35 @@ def main(args):
     check_labels(labels, spec.num_classes)
     out = args.out or f"Sample_NFE{args.num_sampling_steps}_Method_{args.accelerate_method or 'full'}.png"
     picture_format(out)
-    for place in filter(None, (out, args.record)):
-        check_writable(place)
+    for path in filter(None, (out, args.record)):
+        check_writable(path)
     schedule, _ = load_schedule(args.accelerate_method, args.path, args.thres)
-    if not (args.ddim_sample or args.p_sample):
-        print("Neither --ddim-sample nor --p-sample: DDIM is meant")
 
-    if args.random_weights:
-        print(f"Random weights from seed {args.seed}: the times are meant, there will be no picture")
-    dit = load_dit(spec, device, args.seed if args.random_weights else None)
     cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
-    sampling.check_sampler(dit, cfg_scale, args.p_sample)
+    dit, vae = load_models(args, spec, schedule, cfg_scale, device, dtype)
+    name = args.accelerate_method and ("schedule" if args.accelerate_method == "schedule" else "router")
+    schedules = {name or "full": schedule}
+    if args.compare:
+        schedules = {"full": None} | schedules
+    latents, times = sample_in_turn(args, dit, schedules, cfg_scale, labels, device)
+    images = {} if vae is None else save_images(args, spec, vae, latents, labels, out)
+    if args.compare:
+        batch = len(labels) * (1 if cfg_scale == 1.0 else 2)
+        compare(args, dit, schedule, images or latents, times, batch, device, dtype)
+
+
+def load_models(args, spec, schedule, cfg_scale, device, dtype):
+    """Load the DiT in `dtype` and the VAE (None with --random-weights). Prints the plan of `schedule`, if any."""
+    from pretrained.loading import load_dit, load_vae
+    from runtime import devices
+    from sampling import check_sampler
+
+    if not (args.ddim_sample or args.p_sample):
+        print("No sampler flag: sampling with DDIM")
+    if args.random_weights:
+        print(f"Random weights from seed {args.seed}: timing only, no picture is written")
+    dit = load_dit(spec, device, args.seed if args.random_weights else None)
+    check_sampler(dit, cfg_scale, args.p_sample)
     dit = devices.set_precision(dit, dtype)
     if args.compile:
         devices.compile_blocks(dit.blocks)
@@ -92,93 +99,123 @@ def main(args):
         schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
         print(schedule.describe(dit.multiply_adds()))
     vae = None if args.random_weights else devices.speed_up_vae(load_vae(spec, device), device, dtype)
+    return dit, vae
 
-    diffusion = create_diffusion(args.num_sampling_steps)
+
+def sample_in_turn(args, dit, schedules, cfg_scale, labels, device):
+    """Sample with each of `schedules` in turn, --repeats times after a warm-up, and print the times.
+
+    Returns the latents and the list of seconds of each schedule, by its name.
+    """
+    import statistics
+    import time
+    from functools import partial
+
+    import torch
+    from tqdm import tqdm
+
+    from diffusion import create_diffusion
+    from runtime.devices import synchronize
+    from sampling import make_sampler
+
+    def randn_like(x, generator):
+        return torch.randn(x.shape, generator=generator, device=device)
+
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: the same noise on every device
     z = torch.randn(len(labels), dit.in_channels, dit.input_size, dit.input_size, generator=generator).to(device)
     y = torch.tensor(labels, device=device)
-
-    cached = "schedule" if args.accelerate_method == "schedule" else "router"
-    plans = {"full": None, cached: schedule} if args.compare else {cached if schedule else "full": schedule}
-    progress = partial(tqdm, leave=False, disable=None)
-    runs = {
-        name: sampling.make_sampler(dit, diffusion, cfg_scale, plan, args.p_sample, args.cuda_graphs, progress)
-        for name, plan in plans.items()
+    diffusion, progress = create_diffusion(args.num_sampling_steps), partial(tqdm, leave=False, disable=None)
+    samplers = {
+        name: make_sampler(dit, diffusion, cfg_scale, schedule, args.p_sample, args.cuda_graphs, progress)
+        for name, schedule in schedules.items()
     }
-
-    def timed(sample):
-        """Latents and the seconds of their loop."""
-        # The ancestral noise continues the stream of the seed, and is the same in every repeat.
-        noise = torch.Generator(device).manual_seed(args.seed + 1)
-        randn_like = lambda x: torch.randn(x.shape, generator=noise, device=device)  # noqa: E731
-        devices.synchronize(device)
-        start = time.perf_counter()
-        latents = sample(z, y, randn_like=randn_like)
-        devices.synchronize(device)
-        return latents, time.perf_counter() - start
-
-    latents, times = {}, {name: [] for name in runs}
+    latents, times = {}, {name: [] for name in samplers}
     for repeat in range(args.repeats + 1):
-        for name, sample in runs.items():  # in turn, so that a machine that slows down slows both
-            latents[name], seconds = timed(sample)
-            if repeat:  # the first run warms up
-                times[name].append(seconds)
-    for name in runs:
-        spread = statistics.stdev(times[name]) if args.repeats > 1 else 0.0
+        for name, sample in samplers.items():  # in turn, so that a machine that slows down slows all of them
+            noise = torch.Generator(device).manual_seed(
+                args.seed + 1
+            )  # of ancestral sampling, the same in every repeat
+            randn_like = partial(randn_like, generator=noise)
+            synchronize(device)
+            start = time.perf_counter()
+            latents[name] = sample(z, y, randn_like=randn_like)
+            synchronize(device)
+            if repeat:  # the first one is the warm-up
+                times[name].append(time.perf_counter() - start)
+    for name, seconds in times.items():
         label = f" ({name})" if args.compare else ""
-        print(f"Sampling time: {statistics.mean(times[name]):.3f}±{spread:.3f}{label}")
+        spread = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
+        print(f"Sampling time: {statistics.mean(seconds):.3f}±{spread:.3f}{label}")
         if args.cuda_graphs:
-            print(f"Recording the CUDA graph{label}: {runs[name].seconds:.3f} s, once")
-
-    images = {} if args.random_weights else {name: sampling.decode(vae, latents[name]).cpu() for name in runs}
-    if images:
-        columns = min(len(labels), 10) if args.compare else 4 if len(labels) <= 8 else 10
-        save_picture(list(images.values()), out, columns)
-        if spec.class_names:
-            print("Classes: " + ", ".join(spec.class_names[label] for label in labels[:columns]))
-        print(f"Picture: {out}" + (f" (above without the {cached}, below with it)" if args.compare else ""))
-
-    if args.compare:
-        shown, peak = (images, 255) if images else (latents, (latents["full"].max() - latents["full"].min()).item())
-        figures = compare(dit, schedule, times, batch=len(labels) * (1 if cfg_scale == 1.0 else 2))
-        figures["dtype"] = dtype
-        psnr = psnr(shown[cached], shown["full"], peak)
-        figures["psnr_db"] = psnr if math.isfinite(psnr) else None  # JSON has no infinity, of pictures that are equal
-        rates = figures["g_multiply_adds_per_second"]
-        print(
-            f"Speed-up: {figures['speedup']:.3f}, {figures['share_of_bound']:.1%} of the bound {figures['bound']:.3f}"
-        )
-        print(
-            f"G multiply-adds/s: {rates['full']:.1f} full, {rates[cached]:.1f} {cached}; "
-            f"plain matrix products of these shapes {rates['matrix_product']:.1f}"
-        )
-        print(f"PSNR of the {'images' if images else 'latents'} with and without the {cached}: {psnr:.2f} dB")
-        if args.record:
-            records.write_record(args.record, vars(args), device, figures)
+            print(f"Capturing the CUDA graph{label}: {samplers[name].seconds:.3f} s, once")
+    return latents, times
 
 
-def compare(dit, schedule, times, batch):
-    """What `times` (seconds a repeat, of "full" and what is compared with it, in turn) say about a schedule, as a dict.
+def save_images(args, spec, vae, latents, labels, out):
+    """Decode the latents of each schedule, save all images as one picture, and return them by the schedule's name."""
+    from runtime.pictures import save_picture
+    from sampling import decode
 
-    batch: samples in one call of the model, the unconditional half included.
+    images = {name: decode(vae, some).cpu() for name, some in latents.items()}
+    columns = min(len(labels), 10) if args.compare else 4 if len(labels) <= 8 else 10
+    save_picture(list(images.values()), out, columns)
+    if spec.class_names:
+        print("Classes: " + ", ".join(spec.class_names[label] for label in labels[:columns]))
+    rows = f" (above without the {list(images)[1]}, below with it)" if args.compare else ""
+    print(f"Picture: {out}{rows}")
+    return images
+
+
+def compare(args, dit, schedule, results, times, batch, device, dtype):
+    """Print speed-up, bound, rates and PSNR of --compare, and write the record if there is to be one.
+
+    results: images or latents, "full" first, then those of `schedule`; times: their seconds, in the same order.
+    """
+    import math
+
+    import torch
+
+    from runtime.pictures import psnr
+    from runtime.records import write_record
+
+    figures = speed_figures(dit, schedule, times, batch) | {"dtype": dtype}
+    rates, (full, cached) = figures["g_multiply_adds_per_second"], results.values()
+    decoded = full.dtype == torch.uint8
+    decibels = psnr(cached, full, peak=255 if decoded else (full.max() - full.min()).item())
+    figures["psnr_db"] = decibels if math.isfinite(decibels) else None  # equal images: JSON has no infinity
+    name = list(times)[1]
+    print(f"Speed-up: {figures['speedup']:.3f}, {figures['share_of_bound']:.1%} of the bound {figures['bound']:.3f}")
+    print(
+        f"G multiply-adds/s: {rates['full']:.1f} full, {rates[name]:.1f} {name}; "
+        f"plain matrix products of these shapes {rates['matrix_product']:.1f}"
+    )
+    print(f"PSNR of the {'images' if decoded else 'latents'} with and without the {name}: {decibels:.2f} dB")
+    if args.record:
+        write_record(args.record, vars(args), device, figures)
+
+
+def speed_figures(dit, schedule, times, batch):
+    """Speed-up, its bound and the rates of a comparison, as a dict for JSON.
+
+    times: seconds of each repeat, {"full": [...], NAME: [...]}, measured in turn.
+    batch: samples in one call of the model, including the unconditional half.
     """
     import statistics
 
-    from runtime import devices
+    from runtime.devices import matmul_rate
     from schedule import Schedule
 
     costs = dit.multiply_adds()
     bound = schedule.speedup_bound(costs)
-    # Neighbouring runs share the state of the machine: the median of their ratios.
+    # Neighbouring runs share the state of the machine, so each ratio is of neighbours.
     ratio = statistics.median(full / cached for full, cached in zip(*times.values()))
-    plans = dict(zip(times, (Schedule.full(schedule.steps, schedule.depth), schedule)))
     rates = {
         name: batch * plan.multiply_adds(costs).sum().item() / statistics.median(times[name]) / 1e9
-        for name, plan in plans.items()
+        for name, plan in zip(times, (Schedule.full(schedule.steps, schedule.depth), schedule))
     }
     block, tokens = dit.blocks[0], dit.pos_embed.shape[1]
     layers = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
-    rates["matrix_product"] = devices.matmul_rate(layers, batch * tokens) / 1e9
+    rates["matrix_product"] = matmul_rate(layers, batch * tokens) / 1e9
     return {
         "batch": batch,
         "seconds": times,

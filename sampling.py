@@ -1,7 +1,7 @@
-"""What the programs share: a model and its VAE, the guidance batch, sampling latents, pixels."""
+"""Sampling: the denoiser that a diffusion loop calls, the loop with its cache, and decoding latents into images."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,29 +13,30 @@ from runtime.cuda_graphs import GraphedFunction
 from runtime.errors import UserError
 from schedule import Schedule
 
+# Compute modulations for several steps at once, until they have this many rows: they need a third of a DiT's weights,
+# which are then read once for all these steps. DiT-XL/2 keeps 50 MB of modulations in float32.
+MODULATION_ROWS = 64
+
+# Decode this many pixels at a time: 8 images of 256 x 256, for which the released VAEs need about 3 GB.
+DECODE_PIXELS = 8 * 256**2
+
 
 def check_sampler(dit: DiT, cfg_scale: float, ancestral: bool) -> None:
-    """Raises UserError where a DiT was not trained for guidance or for ancestral sampling, and is to do it."""
-    if cfg_scale != 1.0 and dit.y_embedder.dropout_prob == 0:
+    """Raises UserError if the DiT was not trained for guidance or for ancestral sampling, whichever is asked for."""
+    if cfg_scale != 1.0 and dit.label_dropout == 0:
         raise UserError(f"guidance of {cfg_scale} needs a null class and this model has none: pass --cfg-scale 1")
     if ancestral and dit.out_channels != 2 * dit.in_channels:
         raise UserError("--p-sample needs a model that predicts variances and this one does not: pass --ddim-sample")
 
 
-# Samples whose modulations are computed together, of several steps where a batch is small: a third of a DiT's weights
-# are theirs, and are read once for all of these. DiT-XL/2 keeps 50 MB of them in float32.
-MODULATED = 64
-
-
 def make_denoiser(
     dit: DiT, diffusion: GaussianDiffusion, y: Tensor, cfg_scale: float, schedule: Schedule | None = None
 ) -> Callable[[Tensor, int], Tensor]:
-    """A function (x, i) -> model output for the loops of `diffusion`, with a cache of its own.
+    """Return a function (x, i) -> model output for the loops of `diffusion`. It owns the cache of one trajectory.
 
-    y: labels (N,); x is then (2N, C, H, W), both halves alike, or (N, C, H, W) where cfg_scale is 1.
-    The function is called for i from the last step down to 0.
-    schedule: which layers run; None runs everything and remembers nothing. Each trajectory needs a new denoiser.
-    Raises ValueError where the schedule's steps or depth are not those of the sampler and the model.
+    y: labels (N,). With guidance x is (2N, C, H, W), both halves alike; without (cfg_scale 1) it is (N, C, H, W).
+    schedule: which layers run; None runs every layer and remembers nothing.
+    Raises ValueError if the schedule has other steps than the sampler or another depth than the model.
     """
     if schedule is not None and (schedule.steps, schedule.depth) != (diffusion.steps, dit.depth):
         raise ValueError(
@@ -44,26 +45,40 @@ def make_denoiser(
         )
     rows = [None] * diffusion.steps if schedule is None else schedule.rows()
     cache = None if schedule is None else dit.empty_cache()
-    if cfg_scale != 1.0:
+    guidance = cfg_scale != 1.0
+    if guidance:
         y = torch.cat([y, torch.full_like(y, dit.num_classes)])
-    # All that the loop needs is on the device before it starts.
-    timesteps = diffusion.timesteps(y.device)
-    conditions = dit.condition(timesteps[:, None].expand(-1, len(y)), y)
-    together = max(1, MODULATED // len(y))  # steps
-    first = diffusion.steps
-    modulations: list[Tensor] = []
+    modulations = _modulations_by_step(dit, diffusion.timesteps(y.device), y)
 
     def denoise(x: Tensor, i: int) -> Tensor:
-        nonlocal first, modulations
-        if i < first:
-            first = max(0, i + 1 - together)
-            modulations = dit.modulations(conditions[first : i + 1])
-        if cfg_scale != 1.0:
-            x = x[: len(x) // 2].repeat(2, 1, 1, 1)  # the unguided channels of the second half went another way
-        output = dit.denoise(x, [of_block[i - first] for of_block in modulations], rows[i], cache)
-        return output if cfg_scale == 1.0 else guided(output, cfg_scale)
+        if guidance:  # the unguided channels of the second half differ by now
+            x = x[: len(x) // 2].repeat(2, 1, 1, 1)
+        output = dit.denoise(x, modulations(i), rows[i], cache)
+        return guided(output, cfg_scale) if guidance else output
 
     return denoise
+
+
+def _modulations_by_step(dit: DiT, timesteps: Tensor, y: Tensor) -> Callable[[int], list[Tensor]]:
+    """Return a function i -> the modulations of step i, for timesteps (steps,) and labels y (N,).
+
+    All that it needs is on the device before the loop starts. It computes several steps at once and keeps only these.
+    """
+    steps, at_once = len(timesteps), max(1, MODULATION_ROWS // len(y))
+    conditions = dit.condition(timesteps[:, None].expand(-1, len(y)), y)  # (steps, N, D)
+
+    @lru_cache(maxsize=1)
+    def group(g: int) -> tuple[int, list[Tensor]]:
+        """The first i of group g, and per block the modulations (at_once, N, 6, D). Group 0 has the last steps."""
+        stop = steps - g * at_once
+        start = max(0, stop - at_once)
+        return start, dit.modulations(conditions[start:stop])
+
+    def modulations(i: int) -> list[Tensor]:
+        start, by_block = group((steps - 1 - i) // at_once)
+        return [vectors[i - start] for vectors in by_block]
+
+    return modulations
 
 
 @torch.inference_mode()
@@ -78,10 +93,10 @@ def sample_latents(
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Tensor:
-    """Latents (N, C, H, W) sampled from noise z (N, C, H, W) for labels y (N,), on their device.
+    """Sample latents (N, C, H, W) from noise z (N, C, H, W) for labels y (N,), on their device.
 
-    cfg_scale: guidance; 1 means none, and then the batch is not doubled.
-    ancestral: DDPM instead of DDIM, its noise from `randn_like`, which gets both halves of a guidance batch.
+    cfg_scale: guidance; 1 is none, and then the batch is not doubled.
+    ancestral: DDPM instead of DDIM; `randn_like` draws its noise, like both halves of a guided batch.
     schedule, progress: as in `make_denoiser` and `GaussianDiffusion.ddim_loop`.
     Raises UserError as `check_sampler`.
     """
@@ -93,9 +108,9 @@ def sample_latents(
 
 
 class CudaGraphSampler:
-    """`sample_latents` of one model and schedule as a CUDA graph of the whole trajectory; called like it, from z on.
+    """`sample_latents` captured as one CUDA graph of the whole trajectory. Call it with z, y and randn_like.
 
-    The noise of ancestral sampling is drawn before, in the same order. seconds: what recording took so far.
+    The noise of ancestral sampling is drawn before the replay, in the same order. seconds: spent on capturing so far.
     """
 
     def __init__(
@@ -110,18 +125,18 @@ class CudaGraphSampler:
             noise = iter(noises)
             return sample_latents(dit, diffusion, z, y, cfg_scale, schedule, ancestral, lambda x: next(noise))
 
-        self._recorded = GraphedFunction(sample)
+        self._graphed = GraphedFunction(sample)
         self._draws = diffusion.steps if ancestral else 0
         self._halves = 1 if cfg_scale == 1.0 else 2
 
     @property
     def seconds(self) -> float:
-        return self._recorded.seconds
+        return self._graphed.seconds
 
     def __call__(self, z: Tensor, y: Tensor, randn_like: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
-        """Latents (N, C, H, W) from noise z (N, C, H, W) for labels y (N,)."""
+        """Sample latents (N, C, H, W) from noise z (N, C, H, W) for labels y (N,)."""
         x = z.repeat(self._halves, 1, 1, 1)
-        return self._recorded(z, y, *(randn_like(x) for _ in range(self._draws)))
+        return self._graphed(z, y, *(randn_like(x) for _ in range(self._draws)))
 
 
 def make_sampler(
@@ -133,9 +148,9 @@ def make_sampler(
     cuda_graphs: bool = False,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Callable[..., Tensor]:
-    """A function (z, y, randn_like=...) -> latents, `sample_latents` of all the rest, recorded where `cuda_graphs`.
+    """Return a function (z, y, randn_like=...) -> latents: `sample_latents`, or a `CudaGraphSampler` if `cuda_graphs`.
 
-    A replayed graph has no steps to show, so `progress` is not used there.
+    A replayed graph has no steps, so it shows no `progress`.
     """
     if cuda_graphs:
         return CudaGraphSampler(dit, diffusion, cfg_scale, schedule, ancestral)
@@ -144,17 +159,13 @@ def make_sampler(
     )
 
 
-# Pixels that are decoded at a time: 8 images of 256 pixels, for which the VAE of the released models takes about 3 GB.
-DECODE_PIXELS = 8 * 256**2
-
-
 @torch.inference_mode()
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Latents (N, C, h, w) -> uint8 images (N, H, W, 3) on their device, as many at a time as `DECODE_PIXELS` allow.
+    """Decode latents (N, C, h, w) into uint8 images (N, H, W, 3) on their device, `DECODE_PIXELS` at a time.
 
-    Quantised as the published samples: clamp(127.5 x + 128, 0, 255), cut to whole numbers.
+    Quantised as the published samples: clamp(127.5 x + 128, 0, 255), truncated.
     """
-    pixels = latents[0, 0].numel() * 4 ** (len(vae.config.block_out_channels) - 1)  # of an image
+    pixels = latents[0, 0].numel() * 4 ** (len(vae.config.block_out_channels) - 1)  # per image
     scale, parts = vae.config.scaling_factor, []
     for part in latents.split(max(1, DECODE_PIXELS // pixels)):
         decoded = vae.decode((part / scale).to(vae.dtype)).sample.float()

@@ -1,6 +1,6 @@
-"""`Schedule`: which layer runs at which step. Plain data; knows no model and no router.
+"""`Schedule`: the plan of which layer runs at which step. Plain data; knows no model and no router.
 
-Schedule.every_nth(steps=20, depth=12, interval=2).save("fora2.pt")   # then --accelerate-method schedule --path
+Schedule.every_nth(steps=20, depth=12, interval=2).save("fora2.pt")   # use it with --accelerate-method schedule --path
 """
 
 import hashlib
@@ -22,9 +22,9 @@ class Schedule:
     """The plan of one sampling run.
 
     compute: bool [steps, depth, 2], k = 0 attention, 1 MLP: True runs the layer, False reuses its last output.
-             The index i counts as in `diffusion`: i = steps-1 runs first, i = 0 last.
-    Raises ValueError where the shape or type is another, or the first executed step does not run every layer,
-    since then an output would be reused before it was computed.
+             Step i counts as in `diffusion`: i = steps-1 runs first, i = 0 last.
+    Raises ValueError if the shape or type is wrong, or the step that runs first does not run every layer: a later step
+    would reuse an output that was never computed.
     """
 
     compute: Tensor
@@ -36,21 +36,20 @@ class Schedule:
         if not self.compute[-1].all():
             missing = int((~self.compute[-1]).sum())
             raise ValueError(
-                f"step {shape[0] - 1} is executed first and must run every layer: {missing} of {2 * shape[1]} would "
-                "reuse what no step computed"
+                f"step {shape[0] - 1} runs first and must run every layer: {missing} of {2 * shape[1]} would reuse an "
+                "output that no step computed"
             )
 
     @classmethod
     def full(cls, steps: int, depth: int) -> "Schedule":
-        """Every layer at every step."""
+        """Run every layer at every step."""
         return cls(torch.ones(steps, depth, 2, dtype=torch.bool))
 
     @classmethod
     def every_nth(cls, steps: int, depth: int, interval: int) -> "Schedule":
-        """Every `interval`-th executed step runs every layer, from the first one on; those between reuse every layer.
+        """Run every layer at every `interval`-th step, beginning with the first that runs, and none in between.
 
-        The share reused follows from the interval: 1 - 1/interval where it divides `steps`.
-        Raises ValueError where the interval is below 1. Source: Selvaraju et al. 2024, arXiv:2407.01425 (FORA).
+        Raises ValueError if the interval is below 1. Source: Selvaraju et al. 2024, arXiv:2407.01425 (FORA).
         """
         if interval < 1:
             raise ValueError(f"interval {interval} is below 1")
@@ -59,10 +58,10 @@ class Schedule:
 
     @classmethod
     def random_layers(cls, steps: int, depth: int, where: Sequence[int], reused: int, seed: int) -> "Schedule":
-        """`reused` layer calls, drawn from `seed`, reuse: as many in each step of `where` as in the next, or one more.
+        """Skip `reused` random layer calls, spread evenly (+-1) over the steps i in `where`.
 
-        Steps outside `where` (of steps i) run every layer. Within a step all layers are equally likely.
-        Raises ValueError where the steps of `where` have fewer layers.
+        All other steps run every layer. Within a step all layers are equally likely; `seed` decides.
+        Raises ValueError if the steps in `where` have fewer layers.
         """
         random = np.random.default_rng(seed)
         counts = _spread(reused, len(where), depth)
@@ -70,40 +69,40 @@ class Schedule:
 
     @classmethod
     def first_blocks(cls, steps: int, depth: int, where: Sequence[int], reused: int) -> "Schedule":
-        """`reused` layer calls reuse, those of the first blocks: as many blocks in each step of `where`, or one more.
+        """Skip `reused` layer calls in the first blocks, spread evenly (+-1 block) over the steps i in `where`.
 
-        A block reuses attention and MLP together; of an odd number of calls, the last is one attention alone.
-        Steps outside `where` (of steps i) run every layer. Raises ValueError as `random_layers`.
+        A block skips attention and MLP together; if `reused` is odd, one step skips one more attention alone.
+        All other steps run every layer. Raises ValueError as `random_layers`.
         """
         counts = _spread(reused, len(where), depth, unit=2)
         return cls._reusing(steps, depth, {i: np.arange(count) for i, count in zip(where, counts)})
 
     @classmethod
     def last_blocks(cls, steps: int, depth: int, where: Sequence[int], reused: int) -> "Schedule":
-        """As `first_blocks`, from the end: the last blocks, and of an odd number of calls one MLP alone."""
+        """As `first_blocks`, but in the last blocks; if `reused` is odd, one step skips one more MLP alone."""
         counts = _spread(reused, len(where), depth, unit=2)
         return cls._reusing(steps, depth, {i: 2 * depth - 1 - np.arange(count) for i, count in zip(where, counts)})
 
     @classmethod
     def _reusing(cls, steps: int, depth: int, layers: Mapping[int, np.ndarray]) -> "Schedule":
-        """At step i the `layers[i]` reuse, counted in the order in which they run; everything else runs."""
+        """Skip the layers `layers[i]` (in the order in which they run) at step i, and nothing else."""
         compute = torch.ones(steps, 2 * depth, dtype=torch.bool)
-        for i, some in layers.items():
-            compute[i, torch.as_tensor(some)] = False
+        for i, skipped in layers.items():
+            compute[i, torch.as_tensor(skipped)] = False
         return cls(compute.reshape(steps, depth, 2))
 
     def sha256(self) -> str:
-        """The SHA-256 of what runs, as text: of a byte a layer, in the order of `compute`."""
+        """SHA-256 of `compute`, one byte per layer, as hex digits."""
         return hashlib.sha256(self.compute.contiguous().numpy().tobytes()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Writes a schedule file, {"compute": bool [steps, depth, 2]}, whole or not at all."""
+        """Write a schedule file, {"compute": bool [steps, depth, 2]}, atomically."""
         with atomic_write(path) as part, part.open("wb") as file:  # as in `Router.save`
             torch.save({"compute": self.compute}, file)
 
     @classmethod
     def load(cls, path: str | Path) -> "Schedule":
-        """Reads a schedule file without running what is in it. Raises UserError where it is missing or another file."""
+        """Load a schedule file without running code in it. Raises UserError if it is missing or no schedule file."""
         saved = load_tensors(path)
         compute = saved.get("compute") if isinstance(saved, dict) else None
         if not isinstance(compute, torch.Tensor):
@@ -114,7 +113,7 @@ class Schedule:
             raise UserError(f"{path} is not a schedule file: {error}") from error
 
     def check_fits(self, path: str | Path, steps: int, depth: int) -> None:
-        """Raises UserError where this plan, read from `path`, is not one for `steps` steps and `depth` blocks."""
+        """Raises UserError if this schedule, loaded from `path`, is not for `steps` steps and `depth` blocks."""
         if self.steps != steps:
             raise UserError(
                 f"{path} is for {self.steps} steps, the sampler runs {steps}: "
@@ -134,15 +133,15 @@ class Schedule:
         return self.compute.shape[1]
 
     def rows(self) -> list:
-        """Per step, per block, (attention, MLP) as Python bools: a loop hands them down without a device read."""
+        """Per step and block [attention, MLP] as Python bools, so that the loop reads nothing from a device."""
         return self.compute.tolist()
 
     def distinct_rows(self) -> int:
-        """How many different steps there are: as many graphs as a compiler of whole steps needs."""
+        """The number of different rows: a compiler of whole steps would need as many graphs."""
         return len(self.compute.flatten(1).unique(dim=0))
 
     def cached_share(self) -> float:
-        """The share of all layer calls that reuse an output, in [0, 1)."""
+        """Share of all layer calls that reuse an output, in [0, 1)."""
         return 1 - self.compute.float().mean().item()
 
     def multiply_adds(self, costs: Mapping[str, Any]) -> Tensor:
@@ -150,19 +149,19 @@ class Schedule:
         return costs["fixed"] + (self.compute * torch.tensor(costs["layer"])).sum(dim=(1, 2))
 
     def speedup_bound(self, costs: Mapping[str, Any]) -> float:
-        """By how much fewer multiply-adds could at most shorten a run, against running everything."""
+        """Multiply-adds of the full run divided by those of this schedule: no speed-up can be larger."""
         full = Schedule.full(self.steps, self.depth)
         return full.multiply_adds(costs).sum().item() / self.multiply_adds(costs).sum().item()
 
     def describe(self, costs: Mapping[str, Any]) -> str:
-        """A table of what runs: a line per kind of step with its layers and multiply-adds, then share and bound."""
+        """A table to print: a line per distinct row with its layers and multiply-adds, then cached share and bound."""
         compute, work = self.compute, self.multiply_adds(costs)
-        kinds: dict[tuple[bool, ...], list[int]] = {}
+        alike: dict[tuple[bool, ...], list[int]] = {}  # row to the steps i that have it
         for i in range(self.steps - 1, -1, -1):
-            kinds.setdefault(tuple(compute[i].flatten().tolist()), []).append(i)
+            alike.setdefault(tuple(compute[i].flatten().tolist()), []).append(i)
         lines = [f"{'attention':>9} {'MLP':>7} {'G multiply-adds':>16} {'of full':>8}  steps (the sampler counts down)"]
         full = work.max().item()
-        for steps in kinds.values():
+        for steps in alike.values():
             attention, mlp = compute[steps[0]].sum(0).tolist()
             lines.append(
                 f"{attention:>6}/{self.depth} {mlp:>4}/{self.depth} {work[steps[0]] / 1e9:>16.4g} "
@@ -178,9 +177,9 @@ class Schedule:
 
 
 def _spread(layers: int, places: int, depth: int, unit: int = 1) -> list[int]:
-    """`layers` in `places` parts of at most 2 * depth, ints: units of `unit` layers evenly, what is left in one part.
+    """Split `layers` into `places` ints of at most 2 * depth: multiples of `unit`, evenly; one gets the remainder.
 
-    Raises ValueError where they are too many.
+    Raises ValueError if there are too many.
     """
     if not 0 <= layers <= places * 2 * depth:
         raise ValueError(f"{layers} layers cannot be reused at {places} steps of {2 * depth} layers")

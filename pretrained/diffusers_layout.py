@@ -155,7 +155,7 @@ def to_diffusers(dit: DiT) -> Any:
         raise ValueError("the positions of this DiT are not the fixed ones, and diffusers has only these")
     if block.mlp.fc1.out_features != 4 * hidden:
         raise ValueError(f"the MLPs are {block.mlp.fc1.out_features} wide and diffusers has only 4 * {hidden}")
-    if dit.y_embedder.dropout_prob == 0:
+    if dit.label_dropout == 0:
         raise ValueError("this DiT has no null class, and diffusers always has one")
     transformer: Any = DiTTransformer2DModel(
         num_attention_heads=block.attn.num_heads,

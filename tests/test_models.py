@@ -4,6 +4,7 @@ from conftest import random_dit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import models
 from models import DiT, DiT_models
 
 
@@ -131,7 +132,7 @@ def test_guidance_guides_three_channels_and_both_halves_carry_it(dit):
     x, t, y = inputs()
     batch, labels = torch.cat([x, x]), torch.cat([y, torch.full_like(y, 5)])
     out = dit(batch, t.repeat(2), labels)
-    guided = dit.forward_with_cfg(batch, t.repeat(2), labels, 3.0)
+    guided = models.guided(out, 3.0)
     cond, uncond = out[:2, :3], out[2:, :3]
     torch.testing.assert_close(guided[:2, :3], uncond + 3 * (cond - uncond))
     assert torch.equal(guided[:2, :3], guided[2:, :3])

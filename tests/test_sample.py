@@ -115,11 +115,11 @@ def test_a_schedule_file_is_run_and_compared(sample, model_folder, tmp_path):
     assert result.returncode == 0 and (tmp_path / "Sample_NFE4_Method_schedule.png").exists()
 
 
-def test_neither_sampler_flag_means_ddim_and_says_so(sample, tmp_path):
+def test_ddim_is_the_default_sampler(sample, tmp_path):
     result = sample("--class-labels", 1, 2, "--out", "neither.png")
-    assert "DDIM is meant" in result.stdout
+    assert "sampling with DDIM" in result.stdout
     result = sample("--class-labels", 1, 2, "--out", "ddim.png", "--ddim-sample")
-    assert "DDIM is meant" not in result.stdout
+    assert "sampling with DDIM" not in result.stdout
     assert np.array_equal(pixels(tmp_path / "neither.png"), pixels(tmp_path / "ddim.png"))
 
 
@@ -136,7 +136,7 @@ def test_random_weights_time_a_model_without_its_files(sample, tmp_path):
     flags = ["--model", "DiT-S/8", "--random-weights", "--class-labels", 1, "--compare", *METHOD, "--path", "r.pt"]
     result = sample(*flags, "--thres", 0.5, ckpt=None)
     assert result.returncode == 0, result.stderr
-    assert "Random weights from seed 0: the times are meant" in result.stdout
+    assert "Random weights from seed 0: timing only" in result.stdout
     assert re.search(r"^PSNR of the latents with and without the router: \d", result.stdout, re.M)
     assert [p.name for p in tmp_path.iterdir()] == ["r.pt"]
 
