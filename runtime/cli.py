@@ -1,4 +1,4 @@
-"""The edge of every program: arguments refused in one line, faults reported in one line."""
+"""Command lines of all programs: shared flags, and faults that end a program with one line."""
 
 import argparse
 import contextlib
@@ -6,21 +6,28 @@ import math
 import os
 import signal
 import sys
+import time
 import warnings
+
+from runtime.errors import UserError, explain
+
+# Seconds that the other ranks give rank 0 to print why the job ends, and the pause from one rank's message to the next.
+WAIT_FOR_MAIN = 60
+BETWEEN_RANKS = 10
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Adds the default to a flag's help, where there is one to tell; keeps the lines of a table below them."""
+    """Adds the default to the help of a flag, unless it is None or False; keeps line breaks of descriptions."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults shown in --help and errors of one line, exit code 2.
+    """argparse with defaults in --help and errors of one line, exit code 2.
 
-    description: of the five programs their docstring, with the command lines as they are typed.
-    positional: what the usage says after the flags, which are all optional and listed below it.
+    description: the docstring of a program, with example commands.
+    positional: the positional arguments as the usage line shows them.
     """
 
     def __init__(self, positional="", **kwargs):
@@ -28,13 +35,12 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, usage=usage, **kwargs)
 
     def error(self, message):
-        if os.environ.get("RANK", "0") != "0":  # torchrun's first process says it for all
-            self.exit(2)
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        prints = _rank() == 0 or _outlives_main()
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n" if prints else None)
 
 
 def number(kind, accepts, rule):
-    """An argparse type: `kind` (int or float) of the text, where `accepts` says yes; `rule` says what is accepted."""
+    """Make an argparse type: an int or float (`kind`) for which `accepts` is true; `rule` says so in words."""
 
     def convert(text):
         try:
@@ -50,12 +56,12 @@ def number(kind, accepts, rule):
 
 positive = number(int, lambda value: value >= 1, "a whole number of at least 1")
 non_negative_int = number(int, lambda value: value >= 0, "a whole number of at least 0")
-# The models were trained with 1000 steps; a router decides the second step of a pair.
+# The models were trained with 1000 steps. A router decides about the second step of each pair.
 sampling_steps = number(int, lambda value: 1 <= value <= 1000, "a whole number from 1 to 1000")
 router_steps = number(int, lambda value: 2 <= value <= 1000, "a whole number from 2 to 1000")
 fraction = number(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
-finite = number(float, math.isfinite, "a finite number")
 share = number(float, lambda value: 0 < value <= 0.5, "a number in (0, 0.5]")
+finite = number(float, math.isfinite, "a finite number")
 non_negative = number(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32-1")
 
@@ -68,30 +74,28 @@ def json_file(text):
 
 
 def add_device_argument(parser):
-    """Where a program computes, as `devices.pick_device` reads it."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
+    """Add --device, which `devices.pick_device` reads."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto is CUDA if there is a GPU")
 
 
 def add_record_argument(parser, only="", also=()):
-    """The flag of programs that measure; only: when it means anything; also: other names of it."""
+    """Add --record for measured figures; only: text about when the flag applies; also: more names of the flag."""
     parser.add_argument(
         "--record",
         *also,
         metavar="JSON",
         type=json_file,
-        help=f"{only}file to write the figures and their circumstances to",
+        help=f"{only}file for the figures and the circumstances they were measured in",
     )
 
 
 def add_model_arguments(parser, vae):
-    """The flags that say which model; with a model folder --ckpt says it all. vae: the default of --vae."""
+    """Add the flags that choose a model, and return their group; vae: the default of --vae."""
     group = parser.add_argument_group("model")
     only = "; not used with a model folder"
     group.add_argument("--model", default="DiT-XL/2", help=f"size and patch, as DiT-XL/2{only}")
-    group.add_argument(
-        "--vae", choices=["ema", "mse"], default=vae, help="released VAE; not used with a folder that has its own"
-    )
-    group.add_argument("--image-size", type=int, choices=[256, 512], default=256, help=f"pixels a side{only}")
+    group.add_argument("--vae", choices=["ema", "mse"], default=vae, help="released VAE, for a folder without its own")
+    group.add_argument("--image-size", type=int, choices=[256, 512], default=256, help=f"pixels per side{only}")
     group.add_argument("--num-classes", metavar="N", type=positive, default=1000, help=f"classes of the model{only}")
     group.add_argument(
         "--ckpt",
@@ -103,19 +107,13 @@ def add_model_arguments(parser, vae):
 
 
 def add_sampling_arguments(parser, cfg_scale):
-    """The flags that say how to sample; cfg_scale: the published guidance of the program."""
+    """Add the flags of sampling, and return their group; cfg_scale: the published guidance of the program."""
     group = parser.add_argument_group("sampling")
     sampler = group.add_mutually_exclusive_group()
-    sampler.add_argument(
-        "--ddim-sample", action="store_true", help="DDIM, eta 0; this is also meant without a sampler flag"
-    )
+    sampler.add_argument("--ddim-sample", action="store_true", help="DDIM with eta 0; the sampler if no flag names one")
     sampler.add_argument("--p-sample", action="store_true", help="ancestral sampling (DDPM)")
     group.add_argument(
-        "--num-sampling-steps",
-        metavar="N",
-        type=sampling_steps,
-        default=250,
-        help="denoising steps, at most 1000",
+        "--num-sampling-steps", metavar="N", type=sampling_steps, default=250, help="denoising steps, at most 1000"
     )
     group.add_argument(
         "--cfg-scale",
@@ -126,35 +124,28 @@ def add_sampling_arguments(parser, cfg_scale):
     group.add_argument(
         "--accelerate-method",
         choices=["dynamiclayer", "schedule"],
-        help="dynamiclayer: skip what the router of --path says; schedule: what the Schedule saved there says",
+        help="dynamiclayer: skip the layers that the router in --path skips; schedule: follow the schedule in --path",
     )
-    group.add_argument(
-        "--path", metavar="FILE", help="router or schedule file; a released one that is not there is fetched"
-    )
+    group.add_argument("--path", metavar="FILE", help="router or schedule file; a missing released file is fetched")
     add_threshold_argument(group)
     return group
 
 
 def add_threshold_argument(parser):
-    """From which score on a router runs a layer."""
-    parser.add_argument(
-        "--thres",
-        metavar="SCORE",
-        type=fraction,
-        default=0.1,
-        help="layers to which a router gives at most this are skipped, 0 to 1",
-    )
+    """Add --thres, the score above which a router runs a layer."""
+    help_text = "skip layers whose router score is at most this, 0 to 1"
+    parser.add_argument("--thres", metavar="SCORE", type=fraction, default=0.1, help=help_text)
 
 
 def add_precision_arguments(parser, choices, default=None):
-    """The flags that say in which precision a DiT runs, and whether its blocks are compiled."""
+    """Add the flags about precision, compilation and device of a DiT, and return their group."""
     group = parser.add_argument_group("device and speed")
     group.add_argument(
         "--dtype",
         choices=choices,
         default=default,
-        help="precision of the transformer; the diffusion state is float32, and so is the VAE, but with fp16 on a GPU; "
-        "tf32 is fp32 on a CPU" + ("" if default else "; without it tf32 on a GPU, fp32 on a CPU"),
+        help="precision of the transformer; the diffusion state is float32, and so is the VAE, except with fp16 on a "
+        "GPU; tf32 is fp32 on a CPU" + ("" if default else "; without it tf32 on a GPU, fp32 on a CPU"),
     )
     group.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
     add_device_argument(group)
@@ -162,16 +153,16 @@ def add_precision_arguments(parser, choices, default=None):
 
 
 def add_speed_arguments(parser):
-    """The flags of the sampling programs that change how fast they are, and the numbers in their last digits."""
+    """Add the flags that change how fast sampling is, and the last digits of its results; return their group."""
     group = add_precision_arguments(parser, ["fp32", "tf32", "bf16", "fp16"])
     group.add_argument(
-        "--cuda-graphs", action="store_true", help="record a batch's whole trajectory once and replay it; needs a GPU"
+        "--cuda-graphs", action="store_true", help="capture the trajectory of a batch once and replay it; needs a GPU"
     )
     return group
 
 
 def check_sampling_arguments(parser, args):
-    """Refuses a method without its file, and a file without its method."""
+    """Refuse a method without its file, and a file without its method."""
     if args.accelerate_method and not args.path:
         parser.error(f"--accelerate-method {args.accelerate_method} needs its file: add --path")
     if args.path and not args.accelerate_method:
@@ -180,9 +171,9 @@ def check_sampling_arguments(parser, args):
 
 @contextlib.contextmanager
 def sigterm_interrupts():
-    """In this block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that what is under way can be ended in order.
+    """In this block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that work can end in order.
 
-    Not where a process may wait for another one: such a wait hears no signal that Python handles.
+    Do not wait for other ranks in the block: such a wait ignores signals that Python handles.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -193,61 +184,63 @@ def sigterm_interrupts():
 
 @contextlib.contextmanager
 def one_line_warnings():
-    """In this block a warning is one line on standard error; yields the list of those that were said."""
-    program, said = os.path.basename(sys.argv[0]), []
+    """In this block a warning is one line on standard error; yields the list of the warnings so far."""
+    program, texts = os.path.basename(sys.argv[0]), []
 
-    def say(warning, *_):
-        said.append(str(warning))
+    def show(warning, *_):
+        texts.append(str(warning))
         print(f"{program}: warning: {warning}", file=sys.stderr, flush=True)
 
     with warnings.catch_warnings():
-        warnings.showwarning = say
-        yield said
+        warnings.showwarning = show
+        yield texts
 
 
-def fault(error, memory_hint=None):
-    """What to say of an exception that is not the program's fault; "" where another process says it; None of a bug.
+def _rank():
+    return int(os.environ.get("RANK", "0"))
 
-    Those are a `UserError`, files that cannot be used (an OSError that nothing else took), and too little memory;
-    less: what to pass then.
+
+def _outlives_main():
+    """Wait until torchrun ends this rank; return True if it does not, False at once without torchrun.
+
+    All ranks refuse the same input and rank 0 prints it. When a rank exits, torchrun ends the others, and that must not
+    hit rank 0 before it has printed. If rank 0 did not refuse it, the lowest rank that did returns first and can print.
     """
-    from runtime.errors import UserError
-    from runtime.memory import out_of_memory
-
-    # A data loading process hands its error on below a traceback: the last line says it.
-    text = str(error).strip().rpartition("\n")[2]
-    if isinstance(error, UserError):
-        return "" if error.printed_by_main else str(error).rpartition("UserError: ")[2]
-    if isinstance(error, OSError):
-        where = error.filename or "a file, or the output"
-        return f"{where} cannot be used: {error.strerror or text}; see that it is there, with the rights and the room"
-    if out_of_memory(error):
-        return f"memory does not suffice{f': pass {memory_hint}' if memory_hint else ''}"
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        return "a data loading process was killed, for want of memory perhaps: pass a smaller --num-workers"
-    return None
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(WAIT_FOR_MAIN + BETWEEN_RANKS * int(os.environ.get("LOCAL_RANK", "0")))
+    return True
 
 
 def run(main, args, memory_hint=None):
-    """Calls main(args) and exits: 1 with one line for a fault that is not the program's (`fault`), 130 for Ctrl-C.
+    """Call main(args); exit with 1 and one line after a fault that is no bug (see `explain`), with 130 after Ctrl-C.
 
-    A bug keeps its traceback. A KeyboardInterrupt may hold a text of main's, which is said too.
-    less: what to pass where memory does not suffice.
+    A bug keeps its traceback. A KeyboardInterrupt may carry a text, which is printed too.
+    memory_hint: what to pass if memory runs out.
     """
+    # OpenMP threads spin at each barrier, even while the thread that they wait for has no core to run on. Sampling that
+    # takes 0.5 s on two idle cores took 2.2 s beside two busy loops; with few spins it takes 0.5 s and 1.15 s.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     program = os.path.basename(sys.argv[0])
     try:
         main(args)
-        sys.stdout.flush()  # so that a full disk behind it is told here
+        sys.stdout.flush()  # a full disk behind it is reported here
     except Exception as error:
-        text = fault(error, memory_hint)
+        text = explain(error, memory_hint)
         if text is None:
             raise
         try:
             sys.stdout.flush()
-        except OSError:  # which would be told once more at the end
+        except OSError:  # Python would report it again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(f"{program}: error: {' '.join(text.split())}" if text else 1)
+        if isinstance(error, UserError) and error.printed_by_main and _rank() != 0:
+            _outlives_main()
+            sys.exit(1)
+        sys.exit(f"{program}: error: {text}")
     except KeyboardInterrupt as interrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if _rank() == 0:
             print(f"\n{program}: interrupted{''.join(f': {text}' for text in interrupt.args)}", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Where a model runs and in which precision, and what a record of times says of that."""
+"""Devices and precision: choosing them, compiling for them, naming and measuring them."""
 
 import os
 import platform
@@ -17,26 +17,26 @@ from runtime.memory import peak_resident
 if TYPE_CHECKING:
     from runtime.processes import Processes
 
-# What --dtype may name; "tf32" is float32 whose products use the matrix units of a GPU, where it has them.
+# The choices of --dtype; "tf32" is float32 whose products use the matrix units of a GPU that has them.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_dtype(name: str | None, device: torch.device) -> str:
-    """The name of the precision that is meant; None means as published, tf32, which on a CPU is fp32."""
+    """Resolve --dtype: None is tf32, as published, and tf32 is fp32 on a CPU."""
     name = name or "tf32"
     return "fp32" if (name, device.type) == ("tf32", "cpu") else name
 
 
 def set_precision(module: nn.Module, dtype: str) -> Any:
-    """`module` with its weights in a precision of `DTYPES`, and the float32 of a GPU with or without TF32."""
+    """Convert the weights of `module` to a precision of `DTYPES`, and switch TF32 of the GPU on or off; return it."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
     return module.to(DTYPES[dtype])
 
 
 def speed_up_vae(vae: Any, device: torch.device, dtype: str) -> Any:
-    """`vae` as it decodes fastest on `device` with at most one grey level of difference, beside a DiT in `dtype`.
+    """Convert a VAE to what decodes fastest with at most one grey level of difference; dtype: of the DiT.
 
-    On a GPU that is channels last, and fp16 where that is asked for; bf16 differs by more (docs/performance.md).
+    On a GPU: channels last, and fp16 if the DiT has it; bf16 would differ by more (docs/performance.md).
     """
     if device.type != "cuda":
         return vae
@@ -44,25 +44,21 @@ def speed_up_vae(vae: Any, device: torch.device, dtype: str) -> Any:
 
 
 def compile_blocks(blocks: nn.ModuleList, backend: str = "inductor") -> None:
-    """Compiles each block of a DiT with `torch.compile` and its `backend`, the model around them staying as it is.
-
-    Raises UserError where a CPU's compiler is missing.
-    """
+    """Compile each block of a model with `torch.compile`. Raises UserError if a CPU has no C++ compiler."""
     compiler = os.environ.get("CXX", "g++")
     if next(blocks.parameters()).device.type == "cpu" and not shutil.which(compiler):
         raise UserError(f"--compile needs the C++ compiler {compiler}: install it, name one in CXX, or leave it out")
-    # Four graphs a shape and precision, of which a process may have several; by itself torch stops at 8. The name is
-    # the one that older versions know, too.
+    # A block has four graphs per shape and precision; the default limit is 8. Old versions know this name only.
     torch._dynamo.config.cache_size_limit = 64  # type: ignore[attr-defined]
     for block in blocks:
         block.compile(fullgraph=True, backend=backend)
 
 
 def pick_device(name: str, processes: "Processes | None" = None, cuda_graphs: bool = False) -> torch.device:
-    """torch.device of "auto" (CUDA where there is one), "cpu", "cuda:1". Raises UserError where it cannot be used.
+    """torch.device of "auto" (CUDA if there is a GPU), "cpu", "cuda:1". Raises UserError if it cannot be used.
 
-    processes: where they are several, each takes the GPU of its number on its machine, and makes it its default.
-    cuda_graphs: whether it is to have CUDA graphs.
+    processes: if there are several, each takes the GPU of its local rank as its default device.
+    cuda_graphs: whether the device must have CUDA graphs.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,7 +81,7 @@ def pick_device(name: str, processes: "Processes | None" = None, cuda_graphs: bo
 
 
 def make_deterministic(device: torch.device) -> None:
-    """The same numbers each time from the same calls on `device`; before anything ran there."""
+    """Make equal calls on `device` return equal numbers; call it before anything runs there."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -93,12 +89,12 @@ def make_deterministic(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What a record of times says about the hardware: its model, on a CPU with the threads in use."""
+    """Name of the hardware for records: its model, and on a CPU the number of threads."""
     return device_model(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
 
 
 def device_model(device: torch.device) -> str:
-    """The name of the GPU, or of the processor and its instruction set, on which the last bits of results depend."""
+    """Name of the GPU, or of the CPU and its instruction set; the last bits of results depend on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -109,13 +105,13 @@ def device_model(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the work of a CUDA device; nothing to wait for elsewhere."""
+    """Wait for the work of a CUDA device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a CUDA device so far, elsewhere the largest resident set of this process."""
+    """Peak memory in bytes: of the tensors on a CUDA device, on a CPU the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident()
@@ -123,10 +119,9 @@ def peak_memory(device: torch.device) -> int:
 
 @torch.inference_mode()
 def matmul_rate(layers: Sequence[nn.Linear], rows: int, seconds: float = 1.0) -> float:
-    """Multiply-adds per second of plain matrix products of the block's own shapes, for `samples` in a batch.
+    """Multiply-adds per second of plain matrix products with the weights of `layers`: a bound for any loop over them.
 
-    The four linear layers of a block in turn, preallocated, on the device and in the precision of `dit`: what a perfect
-    loop could reach.
+    rows: inputs of each layer. All runs in turn, preallocated, on the device and in the precision of the layers.
     """
     weights = [layer.weight for layer in layers]
     device = weights[0].device
@@ -139,7 +134,7 @@ def matmul_rate(layers: Sequence[nn.Linear], rows: int, seconds: float = 1.0) ->
 
     once()
     synchronize(device)
-    # A GPU is given its work ahead, as in a loop that waits for nothing.
+    # Queue work ahead on a GPU, as a loop does that never waits for it.
     ahead = 50 if device.type == "cuda" else 1
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:

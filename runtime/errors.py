@@ -1,7 +1,36 @@
-"""Errors that the user can mend."""
+"""Errors that the user can mend, and the line that reports them."""
+
+from runtime.memory import out_of_memory
 
 
 class UserError(ValueError):
     """The input is at fault, not the program: the message names the value, the rule and the way out."""
 
-    printed_by_main = False  # by another process of the same job, so that this one need not
+    printed_by_main = False  # True if rank 0 raises it too and prints it for all ranks
+
+
+def explain(error, memory_hint=None):
+    """Return one line for the user about an exception that is no bug of ours, or None if it is one.
+
+    No bugs are `UserError`, files that cannot be used (an OSError that nobody else handled), and too little memory.
+    memory_hint: what to pass if memory runs out.
+    """
+    # An error of a data loading process holds a traceback: its last line is the error.
+    last = str(error).strip().rpartition("\n")[2]
+    if isinstance(error, UserError):
+        text = str(error).rpartition("UserError: ")[2]
+    elif isinstance(error, OSError):
+        name = error.filename or "a file, or the output"
+        text = f"{name} cannot be used: {error.strerror or last}; check that it exists, its permissions and the space"
+    elif out_of_memory(error):
+        text = f"out of memory{f': pass {memory_hint}' if memory_hint else ''}"
+    elif isinstance(error, RuntimeError) and last.startswith("DataLoader worker"):
+        text = "a data loading process was killed, perhaps for lack of memory: pass a smaller --num-workers"
+    else:
+        return None
+    return " ".join(text.split())
+
+
+def first_line(error):
+    """Return the first line of an exception's text, or the name of its class if the text is empty."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,11 +1,9 @@
-"""The user's files: written whole or not at all, read without running what is in them.
-
-What is wrong with a file is raised as `UserError`, which the programs print as one line (`cli.py`).
-"""
+"""Files of the user: written whole or not at all, and read without running code from them."""
 
 import contextlib
+import errno
 import os
-import tempfile
+import secrets
 import warnings
 import zipfile
 from pathlib import Path
@@ -13,42 +11,36 @@ from pathlib import Path
 from runtime.errors import UserError
 from runtime.memory import out_of_memory
 
-# It can only be asked for by setting it, which threads must not do at the same time.
-UMASK = os.umask(0)
-os.umask(UMASK)
-
 
 def _temporary_beside(path):
-    """An empty temporary file in the folder of `path`, which is made if needed. Raises UserError where it cannot be."""
+    """Make an empty temporary file in the folder of `path`, and that folder; return its path."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            raise FileExistsError(17, "it is there and is no file", str(path))
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+            raise FileExistsError(errno.EEXIST, "it exists and is not a file", str(path))
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the user's umask
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; name another place") from error
-    os.close(handle)
-    return Path(name)
+    return part
 
 
 def check_writable(path):
-    """Raises UserError where `path` could not be written, before work is spent on what goes there."""
+    """Raise UserError if `path` cannot be written; for use before the work whose result goes there."""
     _temporary_beside(Path(path).resolve()).unlink()
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yields a temporary path beside `path`, which becomes `path` when the block ends without an error.
+    """Yield a temporary path beside `path` that replaces `path` if the block ends without an error.
 
-    Whatever interrupts the block, `path` is either what it was or complete. Missing folders are made.
-    Raises UserError where the place cannot be written; whatever else the block raises must not be an OSError.
+    Whatever interrupts the block, `path` is either complete or as before. Missing folders are made. Raises UserError
+    if the file cannot be written: every OSError of the block counts as that.
     """
-    path = Path(path).resolve()  # what a link points to is written, the link stays
+    path = Path(path).resolve()  # a link stays, its target is written
     part = _temporary_beside(path)
     try:
         yield part
-        # mkstemp makes files that only their owner reads; what we leave follows the user's umask.
-        part.chmod(0o666 & ~UMASK)
         with part.open("rb+") as written:
             os.fsync(written.fileno())
         part.replace(path)
@@ -59,13 +51,11 @@ def atomic_write(path):
 
 
 def lock_file(path, patience):
-    """A lock on the file at `path`, which the system drops with this process, even one that is killed.
+    """Lock the file at `path`; the system releases the lock when this process ends, even if it is killed.
 
-    patience: seconds to wait where another process holds it, then None is returned; -1 waits for ever.
-    Raises OSError where there can be none.
+    patience: seconds to wait for another process that holds it; -1 waits for ever. Returns the lock, or None after that
+    time. Raises OSError if the file cannot be locked.
     """
-    import errno
-
     from filelock import FileLock, SoftFileLock, Timeout
 
     lock = FileLock(path)
@@ -77,17 +67,17 @@ def lock_file(path, patience):
         return None
     except NotImplementedError as error:
         raise OSError(errno.ENOLCK, "its file system has no locks") from error
-    if isinstance(lock, SoftFileLock):  # what newer versions fall back to; it would outlive a process that is killed
+    if isinstance(lock, SoftFileLock):  # the fallback of newer versions would outlive a killed process
         lock.release()
         raise OSError(errno.ENOLCK, "its file system has no locks")
     return lock
 
 
 def load_tensors(path, allow=()):
-    """What `torch.save` or safetensors wrote to `path`, on the CPU: tensors, plain types and `allow`ed classes.
+    """Load a file of `torch.save` or safetensors on the CPU: tensors, plain types and the classes in `allow`.
 
-    Raises UserError where there is no such file, it is cut off, says to hold more than its bytes, does not fit into
-    memory, or holds anything else (it is not run).
+    Raises UserError if the file is missing, cut off, claims more bytes than it has, does not fit into memory, or holds
+    any other object (which is not run).
     """
     import pickle
 
@@ -99,36 +89,35 @@ def load_tensors(path, allow=()):
         raise UserError(f"no such file: {path}")
     try:
         if path.suffix == ".safetensors":
-            # Not mapped: a map of a file that is cut off later kills the process.
-            return load(path.read_bytes())
+            return load(path.read_bytes())  # not mapped: if a mapped file is cut off later, the process dies
         size = path.stat().st_size
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if sum(member.file_size for member in archive.infolist()) > size:  # torch.save does not compress
                     raise ValueError("its parts are larger than the file")
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(allow)):
-            warnings.simplefilter("ignore")  # about unusual pickles: our one line says it
+            warnings.simplefilter("ignore")  # about unusual pickles, which our message covers
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(loaded, size)
         return loaded
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is not a checkpoint of tensors, or holds objects that could run code; it was not loaded: "
-            "take the file from its source again, or save its tensors alone"
+            "get the file from its source again, or save only its tensors"
         ) from error
-    except Exception as error:  # what a damaged stream makes the unpickler raise is anything
+    except Exception as error:  # damaged bytes make the unpickler raise anything
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f"cannot read {path}: {error.strerror}; make it readable, or name another") from error
         if out_of_memory(error):
-            raise UserError(f"{path} needs more memory than there is: it is damaged, or too large for here") from error
+            raise UserError(f"{path} needs more memory than there is: it is damaged, or too large") from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read ({reason}): it is cut off or no checkpoint; fetch it again") from error
 
 
 def _check_tensors(loaded, size):
-    """Raises ValueError where a tensor in nested dicts, lists and tuples is more than so many bytes, or is not plain.
+    """Raise ValueError if a tensor in nested dicts, lists and tuples has more than `size` bytes, or is not plain.
 
-    A view of few bytes may be of any shape, and what is computed from it takes the memory of that.
+    A view of a few bytes can have any shape, and results computed from it take the memory of that shape.
     """
     import torch
 

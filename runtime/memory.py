@@ -1,10 +1,11 @@
-"""How much memory is used, and whether it ran out."""
+"""Peak memory of this process, and whether an exception means that memory ran out."""
 
+import sys
 from pathlib import Path
 
 
 def out_of_memory(error):
-    """Whether an exception of NumPy or torch says that memory did not suffice; on a CPU torch's is a RuntimeError."""
+    """Whether an exception of NumPy or torch means that memory ran out; torch's on a CPU is a plain RuntimeError."""
     import torch
 
     texts = "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
@@ -12,12 +13,11 @@ def out_of_memory(error):
 
 
 def peak_resident():
-    """Bytes: the largest resident set of this process so far, since its program began."""
+    """Largest resident set of this process since its program started, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux; its getrusage counts what the process took before it became this program, too
+    if status.exists():  # Linux: getrusage would also count the process that forked this one
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
-    import resource  # which only Unix has
-    import sys
+    import resource  # Unix only
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -12,13 +12,13 @@ from runtime.files import atomic_write
 
 
 def load_image(path):
-    """The picture at `path` as RGB, of whatever mode. Raises ValueError where it cannot be decoded."""
+    """Load a picture of any mode as a PIL image in RGB. Raises ValueError if it cannot be decoded."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             image.load()
-            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+            if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
                 image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
             return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of these
@@ -26,19 +26,19 @@ def load_image(path):
 
 
 def psnr(a: Tensor, b: Tensor, peak: float) -> float:
-    """Peak signal-to-noise ratio of two tensors of one shape in dB; inf where they are equal."""
+    """Peak signal-to-noise ratio in dB of two tensors of the same shape; inf if they are equal."""
     return (10 * torch.log10(peak**2 / (a.double() - b.double()).square().mean())).item()
 
 
 def save_picture(groups: Sequence[Tensor], path: str | Path, columns: int) -> None:
-    """Writes groups of uint8 images (N, H, W, 3) as a grid, each group from a new row; small ones enlarged.
+    """Write groups of uint8 images (N, H, W, 3) as a grid; each group begins a row, small images are enlarged.
 
-    Raises UserError where the place cannot be written or the file's ending names no picture format.
+    Raises UserError if the file cannot be written or its ending names no picture format.
     """
     from PIL import Image
     from torchvision.utils import make_grid
 
-    # White cells fill up the last row of a group.
+    # White cells fill the last row of a group.
     images = torch.cat([nn.functional.pad(g, (0,) * 7 + (-len(g) % columns,), value=255) for g in groups])
     zoom = max(1, 96 // images.shape[1])
     images = images.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).permute(0, 3, 1, 2)
@@ -48,7 +48,7 @@ def save_picture(groups: Sequence[Tensor], path: str | Path, columns: int) -> No
 
 
 def picture_format(path: str | Path) -> str:
-    """Pillow's name of the format of `path`, by its ending. Raises UserError where there is none."""
+    """Pillow's name for the format that the ending of `path` means. Raises UserError if there is none."""
     from PIL import Image
 
     name = Image.registered_extensions().get(Path(path).suffix.lower())

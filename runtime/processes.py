@@ -1,4 +1,4 @@
-"""The processes of a job: one alone, or those that torchrun started, which tell each other little, by Gloo."""
+"""The processes (ranks) of one job: a single one, or those of torchrun, which exchange small messages through Gloo."""
 
 import contextlib
 import os
@@ -10,53 +10,54 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from runtime.errors import UserError
+from runtime.errors import UserError, explain
 from runtime.memory import out_of_memory
 
 
-def _agent():
-    """Names the torchrun that started this process: it lives on when it restarts them, and no two are alike."""
+def _torchrun_id():
+    """Text that identifies the torchrun that started this process: the same after its restarts, and unique."""
     stat = Path(f"/proc/{os.getppid()}/stat")
-    started = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
-    return f"{os.uname().nodename} {os.getppid()} {started}".strip()
+    start_time = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
+    return f"{os.uname().nodename} {os.getppid()} {start_time}".strip()
 
 
 class Processes:
-    """This process among its job's: `rank` of `size`, `local` on its machine; 0 of 1 without torchrun.
+    """This process among those of its job: `rank` of `size`, `local_rank` on its machine; 0 of 1 without torchrun.
 
-    launch: tells a restart by torchrun from another start of the same command; None without torchrun.
+    launch: a text that stays the same when torchrun restarts its processes and differs for a new launch; None without
+    torchrun.
     """
 
-    PATIENCE = 600  # seconds for all processes to arrive, which torchrun starts together
+    PATIENCE = 600  # seconds until all processes must have arrived; torchrun starts them together
 
     def __init__(self):
         self.rank, self.size, self.local_rank = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
-        self.launch = _agent() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.launch = _torchrun_id() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
     def is_main(self):
         return self.rank == 0
 
     def connect(self):
-        """Meets the others, for messages of plain values and of tensors on the CPU."""
-        if self.size > 1:
-            # Hours, since others may wait for a download or for the slowest; one that dies is torchrun's to find.
-            timeout = timedelta(hours=12)
-            with self.exchange():
-                store, _, _ = next(rendezvous("env://", timeout=timeout))
-                store = self._meet(store)
-                # Also where there are GPUs: no message is larger than some kB, and who waits for a process that died
-                # learns it from Gloo at once, where NCCL would wait on.
-                dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+        """Connect to the other ranks, for messages of plain values and of tensors on the CPU."""
+        if self.size == 1:
+            return
+        # Hours, because others may wait for a download or for the slowest rank; torchrun notices a rank that died.
+        timeout = timedelta(hours=12)
+        with self.exchange():
+            store, _, _ = next(rendezvous("env://", timeout=timeout))
+            store = self._meet(store)
+            # Gloo on GPUs too: messages are at most some kB, and Gloo reports a dead peer at once, while NCCL waits.
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 
     @contextlib.contextmanager
     def exchange(self):
-        """In this block only messages are exchanged. Raises UserError where that fails: another process is gone."""
+        """Turn a failed message in this block into a UserError: another rank has ended."""
         try:
             yield
-        except RuntimeError as error:  # the distributed engine's own errors are such, too
+        except RuntimeError as error:  # errors of torch.distributed are RuntimeErrors too
             if out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0]
@@ -65,14 +66,14 @@ class Processes:
             ) from error
 
     def _meet(self, store):
-        """The part of `store` that belongs to the processes which are there now, once they all are.
+        """Wait for all ranks of this start; return the part of `store` that belongs to it.
 
-        torchrun keeps its store over a restart, and with it the addresses of processes that are dead. So the first
-        process draws a name for each start, and answers those who call it by that name.
+        torchrun keeps its store when it restarts the processes, with addresses of dead processes in it. So rank 0 draws
+        a name for each start, and answers the ranks that use that name.
         """
-        me, since = uuid.uuid4().hex, time.monotonic()
+        own_id, since = uuid.uuid4().hex, time.monotonic()
         if self.is_main:
-            name, missing = me, set(range(1, self.size))
+            name, missing = own_id, set(range(1, self.size))
             store.set("start", name)
         else:
             name, missing = None, {0}
@@ -82,57 +83,47 @@ class Processes:
                     store.set(f"{name} {rank} answer", store.get(f"{name} {rank}"))
                     missing.remove(rank)
             elif store.check(["start"]):
-                if (now := store.get("start").decode()) != name:  # at first, or an older start's was there before
-                    name = now
-                    store.set(f"{name} {self.rank}", me)
-                elif store.check([answer := f"{name} {self.rank} answer"]) and store.get(answer).decode() == me:
+                if (current := store.get("start").decode()) != name:  # the first name seen may be of an older start
+                    name = current
+                    store.set(f"{name} {self.rank}", own_id)
+                elif store.check([answer := f"{name} {self.rank} answer"]) and store.get(answer).decode() == own_id:
                     missing.clear()
             if time.monotonic() - since > self.PATIENCE:
-                names = ", ".join(map(str, sorted(missing)))
+                ranks = ", ".join(map(str, sorted(missing)))
                 raise UserError(
-                    f"process {self.rank} has waited {self.PATIENCE} s for {names}: start all again; with "
+                    f"process {self.rank} has waited {self.PATIENCE} s for {ranks}: start all again; with "
                     "several machines and --max-restarts torchrun needs --rdzv_backend=c10d"
                 )
             time.sleep(0.02)
         return dist.PrefixStore(name, store)
 
     def disconnect(self):
-        """Leaves the group, where there is one."""
+        """Leave the group of processes."""
         if self.size > 1:
             dist.destroy_process_group()
 
     def run_everywhere(self, function, local_main_first=False):
-        """What `function` returns here, after it ended everywhere; a UserError anywhere is raised in all, said by one.
+        """Run on every rank and wait; a UserError on any rank is raised on all and printed once.
 
-        in_turn: the first process of each machine runs it before the others (it may fetch files).
+        local_main_first: the first rank of each machine runs before the others, since it may fetch files.
+        Returns the result of this rank. An OSError is raised as a UserError.
         """
-        result = message = None
-
-        def attempt():
-            nonlocal result, message
-            try:
-                result = function()
-            except UserError as error:
-                message = str(error)
-
-        later = local_main_first and self.local_rank > 0
-        if not later:
-            attempt()
-        if local_main_first:
-            self._raise_first(self.gather(message))
-        if later:
-            attempt()
-        self._raise_first(self.gather(message))
+        result = None
+        turns = [self.local_rank == 0, self.local_rank > 0] if local_main_first else [True]
+        for my_turn in turns:
+            message = None
+            if my_turn:
+                try:
+                    result = function()
+                except (UserError, OSError) as error:
+                    message = explain(error)
+            for text in self.gather(message):
+                if text is not None:
+                    raise self.error(text)
         return result
 
-    def _raise_first(self, messages):
-        """Raises the first text of `messages` that is not None."""
-        for message in messages:
-            if message is not None:
-                raise self.error(message)
-
     def run_on_main(self, function):
-        """What `function` returns in the first process, for all. Its UserError is raised in all, said by one."""
+        """Run on rank 0 and return its result on every rank; its UserError is raised on all and printed once."""
         result = [self.run_everywhere(lambda: function() if self.is_main else None)]
         if self.size > 1:
             with self.exchange():
@@ -140,13 +131,13 @@ class Processes:
         return result[0]
 
     def error(self, message):
-        """A UserError that every process raises and the first one says."""
+        """Make a UserError that every rank raises and rank 0 prints."""
         error = UserError(message)
-        error.printed_by_main = not self.is_main
+        error.printed_by_main = True
         return error
 
     def gather(self, value):
-        """The list of every process's `value`, by rank."""
+        """Return the values of all ranks, by rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size

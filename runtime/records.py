@@ -1,4 +1,4 @@
-"""Records: JSON files of measured figures and of all that they depend on."""
+"""Records: JSON files of measured figures and of the circumstances they were measured in."""
 
 import json
 import platform
@@ -13,13 +13,12 @@ from runtime.devices import device_name
 from runtime.files import atomic_write
 
 
-
 def _commit() -> str | None:
-    """The commit of this repository, "-dirty" where code is not as committed; None where there is no git."""
+    """Commit of this repository, with "-dirty" if code differs from it; None without git."""
     git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
         commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        # Records are what a measurement leaves, not what it depends on.
+        # Records come out of a measurement: they do not change it.
         changed = git(["git", "diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/results"]).returncode
     except OSError:
         return None
@@ -27,7 +26,10 @@ def _commit() -> str | None:
 
 
 def write_record(path: str | Path, flags: dict[str, Any], device: torch.device, figures: dict[str, Any]) -> None:
-    """Writes `figures`, a dict that was measured on `device`, and all that they depend on, as JSON to args.record."""
+    """Write `figures`, measured on `device`, and all that they depend on, as JSON to `path`.
+
+    flags: the arguments of the program; those that only name its output are left out.
+    """
     record = {
         "device": device_name(device),
         "dtype": "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "float32",

@@ -1,7 +1,7 @@
-"""The programs, hurt: no disk, no rights, no memory, files that change, Ctrl-C, hostile files, a dead peer.
+"""Programs under faults: no disk, rights or memory, Ctrl-C, changing or hostile files, a dead peer.
 
-docs/reliability.md is the table of all faults, those that other files test too. Most happen in this process, at a
-stage that is named and not timed: a function of the program is replaced by one that hurts first.
+docs/reliability.md lists all faults; those that are not here are tested beside the module that handles them. Most happen
+in this process at a named place, not after a time: a function is replaced by one that does the harm first.
 """
 
 import ast
@@ -12,95 +12,90 @@ import io
 import json
 import os
 import pickle
+import pkgutil
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import traceback
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import ROOT, assert_refused, call, start, torchrun
+from conftest import ROOT, assert_refused, start, torchrun
 from PIL import Image
 
-from pretrained.loading import load_vae
-from pretrained.spec import model_spec
 from router import Router
-from runtime import cli
 from runtime.errors import UserError
 from runtime.files import load_tensors
-from runtime.hashes import fingerprint
 from runtime.processes import Processes
-from training.batches import loaded
-from training.latents import extract_latents, finish_latents, prepare_latents
-from training.sources import ImageSource
 
 GRAPH = ROOT / "ckpt" / "fashion_mnist" / "classifier.pb"
 TOO_MUCH = 1 << 58  # bytes that no machine has
 
 
-class Hurt:
-    """The programs on small inputs below `folder`, each with the `flags` that it needs."""
+class Programs:
+    """The programs on small inputs below `folder`; `flags` has what each needs."""
 
     def __init__(self, folder, model, images, capfd):
         self.folder, self.model, self.images, self.capfd = folder, model, images, capfd
         common = ["--ckpt", model, "--device", "cpu", "--num-sampling-steps", 4]
+        self.router = ["--accelerate-method", "dynamiclayer", "--path", model / "router4.pt"]
+        training = ["--global-batch-size", 4, "--draws-per-step", 2, "--num-workers", 0, "--log-every", 1]
+        training += ["--max-steps", 3, "--results-dir", folder / "results", "--data-path", images]
         self.flags = {
             "sample.py": [*common, "--repeats", 1, "--out", folder / "out.png"],
             "sample_ddp.py": [*common, "--num-fid-samples", 6, "--per-proc-batch-size", 2, "--sample-dir", folder],
-            "train_router.py": [*common, "--global-batch-size", 4, "--draws-per-step", 2, "--num-workers", 0]
-            + ["--log-every", 1, "--max-steps", 3, "--results-dir", folder / "results", "--data-path", images],
+            "train_router.py": [*common, *training],
             "evaluator.py": [folder / "a.npz", folder / "b.npz", "--graph", GRAPH, "--device", "cpu"],
         }
         random = np.random.default_rng(0)
         for name in ("a", "b"):
             np.savez(folder / f"{name}.npz", arr_0=random.integers(0, 256, (70, 32, 32, 3), dtype=np.uint8))
 
-    def run(self, program, *more, place=None, hurt=None):
-        """The program in this process. `hurt()` is called when `place` is reached for the first time, before what is
-        there: "module.function" or "module.Class.method"."""
-        left = [hurt]
+    def run(self, program, *more, place=None, harm=None):
+        """Run a program here; call `harm` when the function `place` ("package.module.Class.method") is first called."""
+        flags = [str(flag).replace("FOLDER", str(self.folder)) for flag in [*self.flags[program], *more]]
+        left = [harm] if place else []
         with pytest.MonkeyPatch.context() as patch:
             if place:
-                *owner, name = place.split(".")
-                module = next(k for k in range(len(owner), 0, -1) if importlib.util.find_spec(".".join(owner[:k])))
-                where, owner = importlib.import_module(".".join(owner[:module])), owner[module:]
-                for part in owner:
-                    where = getattr(where, part)
-                before = getattr(where, name)
+                owner, _, name = place.rpartition(".")
+                owner = pkgutil.resolve_name(owner)
+                unharmed = getattr(owner, name)
 
-                def hurting(*args, **kwargs):
+                def harmed(*args, **kwargs):
                     if left:
                         left.pop()()
-                    return before(*args, **kwargs)
+                    return unharmed(*args, **kwargs)
 
-                patch.setattr(where, name, hurting)
-            line = re.search(r"memory_hint=(.*)\)$", (ROOT / program).read_text(), re.M)
-            less = {"memory_hint": ast.literal_eval(line[1])} if line else {}
-            run = cli.run
-            patch.setattr(cli, "run", lambda main, args: run(main, args, **less))
+                patch.setattr(owner, name, harmed)
+            patch.setattr(sys, "argv", [str(ROOT / program), *flags])
+            self.capfd.readouterr()
+            code = 0
             try:
-                result = call(program, *self.flags[program], *more, capfd=self.capfd)
-            except KeyboardInterrupt:
-                pytest.fail("Ctrl-C went through")
-        assert not left or not place, f"{place} was not reached"
-        return result
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+            except SystemExit as stop:
+                code = stop.code
+        assert not left, f"{place} was not reached"
+        out, err = self.capfd.readouterr()
+        return SimpleNamespace(returncode=code or 0, stdout=out, stderr=err)
 
 
 @pytest.fixture
-def hurt(tmp_path, model_folder, image_folder, capfd):
+def programs(tmp_path, model_folder, image_folder, capfd):
     threads = torch.get_num_threads()
-    yield Hurt(tmp_path, model_folder, image_folder, capfd)
+    yield Programs(tmp_path, model_folder, image_folder, capfd)
     torch.set_num_threads(threads)
 
 
 def assert_whole(folder):
-    """What is in the folder is whole: nothing is half written."""
+    """Assert that no file in the folder is half written."""
     for path in (path for path in folder.rglob("*") if path.is_file()):
         assert not path.name.endswith(".part"), path
         if path.suffix in (".png", ".gif"):
@@ -123,84 +118,68 @@ def control_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-COMPARE = ["--accelerate-method", "dynamiclayer", "--path", "ROUTER", "--compare", "--record", "FOLDER/r.json"]
+LATENTS = ["--extract-latents", "FOLDER/latents"]
 STATISTICS = ["--save-stats", "FOLDER/s.npz", "--json", "FOLDER/r.json"]
 STAGES = [
     ("sample.py", "pretrained.loading.load_dit", []),
-    ("sample.py", "sampling.make_denoiser", []),
-    ("sample.py", "sampling.decode", []),
+    ("sample.py", "models.DiT.denoise", []),
+    ("sample.py", "diffusers.AutoencoderKL.decode", []),
     ("sample.py", "PIL.Image.Image.save", []),
-    ("sample.py", "runtime.devices.device_name", COMPARE),
-    ("sample_ddp.py", "pretrained.loading.load_dit", []),
-    ("sample_ddp.py", "sampling.make_denoiser", []),
-    ("sample_ddp.py", "sampling.decode", []),
-    ("sample_ddp.py", "shards.write_npz", []),
-    ("sample_ddp.py", "evaluation.sample_set.SampleSet._labels", []),
-    ("train_router.py", "training.batches.encode", ["--extract-latents", "FOLDER/latents"]),
-    ("train_router.py", "numpy.save", ["--extract-latents", "FOLDER/latents"]),
-    ("train_router.py", "pretrained.loading.load_dit", []),
-    ("train_router.py", "updates.router_loss", []),
-    ("train_router.py", "router.Router.state", []),
-    ("train_router.py", "train_router.describe", []),
-    ("train_router.py", "runs.save_animation", []),
-    ("evaluator.py", "image_sets.read_header", []),
-    ("evaluator.py", "image_sets.read_parts", []),
-    ("evaluator.py", "evaluation.inception.Graph.run", []),
-    ("evaluator.py", "image_sets.write_npz", STATISTICS),
-    ("evaluator.py", "evaluation.metrics.frechet_distance", []),
+    ("sample_ddp.py", "models.DiT.denoise", []),
+    ("sample_ddp.py", "diffusers.AutoencoderKL.decode", []),
+    ("sample_ddp.py", "evaluation.sample_set.write_npz", []),
+    ("train_router.py", "diffusers.AutoencoderKL.encode", LATENTS),
+    ("train_router.py", "numpy.save", LATENTS),
+    ("train_router.py", "torch.optim.AdamW.step", []),
+    ("train_router.py", "torch.save", []),
+    ("evaluator.py", "evaluation.features.Network.extract", []),
+    ("evaluator.py", "evaluation.evaluation_set.write_npz", STATISTICS),
     ("evaluator.py", "evaluation.metrics.precision_recall", []),
-    ("evaluator.py", "runtime.devices.device_name", STATISTICS),
+    ("evaluator.py", "runtime.records.write_record", STATISTICS),
 ]
 
 
-def filled(flags, folder, model):
-    """`flags` with FOLDER and ROUTER replaced."""
-    return [str(flag).replace("FOLDER", str(folder)).replace("ROUTER", str(model / "router4.pt")) for flag in flags]
-
-
 @pytest.mark.parametrize("program, place, more", STAGES)
-def test_ctrl_c_at_any_stage_is_one_line_and_leaves_nothing_half_written(program, place, more, hurt, tmp_path):
-    result = hurt.run(program, *filled(more, tmp_path, hurt.model), place=place, hurt=control_c)
+def test_ctrl_c_at_any_stage_is_one_line_and_leaves_nothing_half_written(program, place, more, programs, tmp_path):
+    result = programs.run(program, *more, place=place, harm=control_c)
     assert result.returncode == 130, result
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith(f"{program}: interrupted")
     assert_whole(tmp_path)
-    if place.startswith("sampling."):
-        assert not [*tmp_path.glob("*.png"), *tmp_path.glob("samples/*.npz")]
 
 
 def run_after(setup, program, *flags, cwd):
-    """The program in a process of its own, by its own entry point, after the statements `setup`."""
+    """Run a program in a process of its own after the statements `setup`."""
     begin = "import os, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
     command = [sys.executable, "-c", f"{begin}{setup}\nrunpy.run_path(sys.argv[0], run_name='__main__')"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        list(map(str, [*command, ROOT / program, *flags])),
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [str(word) for word in [*command, ROOT / program, *flags]]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
-INTERRUPT = """
-import importlib, signal
-owner, name = importlib.import_module("{}"), "{}"
-before = getattr(owner, name)
-def hurting(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGINT)
-    return before(*args, **kwargs)
-setattr(owner, name, hurting)
+HARM = """
+import pkgutil, signal
+owner = pkgutil.resolve_name("{}")
+unharmed = owner.{}
+def harmed(*args, **kwargs):
+    {}
+    return unharmed(*args, **kwargs)
+owner.{} = harmed
 """
 
 
+def harm(place, statement):
+    owner, _, name = place.rpartition(".")
+    return HARM.format(owner, name, statement, name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "program, place", [("sample_ddp.py", "sampling.decode"), ("evaluator.py", "evaluation.metrics.inception_score")]
+    "program, place", [("sample_ddp.py", "sampling.decode"), ("evaluator.py", "numpy.concatenate")]
 )
-def test_a_process_that_is_interrupted_ends_with_code_130(program, place, hurt, tmp_path):
-    """The end of the process itself, with its threads: by the same entry point that a user types."""
-    result = run_after(INTERRUPT.format(*place.split(".")), program, *hurt.flags[program], cwd=tmp_path)
+def test_an_interrupted_process_exits_with_code_130(program, place, programs, tmp_path):
+    setup = harm(place, "os.kill(os.getpid(), signal.SIGINT)")
+    result = run_after(setup, program, *programs.flags[program], cwd=tmp_path)
     assert result.returncode == 130, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and f"{program}: interrupted" in result.stderr
     assert_whole(tmp_path)
@@ -210,7 +189,7 @@ def test_a_process_that_is_interrupted_ends_with_code_130(program, place, hurt, 
 
 
 def no_memory():
-    torch.empty(TOO_MUCH, dtype=torch.uint8)  # the allocator's own error
+    torch.empty(TOO_MUCH, dtype=torch.uint8)
 
 
 def no_memory_on_the_gpu():
@@ -221,150 +200,111 @@ def no_memory_for_numpy():
     np.empty(TOO_MUCH, np.uint8)
 
 
-@pytest.mark.parametrize("fault", [no_memory, no_memory_on_the_gpu])
 @pytest.mark.parametrize(
-    "program, place, flag",
+    "program, place, fault, flag",
     [
-        ("sample.py", "sampling.make_denoiser", "--class-labels"),
-        ("sample_ddp.py", "sampling.decode", "2 images at a time: pass a smaller --per-proc-batch-size"),
-        ("train_router.py", "updates.router_loss", "--global-batch-size"),
-        ("evaluator.py", "evaluation.features.Network.extract", "--batch-size"),
+        ("sample.py", "models.DiT.denoise", no_memory, "--class-labels"),
+        ("sample.py", "models.DiT.denoise", no_memory_on_the_gpu, "--class-labels"),
+        ("sample_ddp.py", "sampling.decode", no_memory, "--per-proc-batch-size"),
+        ("train_router.py", "torch.optim.AdamW.step", no_memory_on_the_gpu, "--global-batch-size"),
+        ("evaluator.py", "evaluation.features.Network.extract", no_memory_for_numpy, "--batch-size"),
+        ("sample.py", "torch.load", no_memory_for_numpy, "router4.pt needs more memory"),
     ],
 )
-def test_too_little_memory_for_a_batch_names_the_flag_to_lower(program, place, flag, fault, hurt, tmp_path):
-    assert_refused(hurt.run(program, place=place, hurt=fault), "memory", flag)
+def test_too_little_memory_names_the_flag_to_lower_or_the_file(program, place, fault, flag, programs, tmp_path):
+    more = programs.router if place == "torch.load" else []
+    assert_refused(programs.run(program, *more, place=place, harm=fault), "memory", flag)
     assert_whole(tmp_path)
 
 
-def test_too_little_memory_for_a_file_is_said_of_the_file(hurt, tmp_path):
-    Router(4, 3).save(tmp_path / "r.pt")
-    flags = "--accelerate-method", "dynamiclayer", "--path", tmp_path / "r.pt"
-    for fault in (no_memory, no_memory_for_numpy):
-        assert_refused(hurt.run("sample.py", *flags, place="torch.load", hurt=fault), "r.pt needs more memory")
-
-
-def test_a_batch_beyond_the_memory_that_a_process_may_take_is_one_line(tmp_path):
-    """The real thing: 20,000 images at a time in 1.5 GB, of which Python and torch take a part."""
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (3 << 29, 3 << 29))"
+@pytest.mark.slow
+def test_a_batch_beyond_the_memory_of_the_process_is_one_line(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (3 << 29, 3 << 29))"  # 1.5 GB
     flags = ["--ckpt", ROOT / "ckpt" / "fashion_mnist", "--device", "cpu", "--num-sampling-steps", 2, "--class-labels"]
     result = run_after(limit, "sample.py", *flags, *[0] * 20000, cwd=tmp_path)
-    assert_refused(result, "memory does not suffice", "fewer --class-labels")
+    assert_refused(result, "memory", "fewer --class-labels")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_data_loading_process_that_is_killed_is_one_line_and_the_last_update_is_kept(hurt, tmp_path):
+@pytest.mark.slow
+def test_a_killed_data_loading_process_is_one_line_and_the_last_update_is_kept(programs, tmp_path):
     def kill_a_worker():
-        import multiprocessing
-
-        multiprocessing.active_children()[0].kill()
+        psutil.Process().children()[-1].kill()
 
     more = ["--num-workers", 1, "--max-steps", 1000, "--ckpt-every", 1000]
-    result = hurt.run("train_router.py", *more, place="train_router.describe", hurt=kill_a_worker)
+    result = programs.run("train_router.py", *more, place="training.trainer.Trainer.report", harm=kill_a_worker)
     assert_refused(result, "a data loading process was killed", "--num-workers")
     assert load_tensors(tmp_path / "results" / "000-tiny" / "checkpoints" / "last.pt")["step"] >= 1
     assert_whole(tmp_path)
 
 
-def test_a_data_loading_process_that_is_gone_does_not_disturb_what_is_saved_then():
-    def ends():
-        yield "batch"
-        raise ConnectionResetError
-
-    before = signal.signal(signal.SIGCHLD, lambda *_: None)  # as PyTorch does, to raise in the middle of anything
-    try:
-        batches = loaded(ends())
-        assert next(batches) == "batch"
-        with pytest.raises(RuntimeError, match="^DataLoader worker"):
-            next(batches)
-        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
-def test_a_packed_checkpoint_is_refused_before_memory_is_taken_for_it(tmp_path, monkeypatch):
+def test_a_compressed_checkpoint_is_refused_before_memory_is_taken_for_it(tmp_path, monkeypatch):
     Router(4, 1000).save(tmp_path / "r.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "r.pt") as whole,
-        zipfile.ZipFile(tmp_path / "p.pt", "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
+    with zipfile.ZipFile(tmp_path / "p.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        whole = zipfile.ZipFile(tmp_path / "r.pt")
         for name in whole.namelist():
             packed.writestr(name, bytes(len(whole.read(name))))
-    monkeypatch.setattr(torch, "load", None)  # which would take it
-    with pytest.raises(UserError, match="p.pt cannot be read .its parts are larger than the file"):
+    monkeypatch.setattr(torch, "load", None)  # it would take the memory
+    with pytest.raises(UserError, match="p.pt .*larger than the file"):
         load_tensors(tmp_path / "p.pt")
 
 
 # Disk
 
 
-class LimitedFiles:
-    """In this block a file beyond `size` bytes cannot be written, as on a full disk but at a known place."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __enter__(self):
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
-
-    def __exit__(self, *_):
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
-
-
 @pytest.mark.parametrize(
     "program, more, size, name",
     [
         ("sample.py", [], 1000, "out.png"),
-        ("sample.py", [*COMPARE, "--random-weights"], 800, "r.json"),
         ("sample_ddp.py", ["--per-proc-batch-size", 6], 1400, "0000000-0000006.npz"),
         ("sample_ddp.py", [], 1400, "n-6.npz"),
-        ("train_router.py", ["--extract-latents", "FOLDER/latents"], 1000, "000000.npy"),
+        ("train_router.py", LATENTS, 1000, "000000.npy"),
         ("train_router.py", [], 1000, "last.pt"),
-        ("train_router.py", [], 10000, "0000003.png"),
         ("train_router.py", ["--max-steps", 1000], 16000, "metrics.jsonl"),
         ("evaluator.py", ["--save-stats", "FOLDER/s.npz", "--metrics", "fid"], 2000, "s.npz"),
         ("evaluator.py", ["--json", "FOLDER/r.json", "--metrics", "fid"], 700, "r.json"),
     ],
 )
-def test_a_file_that_cannot_be_written_to_its_end_is_one_line_and_is_not_left(
-    program, more, size, name, hurt, tmp_path
-):
+def test_a_file_that_cannot_be_written_is_one_line_and_is_not_left(program, more, size, name, programs, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.npz")}
-    with LimitedFiles(size):
-        result = hurt.run(program, *filled(more, tmp_path, hurt.model))
-    gc.collect()  # where Python 3.12.1 crashes on a view of an io.BytesIO that the error's traceback holds
-    assert result.returncode == 1, result
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        result = programs.run(program, *more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    gc.collect()  # Python 3.12.1 would crash here on a view of an io.BytesIO that a traceback holds
     *warnings, line = result.stderr.strip().splitlines()
-    assert all(" warning: " in warning for warning in warnings)
+    assert result.returncode == 1 and all(" warning: " in warning for warning in warnings), result
     assert name in line and "File too large" in line
-    assert name == "metrics.jsonl" or not list(tmp_path.rglob(f"*{name}"))
     for path in tmp_path.rglob("metrics.jsonl"):
-        path.unlink()  # its last line may be cut: read_history skips that
+        path.unlink()  # its last line may be cut off; the reader skips that
+    assert not list(tmp_path.rglob(f"*{name}"))
     assert_whole(tmp_path)
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_an_output_that_is_full_or_closed_is_one_line():
-    command = [sys.executable, ROOT / "download.py", "--list"]
-    # Written at once, or kept until the end.
-    for unbuffered in ("", "1"):
+    def stderr(output, unbuffered):
+        command = [sys.executable, ROOT / "download.py", "--list"]
         environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        return subprocess.run(command, env=environment, stdout=output, stderr=subprocess.PIPE, text=True)
+
+    for unbuffered in ("", "1"):
         with open("/dev/full", "w") as full:
-            result = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
-        assert_refused(result, "download.py: error:", "No space left")
+            assert_refused(stderr(full, unbuffered), "download.py: error:", "No space left")
     reader, writer = os.pipe()
     os.close(reader)
-    result = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    assert_refused(stderr(writer, "1"), "download.py: error:", "Broken pipe")
     os.close(writer)
-    assert_refused(result, "download.py: error:", "Broken pipe")
 
 
 # Rights
 
 
 @pytest.fixture
-def rights():
-    """Root reads and writes what chmod forbids; without two of its capabilities it does not, as everybody else."""
+def user_rights():
+    """Root may read and write whatever chmod forbids; take these two capabilities away."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable of the first 32, then of the others
@@ -377,26 +317,21 @@ def rights():
     assert libc.capset(header, sets) == 0
 
 
-def test_what_may_not_be_read_or_written_is_one_line(hurt, rights, tmp_path):
+def test_files_without_the_right_to_read_or_write_are_one_line(programs, user_rights, tmp_path):
     closed, file = tmp_path / "closed", tmp_path / "file"
-    shutil.copytree(hurt.images, closed / "images")
-    Router(4, 3).save(file)
-    (closed / "in").write_bytes(file.read_bytes())
-    shutil.copy(tmp_path / "a.npz", tmp_path / "no.npz")
-    shutil.copytree(hurt.model, tmp_path / "model")
-    for path in (tmp_path / "model" / "dit.safetensors", file, tmp_path / "no.npz", closed):
+    closed.mkdir()
+    file.touch()
+    shutil.copytree(programs.model, tmp_path / "model")
+    for path in (tmp_path / "model" / "dit.safetensors", file, closed):
         path.chmod(0)
-    router = ["--accelerate-method", "dynamiclayer", "--path"]
+    router = programs.router[:-1]
     try:
         for program, more, name in (
             ("sample.py", ["--ckpt", tmp_path / "model"], "dit.safetensors"),
-            ("sample.py", ["--ckpt", closed], "closed"),
             ("sample.py", [*router, file], "file"),
             ("sample.py", [*router, closed / "in"], "closed/in"),
             ("sample.py", ["--out", closed / "x.png"], "closed"),
             ("sample_ddp.py", ["--sample-dir", closed], "closed"),
-            ("sample_ddp.py", [*router, file], "file"),
-            ("train_router.py", ["--data-path", closed / "images"], "closed"),
             ("train_router.py", ["--data-path", closed], "closed"),
             ("train_router.py", ["--results-dir", closed], "closed"),
             ("train_router.py", ["--resume", file], "file"),
@@ -404,117 +339,66 @@ def test_what_may_not_be_read_or_written_is_one_line(hurt, rights, tmp_path):
             ("evaluator.py", ["--graph", file], "file"),
             ("evaluator.py", ["--save-stats", closed / "s.npz"], "closed"),
         ):
-            result = hurt.run(program, *more)
-            assert_refused(result, name, "Permission denied")
-            assert "fetch it again" not in result.stderr
-        hurt.flags["evaluator.py"][1] = tmp_path / "no.npz"
-        assert_refused(hurt.run("evaluator.py"), "no.npz", "Permission denied")
-        hurt.flags["evaluator.py"][1] = closed
-        assert_refused(hurt.run("evaluator.py"), "closed")
+            assert_refused(programs.run(program, *more), name, "Permission denied")
     finally:
         closed.chmod(0o700)
-    assert not list((tmp_path).glob("results")) and len(list(closed.iterdir())) == 2
+    assert not list((tmp_path).glob("results")) and not list(closed.iterdir())
 
 
 # Files that change while they are read
 
 
-def in_a_child(function):
-    """The exit code of a process that is a copy of this one and calls the function; a signal's is negative."""
-    pid = os.fork()
-    if not pid:
-        try:
-            torch.set_num_threads(1)  # a copy has none of the threads that compute, and would wait for them
-            function()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+@pytest.mark.slow
+def test_weights_that_are_cut_off_after_loading_stay_in_memory(programs, tmp_path):
+    """If the file were mapped into memory, the process would die of SIGBUS."""
+    shutil.copytree(programs.model, tmp_path / "model")
+    cut = f"import pathlib; [os.truncate(p, 0) for p in pathlib.Path('{tmp_path}/model').rglob('*.safetensors')]"
+    flags = [*programs.flags["sample.py"], "--ckpt", tmp_path / "model"]
+    result = run_after(harm("models.DiT.denoise", cut), "sample.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    expected = programs.run("sample.py", "--out", tmp_path / "expected.png")
+    assert expected.returncode == 0
+    assert (tmp_path / "out.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
-def test_weights_that_are_cut_off_after_they_were_read_stay_what_they_were(model_folder, tmp_path):
-    """A file that is mapped into memory and cut off then kills the process by SIGBUS."""
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder)
-    large = torch.ones(1 << 20)
-    importlib.import_module("safetensors.torch").save_file({"x": large}, tmp_path / "x.safetensors")
-
-    def read_cut_use():
-        spec = model_spec(ckpt=folder)
-        vae, x = load_vae(spec, "cpu"), load_tensors(tmp_path / "x.safetensors")["x"]
-        for path in (tmp_path / "x.safetensors", folder / "vae" / "diffusion_pytorch_model.safetensors"):
-            os.truncate(path, 0)
-        assert torch.equal(x, large)
-        fingerprint(vae, {})
-
-    assert in_a_child(read_cut_use) == 0
-
-
-def test_files_that_change_while_they_are_read_are_one_line(hurt, tmp_path):
-    path = tmp_path / "r.pt"
-    Router(4, 3).save(path)
-    flags = "--accelerate-method", "dynamiclayer", "--path", path
-    result = hurt.run("sample.py", *flags, place="torch.load", hurt=lambda: os.truncate(path, 700))
-    assert_refused(result, "r.pt", "cut off")
-    sample = tmp_path / "b.npz"
-    whole = sample.read_bytes()
-    for place, change, words in (
-        ("evaluation.inception.Graph.run", lambda: os.truncate(sample, 50000), "b.npz"),
-        ("evaluation.metrics.frechet_distance", sample.unlink, "b.npz"),
-    ):
-        sample.write_bytes(whole)
-        assert_refused(hurt.run("evaluator.py", "--json", tmp_path / "r.json", place=place, hurt=change), words)
-    sample.write_bytes(whole)
-    graph = tmp_path / "graph.pb"
+def test_files_that_change_while_they_are_read_are_one_line(programs, tmp_path):
+    router, sample, graph, images = (tmp_path / name for name in ("r.pt", "b.npz", "graph.pb", "images"))
+    shutil.copy(programs.router[-1], router)
     shutil.copy(GRAPH, graph)
-    result = hurt.run("evaluator.py", "--graph", graph, place="features.version", hurt=graph.unlink)
-    assert_refused(result, "graph.pb", "No such file")
-    images = tmp_path / "images"
-    shutil.copytree(hurt.images, images)
-    result = hurt.run(
-        "train_router.py", "--data-path", images, place="updates.router_loss", hurt=lambda: shutil.rmtree(images)
-    )
-    assert_refused(result, "cannot be read")
+    shutil.copytree(programs.images, images)
+    whole = sample.read_bytes()
+    json = ["--json", tmp_path / "r.json"]
+    for program, more, place, change, words in (
+        ("sample.py", [*programs.router, router], "torch.load", lambda: os.truncate(router, 700), "r.pt"),
+        ("evaluator.py", json, "evaluation.inception.Graph.run", lambda: os.truncate(sample, 50000), "b.npz"),
+        ("evaluator.py", json, "evaluation.metrics.frechet_distance", sample.unlink, "b.npz"),
+        ("evaluator.py", ["--graph", graph], "evaluation.features.version", graph.unlink, "graph.pb"),
+        ("train_router.py", ["--data-path", images], "torch.optim.AdamW.step", lambda: shutil.rmtree(images), "read"),
+    ):
+        more = more[:3] + more[4:] if more[:1] == ["--accelerate-method"] else more
+        assert_refused(programs.run(program, *more, place=place, harm=change), words)
+        sample.write_bytes(whole)
 
 
-def latents(hurt, folder):
-    """Latents of the images in `folder`; the flags to train with them."""
-    spec = model_spec(ckpt=hurt.model)
-    vae, images = load_vae(spec, torch.device("cpu")), ImageSource(hurt.images, spec)
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    prepare_latents(images, spec, folder, fingerprint(vae, config))
-    extract_latents(images, vae, spec, folder)
-    finish_latents(images, folder)
-    flags = hurt.flags["train_router.py"]
-    del flags[flags.index("--data-path") :][:2]
-    hurt.flags["train_router.py"] = [*flags[: flags.index("--data-path")], "--latents", folder]
-
-
-TRUNCATE = """
-import training.trainer as updates
-before = updates.router_loss
-def hurting(*args):
-    os.truncate("{}", 300)
-    return before(*args)
-updates.router_loss = hurting
-"""
-
-
-def test_latents_that_change_while_they_are_read_are_one_line(hurt, tmp_path):
-    folder = tmp_path / "latents"
-    latents(hurt, folder)
-    path = folder / "000000.npy"
+@pytest.mark.slow
+def test_latents_that_change_while_they_are_read_are_one_line(programs, tmp_path):
+    flags = with_latents(programs)
+    path = tmp_path / "latents" / "000000.npy"
     whole = path.read_bytes()
-
-    # In a process of its own: a map of the file would kill it, and a copy of this one may not compute gradients.
-    result = run_after(TRUNCATE.format(path), "train_router.py", *hurt.flags["train_router.py"], cwd=tmp_path)
+    setup = harm("torch.optim.AdamW.step", f"os.truncate('{path}', 300)")  # a mapped file would kill the process
+    result = run_after(setup, "train_router.py", *flags, cwd=tmp_path)
     assert_refused(result, "000000.npy cannot be read")
     for content in (whole[:50], whole.replace(b"<f2", b"<f4"), b""):
         path.write_bytes(content)
-        assert_refused(hurt.run("train_router.py"), "000000.npy cannot be read")
+        assert_refused(programs.run("train_router.py"), "000000.npy cannot be read")
+
+
+def with_latents(programs):
+    """Extract latents of the images and train with them from now on; returns the flags."""
+    assert programs.run("train_router.py", *LATENTS).returncode == 0
+    flags = programs.flags["train_router.py"][:-2]
+    programs.flags["train_router.py"] = [*flags, "--latents", programs.folder / "latents"]
+    return programs.flags["train_router.py"]
 
 
 # Nothing that is loaded can run code
@@ -530,134 +414,89 @@ class Hostile:
         return os.mkdir, (self.target,)
 
 
-def write_hostile_files(folder, target, legacy):
-    """A hostile file of each kind, named h; `legacy`: as torch wrote them before version 1.6."""
-    hostile = Hostile(target)
-    content = {"routers": {"0.prob": hostile}, "compute": hostile}
-    torch.save(content, folder / "h.pt", _use_new_zipfile_serialization=not legacy)
-    np.savez(folder / "h.npz", arr_0=np.array([hostile]), mu=np.array([hostile]))
+@pytest.mark.parametrize("old_format", [False, True])
+def test_hostile_files_are_refused_and_nothing_runs(old_format, programs, tmp_path):
+    ran, pt = tmp_path / "ran", tmp_path / "h.pt"
+    hostile = Hostile(ran)
+    torch.save({"routers": {"0.prob": hostile}, "compute": hostile}, pt, _use_new_zipfile_serialization=not old_format)
+    np.savez(tmp_path / "h.npz", arr_0=np.array([hostile]), mu=np.array([hostile]))
     for name in ("h.safetensors", "h.pb"):
-        (folder / name).write_bytes(pickle.dumps(hostile))
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_hostile_files_are_refused_and_nothing_runs(legacy, hurt, tmp_path):
-    ran = tmp_path / "ran"
-    write_hostile_files(tmp_path, ran, legacy)
-    pt = tmp_path / "h.pt"
-    with pytest.raises(FileExistsError):  # the file does run something where it is let
+        (tmp_path / name).write_bytes(pickle.dumps(hostile))
+    with pytest.raises(FileExistsError):  # the file does run code if it may
         ran.mkdir()
         torch.load(pt, weights_only=False)
     ran.rmdir()
-    model = tmp_path / "model"
-    shutil.copytree(hurt.model, model)
+    model, run = tmp_path / "model", tmp_path / "results" / "000-tiny" / "checkpoints"
+    shutil.copytree(programs.model, model)
     shutil.copy(pt, model / "vae" / "diffusion_pytorch_model.bin")
     (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    other = tmp_path / "other"
-    shutil.copytree(hurt.model, other)
-    shutil.copy(tmp_path / "h.safetensors", other / "dit.safetensors")
-    run = tmp_path / "results" / "000-tiny" / "checkpoints"
     run.mkdir(parents=True)
     shutil.copy(pt, run / "last.pt")
-    sized = ["--model", "DiT-S/8", "--num-classes", 5, "--ckpt"]
+    sized, router = ["--model", "DiT-S/8", "--num-classes", 5, "--ckpt"], programs.router[:-1]
     for program, more, name in (
         ("sample.py", [*sized, pt], "h.pt"),
         ("sample.py", [*sized, tmp_path / "h.safetensors"], "h.safetensors"),
         ("sample.py", ["--ckpt", model], "vae"),
-        ("sample.py", ["--ckpt", other], "dit.safetensors"),
-        ("sample.py", ["--accelerate-method", "dynamiclayer", "--path", pt], "h.pt"),
+        ("sample.py", [*router, pt], "h.pt"),
         ("sample.py", ["--accelerate-method", "schedule", "--path", pt], "h.pt"),
-        ("sample_ddp.py", [*sized, pt], "h.pt"),
-        ("sample_ddp.py", ["--accelerate-method", "dynamiclayer", "--path", pt], "h.pt"),
-        ("train_router.py", [*sized, pt], "h.pt"),
         ("train_router.py", ["--resume", run.parent], "last.pt"),
         ("train_router.py", ["--resume", pt], "h.pt"),
         ("evaluator.py", ["--graph", tmp_path / "h.pb"], "h.pb"),
     ):
-        assert_refused(hurt.run(program, *more), name)
+        assert_refused(programs.run(program, *more), name)
         assert not ran.exists()
-    hurt.flags["evaluator.py"][0] = tmp_path / "h.npz"
-    assert_refused(hurt.run("evaluator.py"), "h.npz")
-    # --resume auto passes over what cannot be continued.
-    assert hurt.run("train_router.py", "--resume", "auto").returncode == 0
+    programs.flags["evaluator.py"][0] = tmp_path / "h.npz"
+    assert_refused(programs.run("evaluator.py"), "h.npz")
     assert not ran.exists()
 
 
-def test_hostile_latents_shards_and_sets_are_refused_and_nothing_runs(hurt, tmp_path):
-    ran, folder = tmp_path / "ran", tmp_path / "latents"
-    latents(hurt, folder)
-    hostile = io.BytesIO()
+def test_hostile_latents_and_shards_are_refused_and_nothing_runs(programs, tmp_path):
+    ran, hostile = tmp_path / "ran", io.BytesIO()
     np.save(hostile, np.array([[Hostile(ran)]]), allow_pickle=True)
+    with_latents(programs)
     for name in ("000000.npy", "labels.npy"):
-        whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(hostile.getvalue())
-        assert_refused(hurt.run("train_router.py"), "latents")
-        (folder / name).write_bytes(whole)
-    assert hurt.run("sample_ddp.py", "--keep-shards").returncode == 0
+        path = tmp_path / "latents" / name
+        whole = path.read_bytes()
+        path.write_bytes(hostile.getvalue())
+        assert_refused(programs.run("train_router.py"), "latents")
+        path.write_bytes(whole)
+    assert programs.run("sample_ddp.py", "--keep-shards").returncode == 0
     shard, made = next(tmp_path.rglob("0000002-0000004.npz")), next(tmp_path.glob("tiny-*.npz"))
     expected = made.read_bytes()
     made.unlink()
     np.savez(shard, images=np.array([Hostile(ran)]), labels=np.array([Hostile(ran)]))
-    result = hurt.run("sample_ddp.py")
-    assert "the shard of images 2 to 3 is damaged" in result.stdout and made.read_bytes() == expected
+    assert programs.run("sample_ddp.py").returncode == 0 and made.read_bytes() == expected
     np.savez(made, arr_0=np.zeros(1), manifest=np.array([Hostile(ran)]))
-    assert_refused(hurt.run("sample_ddp.py"), "is damaged")
+    assert_refused(programs.run("sample_ddp.py"), "is damaged")
     assert not ran.exists()
 
 
-def unsafe(source):
-    """What in a Python source could run what a file holds: the line and the call."""
-    for node in ast.walk(ast.parse(source)):
-        found = None
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            bad = {"yaml", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
-            found = next((name for name in names if name.partition(".")[0] in bad), None)
-            found = found or (isinstance(node, ast.ImportFrom) and node.module == "pickle" and "pickle")
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pickle":
-            found = node.attr != "UnpicklingError" and f"pickle.{node.attr}"
-        elif isinstance(node, ast.Call):
-            name, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-            if name in ("eval", "exec", "compile", "__import__", "torch.jit.load", "os.system"):
-                found = name
-            elif name == "torch.load":
-                found = given.get("weights_only") != "True" and name
-            elif name in ("np.load", "numpy.load"):
-                found = given.get("allow_pickle", "False") != "False" and name
-            elif given.get("shell", "False") != "False":
-                found = f"{name}(shell)"
-        if found:
-            yield f"{node.lineno}: {found}"
-
-
-@pytest.mark.parametrize(
-    "planted",
-    [
-        "import yaml",
-        "from pickle import load",
-        "import pickle\npickle.load(f)",
-        "eval(text)",
-        "exec(text)",
-        "torch.load(path)",
-        "torch.load(path, weights_only=False)",
-        "np.load(path, allow_pickle=True)",
-        "subprocess.run(text, shell=True)",
-    ],
+UNSAFE = re.compile(
+    r"\b(eval|exec|__import__|os\.system|torch\.jit\.load|pickle\.(?!UnpicklingError)\w+)\(|^\s*(from|import) "
+    r"(yaml|marshal|shelve|dill|joblib|cloudpickle)\b|^\s*from pickle|shell=True|allow_pickle=True|weights_only=False"
+    r"|torch\.load\((?!.*weights_only=True)"
 )
-def test_the_search_for_unsafe_calls_finds_them(planted):
-    assert list(unsafe(planted))
 
 
-def test_no_source_file_loads_anything_that_could_run_code():
+def unsafe(source):
+    """The calls in a Python source that could run what a file holds."""
+    lines = ast.unparse(ast.parse(source)).splitlines()  # no comments, and a call on one line
+    return [line for line in lines if UNSAFE.search(line)]
+
+
+def test_no_source_file_makes_a_call_that_could_run_what_a_file_holds():
+    planted = ["import yaml", "from pickle import load", "pickle.load(f)", "eval(text)", "torch.load(path)"]
+    planted += ["np.load(path, allow_pickle=True)", "run(text, shell=True)", "torch.load(\n  p, weights_only=False)"]
+    assert all(unsafe(source) for source in planted)
     sources = [path for path in ROOT.rglob("*.py") if not re.match(r"tests/|\.", str(path.relative_to(ROOT)))]
     assert len(sources) > 30
-    assert {str(path): found for path in sources if (found := list(unsafe(path.read_text())))} == {}
+    assert {str(path): found for path in sources if (found := unsafe(path.read_text()))} == {}
 
 
 # A dead peer
 
 
-def test_a_message_that_fails_is_one_line():
+def test_a_lost_connection_is_one_line():
     processes = Processes()
     with pytest.raises(UserError, match="process 0 lost the others .Connection closed by peer"):
         with processes.exchange():
@@ -666,28 +505,24 @@ def test_a_message_that_fails_is_one_line():
         no_memory()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program, rank", [("train_router.py", 0), ("sample_ddp.py", 1)])
-def test_processes_whose_peer_was_killed_leave_within_a_minute_with_one_line(program, rank, hurt, tmp_path):
-    import psutil
-
-    flags = [*hurt.flags[program]]
+def test_processes_whose_peer_was_killed_end_with_one_line(program, rank, programs, tmp_path):
+    flags = [*programs.flags[program]]
     flags += ["--max-steps", 100000] if program == "train_router.py" else ["--num-fid-samples", 100000]
+    pattern = "**/metrics.jsonl" if program == "train_router.py" else "**/shards/*-*.npz"
     with start(program, *flags, cwd=tmp_path, launcher=torchrun(2)) as process:
-        pattern = "**/metrics.jsonl" if program == "train_router.py" else "**/shards/*-*.npz"
-        end = time.monotonic() + 120
         while not any(path.stat().st_size for path in tmp_path.glob(pattern)):
-            assert process.poll() is None and time.monotonic() < end
+            assert process.poll() is None
             time.sleep(0.05)
         workers = [p for p in psutil.Process(process.pid).children(True) if "RANK" in p.environ()]
         (victim,) = (p for p in workers if p.environ()["RANK"] == str(rank) and program in " ".join(p.cmdline()))
         victim.kill()
-        since = time.monotonic()
-        out = "".join(process.communicate(timeout=120))
-    assert time.monotonic() - since < 60 and process.returncode
+        out = "".join(process.communicate(timeout=300))
+    assert process.returncode
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers)
     (line,) = (line for line in out.splitlines() if f"{program}: " in line)
     assert "lost the others" in line or "interrupted" in line
-    assert str(ROOT / program) + '"' not in out  # as a line of a traceback has it
     for path in tmp_path.rglob(".*.part"):
-        path.unlink()  # what the killed one was writing, which the next start removes
+        path.unlink()  # the victim was writing it; the next launch removes it
     assert_whole(tmp_path)
