@@ -27,9 +27,8 @@ class Row(nn.Module):
 
     def __init__(self, layers: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.prob = nn.Parameter(
-            torch.randn(layers, generator=generator)
-        )  # named as in the released files; it holds logits
+        # Named as in the released files, although it holds logits.
+        self.prob = nn.Parameter(torch.randn(layers, generator=generator))
 
 
 class Router(nn.Module):

@@ -5,10 +5,10 @@ from .respace import linear_betas, space_timesteps
 
 
 def create_diffusion(steps: int | str | None = "", diffusion_steps: int = 1000) -> GaussianDiffusion:
-    """The published process (linear betas, noise prediction, learned-range variance), respaced to fewer steps.
+    """Make the published process (linear betas, noise prediction, learned-range variance), respaced to fewer steps.
 
-    steps: how many of the `diffusion_steps` are kept, as `space_timesteps` reads it; "" or None keeps all.
-    Raises ValueError where that many steps do not exist.
+    steps: how many of the `diffusion_steps` to keep, as in `space_timesteps`; "" or None keeps all.
+    Raises ValueError if there are not that many steps.
     """
     return GaussianDiffusion(linear_betas(diffusion_steps), space_timesteps(diffusion_steps, steps))
 

@@ -1,7 +1,7 @@
 """Gaussian diffusion with noise prediction and learned-range variance: steps, loops, the pretraining loss.
 
 Index i counts the kept steps, from n-1 (noise) down to 0; the network sees `timestep_map[i]`.
-The loops call `denoise(x, i)` with a Python int, so whoever makes it knows the step without asking a device.
+The loops call `denoise(x, i)` with a Python int, so that nobody has to read the step from a device.
 Sources: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol and Dhariwal 2021 (variance, hybrid loss).
 """
 
@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps the steps of a loop, as tqdm does
+Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps the steps of a loop, like tqdm
 
 
 class GaussianDiffusion:
     """A diffusion process of n kept steps.
 
-    betas: float64 (T,) of the original process; timestep_map: the kept timesteps, increasing, int (n,).
-    The betas of the kept steps follow from their cumulative products.
+    betas: float64 (T,), of the original process; timestep_map: the kept timesteps in increasing order, int (n,).
+    The betas of the kept steps follow from the cumulative products.
     """
 
     def __init__(self, betas: np.ndarray, timestep_map: np.ndarray) -> None:
@@ -29,7 +29,7 @@ class GaussianDiffusion:
         self.betas = betas = 1.0 - alphas_cumprod / previous
         self.steps = len(betas)
         posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
-        # The variance of the last step is 0; its logarithm is taken from the step before, as published.
+        # The variance of the last step is 0, so its logarithm is that of the step before, as published.
         clipped = np.append(posterior_variance[1:2] if self.steps > 1 else betas, posterior_variance[1:])
         self._tables = {
             "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
@@ -46,9 +46,9 @@ class GaussianDiffusion:
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     def _at(self, name: str, i: int | Tensor, like: Tensor) -> float | Tensor:
-        """Coefficient `name` at step i: a float for an int i, float32 (N, 1, 1, ...) for a tensor i (N,).
+        """Coefficient `name` at step i: a float if i is an int, float32 (N, 1, 1, ...) if i is a tensor (N,).
 
-        A float reaches a kernel as an argument, so a loop over ints moves nothing to the device.
+        A kernel takes a float as an argument, so a loop over ints copies nothing to the device.
         """
         if isinstance(i, int):
             return float(self._tables[name][i])
@@ -65,7 +65,7 @@ class GaussianDiffusion:
         return self._on_device[key]
 
     def q_sample(self, x_start: Tensor, i: int | Tensor, noise: Tensor) -> Tensor:
-        """x_start (N, ...) noised to step i (an int, or int64 (N,)): the forward process, same shape."""
+        """Noise x_start (N, ...) to step i (an int, or int64 (N,)) by the forward process; same shape."""
         return (
             self._at("sqrt_alphas_cumprod", i, x_start) * x_start
             + self._at("sqrt_one_minus_alphas_cumprod", i, x_start) * noise
@@ -79,7 +79,7 @@ class GaussianDiffusion:
         return mean, self._at("posterior_log_variance", i, x)
 
     def _model_log_variance(self, output: Tensor, i: int | Tensor) -> Tensor:
-        """The model's variance channels interpolate between the posterior's and beta, in the logarithm."""
+        """Log variance (N, C, H, W): the model's output interpolates between the posterior's and that of beta."""
         fraction = (output + 1) / 2
         return fraction * self._at("log_betas", i, output) + (1 - fraction) * self._at(
             "posterior_log_variance", i, output
@@ -88,7 +88,7 @@ class GaussianDiffusion:
     def ddim_step(self, output: Tensor, x: Tensor, i: int, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
         """One DDIM step from i to i-1: model output (N, 2C, H, W) and x (N, C, H, W) -> x (N, C, H, W).
 
-        noise: like x. Raises ValueError where it is missing and eta > 0. Source: Song et al. 2021, eq. 12.
+        noise: like x. Raises ValueError if it is missing and eta > 0. Source: Song et al. 2021, eq. 12.
         """
         predicted = output[:, : x.shape[1]]
         start = self._predict_start(x, i, predicted)
@@ -102,7 +102,7 @@ class GaussianDiffusion:
         return x
 
     def ancestral_step(self, output: Tensor, x: Tensor, i: int, noise: Tensor) -> Tensor:
-        """One DDPM step from i to i-1, learned variance: model output (N, 2C, H, W) and x (N, C, H, W) -> x.
+        """One DDPM step from i to i-1 with learned variance: model output (N, 2C, H, W), x (N, C, H, W) -> x.
 
         noise: like x, not used at i = 0. Source: Ho et al. 2020, alg. 2; Nichol and Dhariwal 2021, eq. 15.
         """
@@ -120,8 +120,8 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Sample from noise x (N, C, H, W) with DDIM.
 
-        denoise: function (x, i) -> model output (N, 2C, H, W). randn_like: draws noise like x, where eta > 0.
-        progress: wraps the iterable of steps (tqdm, say); None shows nothing.
+        denoise: function (x, i) -> model output (N, 2C, H, W). randn_like: draws noise like x if eta > 0.
+        progress: wraps the iterable of steps (e.g. tqdm); None shows nothing.
         """
         for i in self._countdown(progress):
             noise = randn_like(x) if eta > 0 else None
@@ -137,7 +137,7 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Sample from noise x (N, C, H, W) with DDPM; arguments as in `ddim_loop`.
 
-        One draw like x per step, the last included: the random stream of the published samples.
+        Draws noise like x at every step, also at the last, which does not use it: so do the published samples.
         """
         for i in self._countdown(progress):
             noise = randn_like(x)
@@ -151,10 +151,10 @@ class GaussianDiffusion:
     def pretraining_loss(
         self, output: Tensor, x_start: Tensor, x: Tensor, i: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The hybrid loss per sample, two tensors (N,): mean squared error of the noise, and the variational term.
+        """Hybrid loss per sample, two tensors (N,): mean squared error of the noise, and the variational term.
 
-        output: the model's (N, 2C, H, W) at x = q_sample(x_start, i, noise), i int64 (N,). The second term, in
-        bits per dimension, teaches the variance alone. Source: Nichol and Dhariwal 2021, sec. 3.1, eq. 16.
+        output: model output (N, 2C, H, W) at x = q_sample(x_start, i, noise), i int64 (N,). The second term, in bits
+        per dimension, trains only the variance. Source: Nichol and Dhariwal 2021, sec. 3.1, eq. 16.
         """
         predicted, variance = output.chunk(2, dim=1)
         mean, log_variance = self._posterior(x_start, x, i)
@@ -167,10 +167,10 @@ class GaussianDiffusion:
             + torch.exp(log_variance - model_log_variance)
             + (mean - model_mean) ** 2 * torch.exp(-model_log_variance)
         )
-        # At i = 0 the exact likelihood of a latent: a Gaussian density in place of the divergence.
+        # At i = 0 the exact likelihood of a latent, a Gaussian density, replaces the divergence.
         likelihood = 0.5 * (
             math.log(2 * math.pi) + model_log_variance + (x_start - model_mean) ** 2 * torch.exp(-model_log_variance)
         )
-        first = (i == 0).reshape(-1, *[1] * (x.dim() - 1))
-        bits = torch.where(first, likelihood, kl).flatten(1).mean(1) / math.log(2)
+        is_last_step = (i == 0).reshape(-1, *[1] * (x.dim() - 1))
+        bits = torch.where(is_last_step, likelihood, kl).flatten(1).mean(1) / math.log(2)
         return ((predicted - noise) ** 2).flatten(1).mean(1), bits

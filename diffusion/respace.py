@@ -4,7 +4,7 @@ import numpy as np
 
 
 def linear_betas(steps: int) -> np.ndarray:
-    """Linear betas, float64 (steps,): 1e-4 to 0.02 at 1000 steps, scaled so that other counts end as noisy.
+    """Linear betas, float64 (steps,): 1e-4 to 0.02 for 1000 steps, scaled so that other counts end equally noisy.
 
     Source: Ho et al. 2020, sec. 4.
     """
@@ -13,12 +13,12 @@ def linear_betas(steps: int) -> np.ndarray:
 
 
 def space_timesteps(num_timesteps: int, sections: int | str | None) -> np.ndarray:
-    """The sorted timesteps of the original process that a respaced one keeps, int64 (n,).
+    """The sorted timesteps of the original process that the respaced one keeps, int64 (n,).
 
-    sections: an int or a decimal string n: n steps, spread with the fractional stride (T-1)/(n-1);
-              "a,b,c": the process cut in equal sections, with a, b, c steps spread in each;
+    sections: an int or a decimal string n: n steps with the fractional stride (T-1)/(n-1);
+              "a,b,c": equal sections of the process, with a, b, c steps spread over them;
               "ddimN": N steps with an integer stride (Song et al. 2021); "" or None: every step.
-    Raises ValueError where a section has fewer steps than are asked of it, or the text is none of these.
+    Raises ValueError if a section has too few steps, or the text is none of these.
     Source: Nichol and Dhariwal 2021, sec. 4.
     """
     if sections in ("", None):

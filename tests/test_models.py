@@ -5,7 +5,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from models import DiT, DiT_models
+from models import DiT, DiT_models, apply_layer
 
 
 def inputs(n=2):
@@ -96,15 +96,11 @@ def test_scores_of_zero_and_one_equal_the_hard_schedule_bit_for_bit(dit):
     assert torch.equal(dit(x * 0.9, t - 50, y, as_tensors, cache), hard)
 
 
-def test_a_score_in_between_blends_linearly(dit):
-    x, t, y = inputs()
-    fresh, cached = dit.empty_cache(), [[torch.zeros(2, 4, 24)] * 2 for _ in dit.blocks]
-    dit(x, t, y, cache=fresh)
-    rows = [(torch.tensor(0.25), True), *[(True, True)] * 2]
-    modulation = dit.modulations(dit.condition(t, y))[0]
-    tokens = dit.x_embedder(x) + dit.pos_embed
-    _, (attn, _) = dit.blocks[0](tokens, modulation, rows[0], cached[0])
-    torch.testing.assert_close(attn, 0.25 * fresh[0][0])
+def test_a_score_in_between_blends_linearly_and_empties_the_slot():
+    fresh, cached = torch.randn(2, 2, 4, 24)
+    output, slot = apply_layer(lambda: fresh, torch.tensor(0.25), cached)
+    torch.testing.assert_close(output, 0.25 * fresh + 0.75 * cached)
+    assert slot is None
 
 
 def test_a_blended_layer_empties_its_slot_and_no_other(dit):

@@ -21,7 +21,7 @@ def test_odd_steps_and_an_odd_first_step_run_in_full():
         for row in router.routers:
             row.prob.fill_(-5)
     full = router.schedule(0.1).compute.flatten(1).all(1).tolist()
-    assert full == [False, True, False, True, False, True, True]  # i = 6 is executed first, without a partner
+    assert full == [False, True, False, True, False, True, True]  # i = 6 runs first, without a partner
     assert list(Router.trained_steps(7)) == [0, 2, 4]
     assert list(Router.trained_steps(6)) == [0, 2, 4]
 
@@ -180,11 +180,6 @@ def test_rows_that_were_not_drawn_do_not_move_nor_does_their_adam_state():
     assert len(optimizer.state) == 2
     assert all(torch.equal(v, state[k]) for k, v in optimizer.state[router.routers[2].prob].items())
     assert all(p.grad is None for p in dit.parameters())
-
-
-def test_scores_of_all_steps_are_read_without_gradient():
-    router = Router(4, 3)
-    assert torch.equal(router.scores()[2], router(2).detach()) and not router.scores().requires_grad
 
 
 def test_logits_are_clamped():

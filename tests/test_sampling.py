@@ -1,25 +1,19 @@
-import hashlib
-import json
-import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fork, random_dit
+from conftest import random_dit
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sampling
 from diffusion import create_diffusion
-from pretrained.loading import load_dit, load_vae
-from pretrained.spec import model_spec
-from router import Router
+from models import apply_layer, guided
+from router import Router, router_loss
 from runtime import devices
 from runtime.cuda_graphs import GraphedFunction
 from runtime.errors import UserError
-from runtime.hashes import fingerprint
-from runtime.noise import ImageNoise
-from runtime.pictures import psnr, save_picture
 from schedule import Schedule
 
 
@@ -99,11 +93,11 @@ def test_a_schedule_changes_the_result_and_the_count_of_layers_that_run(monkeypa
     assert len(calls) == schedule.compute.sum() < schedule.compute.numel()
 
 
-@pytest.mark.parametrize("together", [1, 17, 10**6])
+@pytest.mark.parametrize("rows", [1, 17, 10**6])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_a_step_has_its_own_modulation_however_many_are_computed_together(together, scale, monkeypatch):
-    """Against the model called with each step's timestep; 17 are four steps of two samples with guidance, then two."""
-    monkeypatch.setattr(sampling, "MODULATED", together)
+def test_each_step_has_its_own_modulations_however_many_steps_are_computed_at_once(rows, scale, monkeypatch):
+    """Against the model called with each step's timestep; 17 rows with guidance are four steps, then two."""
+    monkeypatch.setattr(sampling, "MODULATION_ROWS", rows)
     dit, diffusion, z, y = setup()
     t = torch.as_tensor(diffusion.timestep_map)
     labels = torch.cat([y, torch.full_like(y, dit.num_classes)])
@@ -111,7 +105,7 @@ def test_a_step_has_its_own_modulation_however_many_are_computed_together(togeth
     def plain(x, i):
         if scale == 1.0:
             return dit(x, t[i].expand(2), y)
-        return dit.forward_with_cfg(x, t[i].expand(4), labels, scale)
+        return guided(dit(x[:2].repeat(2, 1, 1, 1), t[i].expand(4), labels), scale)
 
     expected = diffusion.ddim_loop(plain, z if scale == 1.0 else torch.cat([z, z]))[:2]
     torch.testing.assert_close(
@@ -163,6 +157,7 @@ def test_compiled_blocks_are_four_graphs_without_breaks_and_compute_the_same():
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_several_precisions_and_sizes_compile_in_one_process():
     """Each takes four graphs, and torch by itself gives up at eight."""
     _, diffusion, z, y = setup()
@@ -196,11 +191,7 @@ def test_half_precision_keeps_the_cache_and_not_the_state():
 def test_nothing_waits_for_a_gpu(ancestral, graphs):
     dit, diffusion, z, y = setup()
     dit, z, y = dit.to("cuda"), z.to("cuda"), y.to("cuda")
-    plan = diffusion, 2.0, random_schedule(6, 3), ancestral
-    if graphs:
-        sample = sampling.CudaGraphSampler(dit, *plan)
-    else:
-        sample = lambda z, y: sampling.sample_latents(dit, plan[0], z, y, *plan[1:])  # noqa: E731
+    sample = sampling.make_sampler(dit, diffusion, 2.0, random_schedule(6, 3), ancestral, cuda_graphs=graphs)
     sample(z, y)  # what happens once: tables are copied, a graph is recorded
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -257,47 +248,15 @@ def test_ancestral_sampling_follows_the_noise_it_is_given():
     dit, diffusion, z, y = setup()
 
     def draw(seed):
-        generator = torch.Generator().manual_seed(seed)
-        randn_like = lambda x: torch.randn(x.shape, generator=generator)  # noqa: E731
+        noise = torch.Generator().manual_seed(seed)
+
+        def randn_like(x):
+            return torch.randn(x.shape, generator=noise)
+
         return sampling.sample_latents(dit, diffusion, z, y, 2.0, ancestral=True, randn_like=randn_like)
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.allclose(draw(1), draw(2))
-
-
-def drawn(indices, **more):
-    """The labels, the first noise and two further ones of the images `indices`."""
-    draws = ImageNoise(3, indices, (4, 2, 2), 5, torch.device("cpu"), **more)
-    assert torch.equal(draws.y, draws.labels)
-    return draws.y, draws.z, draws.randn_like(draws.z), draws.randn_like(torch.cat([draws.z, draws.z]))
-
-
-def test_an_image_draws_the_same_in_every_batch():
-    y, z, first, second = drawn(range(10))
-    assert torch.equal(second[:10], second[10:])  # both halves of a guidance batch
-    for indices in ([7], [9, 2], range(4, 10)):
-        y_again, z_again, first_again, second_again = drawn(indices)
-        rows = list(indices)
-        assert torch.equal(y_again, y[rows]) and torch.equal(z_again, z[rows])
-        assert torch.equal(first_again, first[rows]) and torch.equal(second_again[: len(rows)], second[rows])
-
-
-def test_draws_are_uniform_labels_and_independent_normal_noise():
-    y, z, first, second = drawn(range(4000))
-    counts = torch.bincount(y, minlength=5)
-    assert counts.sum() == 4000 and ((counts - 800).abs() < 5 * 800**0.5).all()
-    noise = torch.stack([z, first, second[:4000]]).flatten(2).double()
-    assert noise.mean().abs() < 5 / noise.numel() ** 0.5 and (noise.var() - 1).abs() < 5 * (2 / noise.numel()) ** 0.5
-    correlation = torch.corrcoef(noise.permute(0, 2, 1).flatten(0, 1))
-    assert (correlation - torch.eye(48)).abs().max() < 6 / 4000**0.5
-    other = ImageNoise(4, range(4000), (4, 2, 2), 5, torch.device("cpu"))
-    assert (other.z * z).mean().abs() < 5 / z.numel() ** 0.5
-
-
-def test_balanced_labels_take_turns_and_leave_the_noise_as_it_is():
-    y, *noise = drawn(range(3, 15), balanced=True)
-    assert y.tolist() == [3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
-    assert all(torch.equal(a, b) for a, b in zip(noise, drawn(range(3, 15))[1:]))
 
 
 def test_a_schedule_for_another_sampler_is_refused():
@@ -307,40 +266,71 @@ def test_a_schedule_for_another_sampler_is_refused():
             sampling.sample_latents(dit, diffusion, z, y, 2.0, schedule)
 
 
-TRAJECTORIES = """
-import sys
-import torch
-torch.set_num_threads(1)
-from test_sampling import digests
-print(*digests({seeds}))
-"""
-
-
-def digests(seeds):
-    """SHA-256 of the latents of one trajectory a seed, all of the same model and diffusion."""
-    dit, diffusion, _, y = setup()
-    for seed in seeds:
+def test_trajectories_leave_nothing_behind():
+    """Two in a row on one model equal those on two fresh models."""
+    used, diffusion, z, y = setup()
+    for seed in (1, 2):
         schedule = random_schedule(6, 3, seed)
-        z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
-        latents = sampling.sample_latents(dit, diffusion, z, y, 2.0, schedule)
-        yield hashlib.sha256(latents.numpy().tobytes()).hexdigest()
+        expected = sampling.sample_latents(random_dit(), diffusion, z + seed, y, 2.0, schedule)
+        assert torch.equal(sampling.sample_latents(used, diffusion, z + seed, y, 2.0, schedule), expected)
 
 
-def test_two_trajectories_in_a_row_equal_two_fresh_processes(tmp_path):
-    def process(*seeds):
-        script = tmp_path / "trajectories.py"
-        script.write_text(TRAJECTORIES.format(root=str(ROOT), tests=str(ROOT / "tests"), seeds=seeds))
-        result = fork(script, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        return result.stdout.split()
+class Mixer(torch.nn.Module):
+    """The smallest model with the interface that CONTRIBUTING.md describes: two linear layers a block, no DiT."""
 
-    one, two = process(1), process(2)
-    assert one != two
-    assert process(1, 2) == one + two
+    depth, in_channels, out_channels, input_size, num_classes, label_dropout = 2, 4, 8, 4, 5, 0.1
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2 * self.depth))
+        self.condition_of = torch.nn.Linear(2, 4)
+        self.ran = 0
+
+    def empty_cache(self):
+        return [[None, None] for _ in range(self.depth)]
+
+    def condition(self, t, y):
+        return self.condition_of(torch.stack([t / 1000, y.expand(t.shape) / 5], dim=-1))
+
+    def modulations(self, c):
+        return [c]
+
+    def denoise(self, x, modulations, compute=None, cache=None):
+        x = x.permute(0, 2, 3, 1) + modulations[0][:, None, None]
+        for n, layer in enumerate(self.layers):
+            l, k = divmod(n, 2)
+            slot = cache and cache[l][k]
+            run = True if compute is None else compute[l][k]
+            output, slot = apply_layer(partial(self.run, layer, x), run, slot)
+            x = x + output
+            if cache is not None:
+                cache[l][k] = slot
+        return torch.cat([x, x], dim=-1).permute(0, 3, 1, 2)
+
+    def run(self, layer, x):
+        self.ran += 1
+        return torch.tanh(layer(x))
+
+    def forward(self, x, t, y, compute=None, cache=None):
+        return self.denoise(x, self.modulations(self.condition(t, y)), compute, cache)
 
 
-def test_pixels_are_rounded_clamped_and_channels_last(monkeypatch):
-    class Identity:
+def test_any_model_with_the_documented_interface_is_sampled_and_trained():
+    model, schedule = Mixer().requires_grad_(False), random_schedule(6, 2)
+    _, diffusion, z, y = setup()
+    latents = sampling.sample_latents(model, diffusion, z, y, 2.0, schedule, ancestral=True)
+    assert latents.isfinite().all() and model.ran == schedule.compute.sum() < schedule.compute.numel()
+    scores = torch.full((2, 2), 0.5, requires_grad=True)
+    router_loss(model, diffusion, scores, 3, z, y, z.flip(0)).sum().backward()
+    assert scores.grad.all()
+
+
+def test_decoding_quantises_every_level_as_published(monkeypatch):
+    """Against the formula in double precision: clamp(127.5 x + 128, 0, 255), truncated; one image at a time."""
+    monkeypatch.setattr(sampling, "DECODE_PIXELS", 64 * 64)
+
+    class Given:
         dtype = torch.float32
 
         class config:
@@ -349,164 +339,14 @@ def test_pixels_are_rounded_clamped_and_channels_last(monkeypatch):
 
         @staticmethod
         def decode(latents):
-            return type("Decoded", (), {"sample": latents})
-
-    latents = torch.tensor([-1.2, -1.0, 0.0, 1.0, 9.0]).reshape(1, 1, 1, 5).repeat(2, 3, 1, 1) * 0.5
-    latents[1, 2] = 0.5 * (10 / 127.5 - 1)
-    monkeypatch.setattr(sampling, "DECODE_PIXELS", 5)  # one image at a time
-    images = sampling.decode(Identity, latents)
-    assert (images.dtype, images.shape) == (torch.uint8, (2, 1, 5, 3))
-    assert images[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
-    assert images[1, 0, :, 2].tolist() == [10] * 5
-
-
-def test_every_level_is_quantised_as_published():
-    """Against the formula in double precision: clamp(127.5 x + 128, 0, 255), cut."""
-
-    class Given:
-        dtype = torch.float32
-
-        class config:
-            scaling_factor = 1.0
-            block_out_channels = (1,)
-
-        @staticmethod
-        def decode(latents):
             return type("Decoded", (), {"sample": latents.clone()})
 
     x = torch.linspace(-1.1, 1.1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    x = torch.cat([x, x.flip(1)])
     expected = np.clip(127.5 * x.double().numpy() + 128, 0, 255)
-    safe = np.abs(expected - np.round(expected)) > 1e-4  # where float32 cannot fall on the other side
-    got = sampling.decode(Given, x).permute(0, 3, 1, 2).numpy()
+    safe = np.abs(expected - np.round(expected)) > 1e-4  # float32 cannot fall on the other side
+    images = sampling.decode(Given, 0.5 * x)
+    assert (images.dtype, images.shape) == (torch.uint8, (2, 64, 64, 3))
+    got = images.permute(0, 3, 1, 2).numpy()
     assert safe.mean() > 0.9 and np.array_equal(got[safe], np.floor(expected)[safe])
     assert set(np.unique(got)) == set(range(256))
-
-
-def test_the_hash_of_a_model_follows_every_weight_and_its_configuration():
-    one, config = random_dit(), {"depth": 3}
-    first = fingerprint(one, config)
-    assert first == fingerprint(random_dit(), config) and len(first) == 64
-    assert first != fingerprint(one, {"depth": 4})
-    one.blocks[1].mlp.fc2.weight[5, 7] += 1e-6
-    assert first != fingerprint(one, config)
-
-
-def test_guidance_is_what_was_asked_then_what_the_folder_recommends_then_the_published(model_folder):
-    folder, name = model_spec(ckpt=str(model_folder)), model_spec("DiT-S/8")
-    assert folder.guidance(None, 1.5) == 2.0 and folder.guidance(0.0, 1.5) == 0.0
-    assert name.guidance(None, 1.5) == 1.5 and name.guidance(3.0, 1.5) == 3.0
-
-
-def test_psnr_of_a_known_error():
-    a = torch.zeros(4, 4, dtype=torch.uint8)
-    assert psnr(a, a + 1, 255) == pytest.approx(48.1308, abs=1e-3)  # 20 log10(255)
-    assert psnr(a, a, 255) == float("inf")
-
-
-def test_a_model_folder_needs_no_other_flag(model_folder):
-    spec = model_spec(ckpt=str(model_folder))
-    assert (spec.name, spec.image_size, spec.num_classes, spec.cfg_scale) == ("tiny", 8, 5, 2.0)
-    assert spec.default_labels == [0, 1, 2, 3, 4]
-    dit = load_dit(spec, torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(dit.state_dict().values(), random_dit().state_dict().values()))
-    images = sampling.decode(load_vae(spec, "cpu"), torch.randn(3, 4, 4, 4))
-    assert images.shape == (3, 8, 8, 3)
-
-
-def test_the_released_model_shows_the_eight_published_classes():
-    spec = model_spec()
-    assert spec.default_labels == [207, 992, 387, 974, 142, 979, 417, 279]
-    assert spec.weights == "DiT-XL-2-256x256.pt"
-    assert model_spec(image_size=512).config["input_size"] == 64
-
-
-def test_weights_load_from_every_kind_of_file(tmp_path, monkeypatch):
-    from safetensors.torch import save_file
-
-    monkeypatch.setitem(sampling.DiT_models, "DiT-tiny/2", lambda **config: random_dit(**config))
-    state = random_dit(input_size=32, seed=4).state_dict()
-    torch.save(state, tmp_path / "released.pt")
-    torch.save({"ema": state, "model": {}, "opt": {}}, tmp_path / "training.pt")
-    save_file(state, tmp_path / "weights.safetensors")
-    for path in tmp_path.iterdir():
-        spec = model_spec("DiT-tiny/2", 256, 5, ckpt=str(path))
-        loaded = load_dit(spec, "cpu").state_dict()
-        assert all(torch.equal(loaded[name], state[name]) for name in state), path
-
-
-def test_random_weights_come_from_the_seed_and_do_not_output_zero(model_folder):
-    spec = model_spec(ckpt=str(model_folder))
-    a, b, c = (load_dit(spec, "cpu", random_seed=seed) for seed in (1, 1, 2))
-    x, t, y = torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.tensor([0])
-    assert a(x, t, y).any()
-    assert torch.equal(a(x, t, y), b(x, t, y))
-    assert not torch.allclose(a(x, t, y), c(x, t, y))
-
-
-@pytest.mark.parametrize(
-    "config",
-    ["{", "[]", "{}", '{"model": 3, "image_size": 8, "vae": "vae"}', '{"model": {}, "image_size": 8}']
-    + [f'{{"model": {{}}, "image_size": 8, "vae": "vae", "cfg_scale": {scale}}}' for scale in ("NaN", "-Infinity")],
-)
-def test_a_folder_with_a_damaged_configuration_is_refused(tmp_path, config):
-    (tmp_path / "dit.safetensors").touch()
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(UserError, match="config.json"):
-        model_spec(ckpt=str(tmp_path))
-
-
-def test_a_folder_with_unknown_arguments_or_other_weights_is_refused(model_folder, tmp_path):
-    config = json.loads((model_folder / "config.json").read_text())
-    (tmp_path / "dit.safetensors").write_bytes((model_folder / "dit.safetensors").read_bytes())
-    for change, words in (
-        ({"depht": 3}, "depht"),
-        ({"depth": 4}, "does not fit"),
-        ({"patch_size": 3}, "multiple"),
-        ({"num_heads": 0}, "num_heads 0 is not a positive"),
-        ({"num_classes": "10"}, "num_classes '10' is not a positive"),
-        ({"frequency_shift": 128}, "frequency_shift 128 is neither 0 nor 1"),
-        ({"mlp_norm_eps": "x"}, "mlp_norm_eps 'x' is not a positive number"),
-        ({"mlp_norm_eps": math.inf}, "mlp_norm_eps inf is not a positive number"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(config | {"model": config["model"] | change}))
-        with pytest.raises(UserError, match=words):
-            load_dit(model_spec(ckpt=str(tmp_path)), "cpu")
-
-
-def test_a_damaged_vae_or_one_of_another_model_is_refused(model_folder, tmp_path):
-    import shutil
-
-    shutil.copytree(model_folder, tmp_path / "m")
-    folder = tmp_path / "m"
-    config = json.loads((folder / "vae" / "config.json").read_text())
-    model = json.loads((folder / "config.json").read_text())
-    for change, words in (({"latent_channels": 3}, "cannot be read"), ({"block_out_channels": 3}, "cannot be read")):
-        (folder / "vae" / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(UserError, match=words):
-            load_vae(model_spec(ckpt=str(folder)), "cpu")
-    (folder / "vae" / "config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text(json.dumps(model | {"image_size": 16}))
-    with pytest.raises(UserError, match="2 pixels to a cell"):
-        load_vae(model_spec(ckpt=str(folder)), "cpu")
-    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-50])
-    with pytest.raises(UserError, match="cannot be read"):
-        load_vae(model_spec(ckpt=str(folder)), "cpu")
-
-
-def test_each_group_of_a_picture_starts_a_new_row(tmp_path):
-    import numpy as np
-    from PIL import Image
-
-    dark, grey = torch.zeros(3, 96, 96, 3, dtype=torch.uint8), torch.full((1, 96, 96, 3), 100, dtype=torch.uint8)
-    save_picture([dark, grey], tmp_path / "x.png", columns=2)
-    cells = np.asarray(Image.open(tmp_path / "x.png"))[50::98, 50::98, 0]
-    assert cells.tolist() == [[0, 0], [0, 255], [100, 255]]
-
-
-def test_models_without_released_weights_ask_for_a_checkpoint():
-    for spec in (model_spec("DiT-S/2"), model_spec(num_classes=7)):
-        with pytest.raises(UserError, match="--ckpt"):
-            load_dit(spec, "cpu")
-    with pytest.raises(UserError, match="unknown model"):
-        model_spec("DiT-XXL/2")

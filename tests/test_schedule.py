@@ -48,7 +48,7 @@ def test_other_shapes_and_types_are_refused(compute):
 def test_a_first_step_that_reuses_is_refused():
     compute = torch.ones(4, 2, 2, dtype=torch.bool)
     compute[3, 1, 0] = False
-    with pytest.raises(ValueError, match="executed first"):
+    with pytest.raises(ValueError, match="runs first"):
         Schedule(compute)
 
 
@@ -117,7 +117,7 @@ def test_more_layers_than_there_are_cannot_be_reused(name, reused):
 
 
 def test_a_policy_cannot_reuse_at_the_first_executed_step():
-    with pytest.raises(ValueError, match="executed first"):
+    with pytest.raises(ValueError, match="runs first"):
         Schedule.first_blocks(4, 3, [3], 1)
 
 
@@ -137,7 +137,7 @@ def test_a_written_schedule_reads_back(tmp_path):
         ({"compute": [[True]]}, 'no tensor "compute"'),
         ([torch.ones(1)], 'no tensor "compute"'),
         ({"compute": torch.ones(4, 3, 2)}, r"bool \[steps, depth, 2\], not torch.float32 \[4, 3, 2\]"),
-        ({"compute": torch.zeros(4, 3, 2, dtype=torch.bool)}, "executed first"),
+        ({"compute": torch.zeros(4, 3, 2, dtype=torch.bool)}, "runs first"),
         (b"no checkpoint", "s.pt"),
         (None, "no such file"),
     ],
