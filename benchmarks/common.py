@@ -1,48 +1,159 @@
-"""The records in benchmarks/results; prints the table of speed of the README: python -m benchmarks.records"""
+"""What the benchmarks share: flags, records, Markdown tables, timed rounds, other programs, fresh processes."""
 
 import json
+import multiprocessing
+import os
+import shlex
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from runtime import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def add_record_and_table_arguments(parser):
+    """The flags that `run_benchmark` reads."""
+    cli.add_record_argument(parser)
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing, print the table of the records in benchmarks/results"
+    )
+
+
+def run_benchmark(args, records, measure, table):
+    """The main function of a benchmark: measure, print the table, write the record; with --table only print.
+
+    records: pattern for the names of this benchmark's records. table: a function, list of records -> text.
+    measure: a function, args -> dict of figures for JSON.
+    """
+    from runtime.errors import UserError
+    from runtime.files import check_writable
+
+    if args.table:
+        found = read_records(records)
+        if not found:
+            raise UserError(f"no record {records}.json in {RESULTS}: measure with --record first")
+        print(table(found))
+        return
+    if args.record:
+        check_writable(args.record)
+    with cli.sigterm_interrupts():
+        figures = measure(args)
+
+    import torch  # after measuring, so that the process that starts the others is small
+
+    from runtime.devices import device_name, pick_device
+    from runtime.records import write_record
+
+    device = pick_device(getattr(args, "device", "cpu"))
+    flags = {name: value for name, value in vars(args).items() if name != "work"}
+    record = {"flags": flags, "device": device_name(device), "torch": torch.__version__, **figures}
+    print(table([json.loads(json.dumps(record))]))  # as it is read from a file
+    if args.record:
+        write_record(args.record, flags, device, figures)
 
 
 def read_records(pattern):
-    """The records in results/ whose names, without .json, match `pattern`, by name."""
+    """The records in results/ whose names, without .json, match `pattern`; sorted by name."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{pattern}.json"))]
 
 
-def markdown(head, rows):
-    """A Markdown table of texts."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+def markdown(rows, head=None):
+    """A Markdown table. rows: dicts {title: cell}, or lists of cells with their titles in `head`."""
+    if head is None:
+        head, rows = list(rows[0]), [row.values() for row in rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def row(record):
-    """The cells of one record that sample.py --compare --record wrote."""
-    flags = record["flags"]
-    model = flags["ckpt"] or flags["model"]
-    images = len(flags["class_labels"])
-    psnr = record["psnr_db"]
-    return [
-        f"{model}{', random weights' if flags['random_weights'] else ''}",
-        f"{flags['num_sampling_steps']}",
-        f"{images}",
-        f"{record['cached_share']:.1%}",
-        f"{record['bound']:.3f}",
-        f"{record['speedup']:.3f} ({record['share_of_bound']:.1%}{', one run' if flags['repeats'] == 1 else ''})",
-        ", ".join(f"{statistics.median(seconds):.2f}" for seconds in record["seconds"].values()),
-        ", ".join(f"{rate:.0f}" for rate in record["g_multiply_adds_per_second"].values()),
-        "equal" if psnr is None else f"{psnr:.1f}{' (latents)' if flags['random_weights'] else ''}",
-        record["commit"][:7],
-    ]
+def timed(function, *args, device=None):
+    """(result, seconds) of function(*args), the work on a GPU `device` included."""
+
+    def now():
+        if device is not None:
+            from runtime.devices import synchronize  # imports torch
+
+            synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    return function(*args), now() - start
 
 
-def table():
-    """The Markdown text."""
-    head = ["model", "steps", "images", "layers cached", "bound", "speed-up (of the bound)"]
-    head += ["seconds: full, router", "G multiply-adds/s: full, router, plain products", "PSNR, dB", "commit"]
-    return markdown(head, [row(record) for record in read_records("*") if "speedup" in record])
+def time_in_turn(functions, repeats, device=None):
+    """Seconds of each of `functions`, {name: [...]}: `repeats` rounds of all, after one round that warms up.
+
+    All run in turn, so that a machine that slows down slows all of them.
+    """
+    from tqdm import tqdm
+
+    seconds = {name: [] for name in functions}
+    for repeat, name in tqdm([(k, name) for k in range(repeats + 1) for name in functions], disable=None):
+        elapsed = timed(functions[name], device=device)[1]
+        if repeat:
+            seconds[name].append(elapsed)
+    return seconds
 
 
-if __name__ == "__main__":
-    print(table())
+def median_ratio(numerators, denominators):
+    """The median over the rounds: the two runs of one round share the state of the machine."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators))
+
+
+def share_weights(module):
+    """A copy of `module` with the same parameters."""
+    import copy
+
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+
+
+def run_command(*command, cwd=ROOT, **environment):
+    """Run a command and return its standard output, which is shown on standard error meanwhile.
+
+    Raises UserError if the command fails.
+    """
+    from runtime.errors import UserError
+
+    command = list(map(str, command))
+    process = subprocess.Popen(command, cwd=cwd, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    lines = []
+    try:
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr, flush=True)
+            lines.append(line)
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
+    finally:
+        process.wait()
+    if process.returncode:
+        raise UserError(f"exit code {process.returncode}, see above, from: {shlex.join(command)}")
+    return "".join(lines)
+
+
+def run_alone(function, *args):
+    """Result of function(*args) in a fresh process, which has ended when this returns or raises.
+
+    Raises what the function raises, and UserError if the process was killed.
+    """
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+
+    from runtime.errors import UserError
+
+    # Ctrl-C reaches all processes of a terminal: it is left to this one to end the other.
+    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **ignore) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a measurement was killed, probably for lack of memory: measure less (--help lists the flags)"
+            ) from None
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise

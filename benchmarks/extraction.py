@@ -1,12 +1,12 @@
-"""Images a second, and peak memory, of the features of FID: by PyTorch (inception.py) and by TensorFlow.
+"""Images a second and peak memory of the features of FID: by PyTorch and by TensorFlow.
 
     python -m benchmarks.extraction --record benchmarks/results/extraction-cpu.json
-    python -m benchmarks.extraction --table          # the table of the records there are
+    python -m benchmarks.extraction --table
 
-The images are random, and so are the weights where no --graph is given: the work does not depend on them. Both backends
-run in turn, each round of each in a fresh process. The first batch is not counted: with it TensorFlow prepares its
-graph. Images start as uint8 arrays, and features count when they are on the CPU. The peak is that of the whole process,
-its libraries included; on a GPU it does not hold the GPU's memory. The features of both must agree to 1e-5.
+The images are random, and so are the weights without --graph: the work does not depend on them. The backends run in
+turn, each time in a fresh process. The first batch is not timed, because TensorFlow prepares its graph with it. Images
+start as uint8 arrays, features end on the CPU. The peak is that of the whole process with its libraries, without a
+GPU's memory. The features of the backends must agree to 1e-5.
 """
 
 import statistics
@@ -14,49 +14,40 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.assembly import alone
-from benchmarks.common import markdown, read_records
+from benchmarks.common import add_record_and_table_arguments, markdown, median_ratio, run_alone, run_benchmark, timed
 from runtime import cli
 from runtime.memory import peak_resident
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
 BACKENDS = {"tensorflow": "TensorFlow", "torch": "PyTorch"}
 TOLERANCE = 1e-5  # of the features, relative L2
-COMPARED = 4  # images of a process, of which the features are kept
+COMPARED = 4  # images whose features are compared
 
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Speed and memory of the two ways to compute the features of FID.")
-    parser.add_argument("--graph", metavar="PB", help="graph file; without it one of random weights is made")
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="what is measured")
+    parser.add_argument("--graph", metavar="PB", help="graph file; without it a network of random weights is made")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="what to measure")
     parser.add_argument("--image-size", type=cli.positive, default=256, help="pixels a side")
-    parser.add_argument("--batch-size", type=cli.positive, default=64, help="images handed over at a time")
+    parser.add_argument("--batch-size", type=cli.positive, default=64, help="images of a batch")
     parser.add_argument("--batches", type=cli.positive, default=4, help="timed batches of a round")
     parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds, the backends in turn")
     cli.add_device_argument(parser)
-    cli.add_record_argument(parser)
-    parser.add_argument(
-        "--table", action="store_true", help="measure nothing, print the table of results/extraction-*.json"
-    )
+    add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
 def write_graph(path):
-    """Writes a graph of the published structure with random weights to `path`."""
+    """Write a graph of the published structure with random weights; returns `path`."""
     from benchmarks.inception_graph import inception_v3
 
-    inception_v3(path)
+    return inception_v3(path)
 
 
-def measure(backend, path, args):
-    """The figures of one round of one backend, a dict for JSON, and some features, two arrays.
+def measure_backend(backend, path, args):
+    """Figures of one round of a backend, and the features of a few images, two arrays.
 
     The process must be a fresh one.
     """
-    import time
-
     import numpy as np
 
     from evaluation import inception, inception_tf
@@ -70,92 +61,68 @@ def measure(backend, path, args):
         return [features.cpu() for features in graph.features(images)]  # waits for a GPU
 
     features = [part[:COMPARED].numpy() for part in extract()]
-    since = time.perf_counter()
-    for _ in range(args.batches):
-        extract()
-    seconds = time.perf_counter() - since
+    seconds = sum(timed(extract)[1] for _ in range(args.batches))
     version = sys.modules[backend].__version__
     return {"seconds": seconds, "peak_bytes": peak_resident(), "version": version}, features
 
 
-def check_agreement(features):
-    """The largest distance, relative L2, of a backend's features to the first one's; None of one backend alone.
+def largest_distance(features):
+    """The largest relative L2 distance from a backend's features to the first backend's; None for a single backend.
 
-    features: {backend: [arrays]}. Raises RuntimeError where it is above 1e-5.
+    features: {backend: [arrays]}. Raises RuntimeError if it is above 1e-5.
     """
     import numpy as np
 
     first, *others = features.values()
-    pairs = [pair for other in others for pair in zip(other, first)]
-    if not pairs:
+    if not others:
         return None
+    pairs = [pair for other in others for pair in zip(other, first)]
     largest = float(np.max([np.linalg.norm(part - expected) / np.linalg.norm(expected) for part, expected in pairs]))
-    if not largest <= TOLERANCE:  # nor NaN
+    if not largest <= TOLERANCE:  # or NaN
         raise RuntimeError(f"the features of {' and '.join(features)} are {largest:.1e} apart, above {TOLERANCE}")
     return largest
 
 
-def measure_all(args, path):
-    """The figures of all backends and rounds, as a dict for JSON. Raises RuntimeError where features do not agree."""
+def measure(args):
+    """Figures of all backends and rounds. Raises RuntimeError if the features do not agree."""
     measured, features = {backend: [] for backend in args.backends}, {}
-    for _ in range(args.repeats):
-        for backend, rounds in measured.items():
-            figures, features[backend] = alone(measure, backend, path, args)
-            rounds.append(figures)
-            rate = args.batches * args.batch_size / figures["seconds"]
-            print(f"{BACKENDS[backend]}: {rate:.2f} images/s", file=sys.stderr, flush=True)
-    return {"distance": check_agreement(features), "measurements": measured}
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.graph or run_alone(write_graph, Path(folder) / "random.pb")
+        for _ in range(args.repeats):
+            for backend, rounds in measured.items():
+                figures, features[backend] = run_alone(measure_backend, backend, path, args)
+                rounds.append(figures)
+                rate = args.batches * args.batch_size / figures["seconds"]
+                print(f"{BACKENDS[backend]}: {rate:.2f} images/s", file=sys.stderr, flush=True)
+    return {"distance": largest_distance(features), "measurements": measured}
 
 
 def table(records):
-    """The Markdown text of records that --record wrote: a line for each backend. Ratios are to the first one's rate."""
-    head = ["device", "backend", "weights", "pixels", "batch", "images/s", "ratio", "peak MB"]
+    """A Markdown table with a row for each backend of each record; ratios are to the first backend's rate."""
     rows = []
     for record in records:
-        flags = record["flags"]
-        images = flags["batches"] * flags["batch_size"]
-        first = next(iter(record["measurements"].values()))
-        for backend, rounds in record["measurements"].items():
-            # Neighbouring rounds share the state of the machine: the median of their ratios.
-            ratio = statistics.median(other["seconds"] / ours["seconds"] for other, ours in zip(first, rounds))
+        flags, measured = record["flags"], record["measurements"]
+        seconds = {backend: [figures["seconds"] for figures in rounds] for backend, rounds in measured.items()}
+        first = next(iter(seconds.values()))
+        for backend, rounds in measured.items():
+            rate = flags["batches"] * flags["batch_size"] / statistics.median(seconds[backend])
             rows.append(
-                [
-                    record["device"],
-                    f"{BACKENDS[backend]} {rounds[0]['version']}",
-                    flags["graph"] or "random",
-                    str(flags["image_size"]),
-                    str(flags["batch_size"]),
-                    f"{images / statistics.median(figures['seconds'] for figures in rounds):.4g}",
-                    f"{ratio:.3f}",
-                    f"{max(figures['peak_bytes'] for figures in rounds) / 1e6:,.0f}",
-                ]
+                {
+                    "device": record["device"],
+                    "backend": f"{BACKENDS[backend]} {rounds[0]['version']}",
+                    "weights": Path(flags["graph"]).name if flags["graph"] else "random",
+                    "pixels": flags["image_size"],
+                    "batch": flags["batch_size"],
+                    "images/s": f"{rate:.4g}",
+                    "ratio": f"{median_ratio(first, seconds[backend]):.3f}",
+                    "peak MB": f"{max(figures['peak_bytes'] for figures in rounds) / 1e6:,.0f}",
+                }
             )
-    return markdown(head, rows)
+    return markdown(rows)
 
 
 def main(args):
-    if args.table:
-        print(table(read_records("extraction-*")))
-        return
-
-    from runtime.files import check_writable
-
-    if args.record:
-        check_writable(args.record)
-    with cli.sigterm_interrupts(), tempfile.TemporaryDirectory() as folder:
-        path = args.graph
-        if not path:
-            path = Path(folder) / "random.pb"
-            alone(write_graph, path)
-        measured = measure_all(args, path)
-
-    from runtime import devices, records
-
-    device = devices.pick_device(args.device)
-    flags = vars(args) | {"graph": args.graph and Path(args.graph).name}
-    print(table([{"flags": flags, "device": devices.device_name(device), **measured}]))
-    if args.record:
-        records.write_record(args.record, flags, device, measured)
+    run_benchmark(args, "extraction-*", measure, table)
 
 
 if __name__ == "__main__":

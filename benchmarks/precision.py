@@ -1,39 +1,34 @@
 """What --dtype, --compile and --cuda-graphs change in the images of the shipped model.
 
     python -m benchmarks.precision --record benchmarks/results/precision-fashion-cpu.json
-    python -m benchmarks.precision --table          # the table of the records there are
+    python -m benchmarks.precision --table
 
-The same noise and labels, as many of each class, sampled in every way with the router and without; each is compared
-with plain fp32, and judged by the classifier that is shipped with the model.
+The same noise and labels, equally many of each class, are sampled in every way, with the router and without. Each way
+is compared with plain fp32, and judged by the classifier that is shipped with the model.
 """
 
-from pathlib import Path
-
-from benchmarks.common import markdown, read_records
+from benchmarks.common import ROOT, add_record_and_table_arguments, markdown, run_benchmark
 from runtime import cli
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 SHIPPED = ROOT / "ckpt" / "fashion_mnist"
 STEPS, BATCH = 20, 50
+HOW = {"compiled": "compiled", "recorded": "CUDA graphs"}  # keys of a record, and their text
 
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description="What lower precision and compiling change in images.")
-    parser.add_argument("--images", type=cli.positive, default=1000, help="of each way")
+    parser.add_argument("--images", type=cli.positive, default=1000, help="images of each way")
     cli.add_device_argument(parser)
-    cli.add_record_argument(parser)
-    parser.add_argument("--table", action="store_true", help="measure nothing, print that of results/precision-*.json")
+    add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
 def ways(device):
-    """What is compared, as (dtype, whether compiled, whether recorded); the others are compared with the first."""
+    """The ways to sample, as (dtype, compiled, with CUDA graphs); the first is what the others are compared with."""
     if device.type == "cpu":
         return [("fp32", False, False), ("fp32", True, False), ("bf16", False, False), ("bf16", True, False)]
-    recorded = [("fp32", False, False), ("fp32", False, True)]
-    return [*recorded, *((dtype, True, True) for dtype in ("fp32", "tf32", "bf16", "fp16"))]
+    plain = [("fp32", False, False), ("fp32", False, True)]
+    return [*plain, *((dtype, True, True) for dtype in ("fp32", "tf32", "bf16", "fp16"))]
 
 
 def sample(dit, vae, sampler, y, device):
@@ -43,9 +38,8 @@ def sample(dit, vae, sampler, y, device):
 
     import sampling
 
-    noise = torch.randn(
-        len(y), dit.in_channels, dit.input_size, dit.input_size, generator=torch.Generator().manual_seed(0)
-    )
+    shape = len(y), dit.in_channels, dit.input_size, dit.input_size
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     latents, images = [], []
     for z, labels in zip(tqdm(noise.split(BATCH), leave=False, disable=None), y.split(BATCH)):
         latents.append(sampler(z.to(device), labels.to(device)))
@@ -53,26 +47,8 @@ def sample(dit, vae, sampler, y, device):
     return torch.cat(latents).cpu(), torch.cat(images)
 
 
-def table(records):
-    """The Markdown text: a line for each way and schedule of each record."""
-    head = ["device", "schedule", "dtype", "", "latents differ by", "PSNR, dB", "grey levels, at most"]
-    head += ["values that differ", "in their class"]
-    rows = []
-    for record in records:
-        for row in record["rows"]:
-            same = row["psnr_db"] is None
-            how = " ".join(name for name in ("compiled", "recorded") if row[name])
-            cells = [f"{row['error']:.1e}", "" if same else f"{row['psnr_db']:.1f}", f"{row['grey_levels']}"]
-            cells += [f"{row['differing']:.3%}", f"{row['class_accuracy']:.1%}"]
-            rows.append([record["device"], row["schedule"], row["dtype"], how, *cells])
-    return markdown(head, rows)
-
-
-def main(args):
-    if args.table:
-        print(table(read_records("precision-*")))
-        return
-
+def measure(args):
+    """Figures of each way, with the router and without: {"rows": [...]}."""
     import torch
 
     import sampling
@@ -81,45 +57,66 @@ def main(args):
     from pretrained.loading import load_dit, load_vae
     from pretrained.spec import model_spec
     from router import load_schedule
-    from runtime import devices, records
-    from runtime.files import check_writable
+    from runtime import devices
     from runtime.pictures import psnr
 
     device = devices.pick_device(args.device)
-    if args.record:
-        check_writable(args.record)
     spec = model_spec(ckpt=SHIPPED)
     classifier = inception.load_graph(SHIPPED / "classifier.pb", device)
     router, _ = load_schedule("dynamiclayer", SHIPPED / f"DDIM{STEPS}_router.pt", 0.1)
     y = torch.arange(args.images) % spec.num_classes
     plain, rows = {}, []
-    for dtype, compiled, recorded in ways(device):
+    for dtype, compiled, cuda_graphs in ways(device):
         dit = devices.set_precision(load_dit(spec, device), dtype)
         vae = devices.speed_up_vae(load_vae(spec, device), device, dtype)
         if compiled:
             devices.compile_blocks(dit.blocks)
         for name, schedule in ("full", None), ("router", router):
-            plan = create_diffusion(STEPS), spec.guidance(None, 4.0), schedule
-            sampler = sampling.make_sampler(dit, *plan, cuda_graphs=recorded)
+            guidance = spec.guidance(None, 4.0)
+            sampler = sampling.make_sampler(dit, create_diffusion(STEPS), guidance, schedule, cuda_graphs=cuda_graphs)
             latents, images = sample(dit, vae, sampler, y, device)
-            exact, shown = plain.setdefault(name, (latents, images))
-            grey = (images.int() - shown.int()).abs()
+            plain_latents, plain_images = plain.setdefault(name, (latents, images))
+            levels = (images.int() - plain_images.int()).abs()
+            error = (latents - plain_latents).abs().max() / plain_latents.abs().max()
             rows.append(
                 {
                     "schedule": name,
                     "dtype": dtype,
                     "compiled": compiled,
-                    "recorded": recorded,
-                    "error": ((latents - exact).abs().max() / exact.abs().max()).item(),
-                    "psnr_db": psnr(images, shown, 255) if grey.any() else None,
-                    "grey_levels": grey.max().item(),
-                    "differing": (grey > 0).float().mean().item(),
+                    "recorded": cuda_graphs,
+                    "error": error.item(),
+                    "psnr_db": psnr(images, plain_images, 255) if levels.any() else None,
+                    "grey_levels": levels.max().item(),
+                    "differing": (levels > 0).float().mean().item(),
                     "class_accuracy": classifier.class_accuracy(images, y),
                 }
             )
-    print(table([{"device": devices.device_name(device), "rows": rows}]))
-    if args.record:
-        records.write_record(args.record, vars(args), device, {"dtype": None, "rows": rows})
+    return {"dtype": None, "rows": rows}
+
+
+def table(records):
+    """A Markdown table with a row for each way and schedule of each record."""
+    return markdown(
+        [
+            {
+                "device": record["device"],
+                "schedule": row["schedule"],
+                "dtype": row["dtype"],
+                "": " ".join(text for name, text in HOW.items() if row[name]),
+                "latents differ by": f"{row['error']:.1e}",
+                "PSNR, dB": "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}",
+                "grey levels, at most": row["grey_levels"],
+                "values that differ": f"{row['differing']:.3%}",
+                "in their class": f"{row['class_accuracy']:.1%}",
+            }
+            for record in records
+            for row in record["rows"]
+        ]
+    )
+
+
+def main(args):
+    run_benchmark(args, "precision-*", measure, table)
 
 
 if __name__ == "__main__":

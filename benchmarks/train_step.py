@@ -1,26 +1,31 @@
 """Time and peak memory of one update of router training: as the original implementation does it, and as we do.
 
     python -m benchmarks.train_step --model DiT-B/2 --record benchmarks/results/train-b2-cpu.json
-    python -m benchmarks.train_step --table          # the table of the records there are
+    python -m benchmarks.train_step --table
 
 An update is one draw: noise to step i, fill the cache there, a DDIM step, teacher and student at i-1, backward, AdamW.
-Weights, latents, labels and noise are random: the work of an update does not depend on their values. The latents are
-given, so no VAE runs, in no variant. All variants start from the same router and see the same inputs.
+Weights, latents, labels and noise are random: the work does not depend on their values. No variant runs the VAE. All
+variants start from the same router and see the same inputs.
 
 Times: all variants in turn in one process, after a warm-up update of each; a ratio is the median over the rounds.
-Memory: two updates of one variant in a fresh process of its own. On a CPU the peak is that of the whole process, and
-"above the base" leaves out what it held before it made the model (Python, PyTorch's libraries). On a GPU it is what
-tensors took, for which the base is 0.
+Memory: two updates of one variant in a fresh process. On a CPU the peak is that of the whole process, and "above the
+base" leaves out its peak before it made the model (Python, PyTorch's libraries). On a GPU the peak is that of the
+tensors, and the base is 0.
 """
 
-from pathlib import Path
+import statistics
 
-from benchmarks.common import markdown, read_records
+from benchmarks.common import (
+    add_record_and_table_arguments,
+    markdown,
+    median_ratio,
+    run_alone,
+    run_benchmark,
+    share_weights,
+    time_in_turn,
+)
 from benchmarks.original import original_loss
 from runtime import cli
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 VARIANTS = {
     "original": "original: model not frozen, gradient through the teacher",
@@ -41,26 +46,22 @@ def parse_args(argv=None):
     parser.add_argument("--num-sampling-steps", type=cli.router_steps, default=20, help="denoising steps")
     parser.add_argument("--repeats", type=cli.positive, default=3, help="timed updates of each variant")
     cli.add_device_argument(parser)
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile of the blocks")
-    cli.add_record_argument(parser)
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table of results/train-*.json")
+    parser.add_argument("--compile", action="store_true", help="also measure with torch.compile of the blocks")
+    add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
 def load_models(names, load):
-    """{name: the frozen DiT of that variant}; `load` makes one. One set of weights serves all but bf16."""
-    import copy
-
+    """{name: the frozen DiT of that variant}; load() makes a DiT. All variants but bf16 share their weights."""
     from runtime import devices
 
-    # First, so that the float32 weights it came from are gone before others are made.
+    # bf16 first, so that the float32 weights that it was made from are freed before others are made.
     models = {"bf16": devices.set_precision(load(), "bf16")} if "bf16" in names else {}
-    rest = [name for name in names if name != "bf16"]
-    if rest:
-        # As train_router.py: TF32 where a GPU has it, in the original's variant too.
+    others = [name for name in names if name != "bf16"]
+    if others:
+        # TF32 on a GPU, as in train_router.py, also for the original.
         dit = devices.set_precision(load(), "tf32")
-        for name in rest:
-            models[name] = copy.deepcopy(dit, {id(parameter): parameter for parameter in dit.parameters()})
+        models |= {name: share_weights(dit) for name in others}
     if "checkpointing" in models:
         models["checkpointing"].grad_checkpointing = True
     if "compiled" in models:
@@ -69,111 +70,95 @@ def load_models(names, load):
 
 
 class Updates:
-    """The variants `names` of an update, ready to run: models, routers with their optimizers, one set of inputs."""
+    """The variants `names` of an update, ready to run: models, routers with their optimizers, and the inputs."""
 
-    def __init__(self, args, device, names):
+    def __init__(self, spec, batch_size, steps, device, names):
         import torch
 
         from diffusion import create_diffusion
         from pretrained.loading import load_dit
-        from pretrained.spec import model_spec
         from router import Router
 
-        spec = model_spec(args.model, args.image_size)
-        self.device = device
         self.models = load_models(names, lambda: load_dit(spec, device, random_seed=SEED))
-        self.diffusion = create_diffusion(args.num_sampling_steps)
+        self.diffusion = create_diffusion(steps)
         self.routers, self.optimizers = {}, {}
         dit = self.models[names[0]]
         for name in names:
             generator = torch.Generator().manual_seed(SEED)  # the same initial scores for all
-            self.routers[name] = Router(self.diffusion.steps, dit.depth, generator).to(device)
+            self.routers[name] = Router(steps, dit.depth, generator).to(device)
             self.optimizers[name] = torch.optim.AdamW(self.routers[name].parameters(), lr=LR, weight_decay=0)
-        rows = Router.trained_steps(self.diffusion.steps)
+        rows = Router.trained_steps(steps)
         self.row = rows[len(rows) // 2]
         generator = torch.Generator().manual_seed(SEED)
-        shape = args.batch_size, dit.in_channels, dit.input_size, dit.input_size
+        shape = batch_size, dit.in_channels, dit.input_size, dit.input_size
         self.x_start, self.noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
         self.y = torch.randint(dit.num_classes, shape[:1], generator=generator).to(device)
 
     def run(self, name):
-        """One update of the variant `name`. Returns its seconds."""
-        import time
-
+        """One update of the variant `name`."""
         from router import router_loss
-        from runtime import devices
 
         dit, router, optimizer = self.models[name], self.routers[name], self.optimizers[name]
         loss = original_loss if name == "original" else router_loss
-        # The parameters are shared; the fixed positions have no gradient in the original either. What gradients are
-        # there stay: the original's optimizer holds the router alone, so nobody clears the others, they add up.
+        # The variants share parameters. The fixed positions have no gradient in the original either. The other
+        # gradients stay and add up: the original's optimizer holds the router alone, so nothing clears them.
         dit.requires_grad_(name == "original")
         dit.pos_embed.requires_grad_(False)
-        devices.synchronize(self.device)
-        start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         scores = router(self.row)
         error = loss(dit, self.diffusion, scores, self.row + 1, self.x_start, self.y, self.noise)
         (error.mean() + L1 * scores.sum()).backward()
         optimizer.step()
         router.clamp_()
-        devices.synchronize(self.device)
-        return time.perf_counter() - start
+
+
+def make_updates(args, names):
+    """The `Updates` that the flags ask for, and their device."""
+    from pretrained.spec import model_spec
+    from runtime.devices import pick_device
+
+    device = pick_device(args.device)
+    spec = model_spec(args.model, args.image_size)
+    return Updates(spec, args.batch_size, args.num_sampling_steps, device, names), device
 
 
 def measure_memory(args, name):
-    """Bytes before the model is made ("base") and at the peak of two updates ("peak"), of this process.
+    """Bytes of this process before the model is made ("base") and at the peak of two updates ("peak").
 
-    What tensors took on a GPU; else the resident set. The process must be a fresh one.
+    Of the tensors on a GPU, else the resident set. The process must be a fresh one.
     """
-    from runtime import devices
+    from runtime.devices import peak_memory, pick_device
 
-    device = devices.pick_device(args.device)
-    base = devices.peak_memory(device)
-    updates = Updates(args, device, [name])
-    for _ in range(2):  # the second finds the gradients that the first left
+    base = peak_memory(pick_device(args.device))
+    updates, device = make_updates(args, [name])
+    for _ in range(2):  # the second update finds the gradients that the first left
         updates.run(name)
-    return {"base": base, "peak": devices.peak_memory(device)}
+    return {"base": base, "peak": peak_memory(device)}
 
 
-def measure_times(args, device, names):
-    """Seconds of `args.repeats` updates of each variant, {name: [...]}, in turn."""
-    updates = Updates(args, device, names)
-    seconds = {name: [] for name in names}
-    for repeat in range(args.repeats + 1):
-        for name in names:  # in turn, so that a machine that slows down slows all
-            elapsed = updates.run(name)
-            if repeat:  # the first update warms up
-                seconds[name].append(elapsed)
-    return seconds
+def measure(args):
+    """Figures of all variants, with the ratios to the original."""
+    from pretrained.spec import model_spec
 
-
-def figures(seconds, memory, batch):
-    """What was measured, with the ratios to the original, as a dict for JSON; batch: images of an update."""
-    import statistics
-
-    def above(name):
-        return memory[name]["peak"] - memory[name]["base"]
-
+    model_spec(args.model, args.image_size)  # refuses an unknown name before anything is measured
+    names = [name for name in VARIANTS if name != "compiled" or args.compile]
+    memory = {name: run_alone(measure_memory, args, name) for name in names}
+    updates, device = make_updates(args, names)
+    seconds = time_in_turn({name: lambda name=name: updates.run(name) for name in names}, args.repeats, device)
+    above = {name: memory[name]["peak"] - memory[name]["base"] for name in names}
     return {
-        "batch": batch,
+        "batch": args.batch_size,
         "seconds": seconds,
-        # Neighbouring updates share the state of the machine: the median of their ratios.
-        "time_ratio": {
-            name: statistics.median(ours / original for ours, original in zip(seconds[name], seconds["original"]))
-            for name in seconds
-        },
-        "images_per_second": {name: batch / statistics.median(seconds[name]) for name in seconds},
+        "time_ratio": {name: median_ratio(seconds[name], seconds["original"]) for name in names},
+        "images_per_second": {name: args.batch_size / statistics.median(seconds[name]) for name in names},
         "memory_bytes": memory,
-        "peak_ratio": {name: memory[name]["peak"] / memory["original"]["peak"] for name in memory},
-        "above_base_ratio": {name: above(name) / above("original") for name in memory},
+        "peak_ratio": {name: memory[name]["peak"] / memory["original"]["peak"] for name in names},
+        "above_base_ratio": {name: above[name] / above["original"] for name in names},
     }
 
 
 def table(records):
-    """The Markdown text of records that --record wrote: a line a variant, all ratios to the original's."""
-    import statistics
-
+    """A Markdown table with a row for each variant of each record; all ratios are to the original's."""
     head = ["model, batch, device", "update", "seconds", "ratio", "images/s", "peak GiB", "ratio"]
     head += ["above the base GiB", "ratio"]
     rows = []
@@ -194,34 +179,11 @@ def table(records):
                     f"{record['above_base_ratio'][name]:.3f}",
                 ]
             )
-    return markdown(head, rows)
+    return markdown(rows, head)
 
 
 def main(args):
-    if args.table:
-        print(table(read_records("train-*")))
-        return
-
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    from pretrained.spec import model_spec
-    from runtime import devices, records
-    from runtime.files import check_writable
-
-    device = devices.pick_device(args.device)
-    model_spec(args.model, args.image_size)  # an unknown name is refused here
-    if args.record:
-        check_writable(args.record)
-    names = [name for name in VARIANTS if name != "compiled" or args.compile]
-    memory = {}
-    for name in names:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            memory[name] = pool.submit(measure_memory, args, name).result()
-    measured = figures(measure_times(args, device, names), memory, args.batch_size)
-    print(table([{"flags": vars(args), "device": devices.device_name(device), **measured}]))
-    if args.record:
-        records.write_record(args.record, vars(args), device, measured)
+    run_benchmark(args, "train-*", measure, table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""What another job on the machine costs: sample.py beside busy loops, for several waits of OpenMP's threads.
+
+    python -m benchmarks.busy --record benchmarks/results/busy-cpu.json
+    python -m benchmarks.busy --table
+
+After each part of its work an OpenMP thread spins before it sleeps. If other jobs hold a core, the spinning threads
+take the time of the thread that they wait for. GOMP_SPINCOUNT limits it: 300000 turns is the default of libgomp, 1000
+that of our programs (runtime/cli.py). All cells run in turn, each in a fresh process: ten images of the shipped model,
+DDIM-20 with guidance, all cores. A busy loop is a Python process that never sleeps. Figures are the seconds of the
+sampling loop, medians over the rounds.
+"""
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.common import ROOT, add_record_and_table_arguments, markdown, run_benchmark, run_command
+from runtime import cli
+
+MODEL = ROOT / "ckpt" / "fashion_mnist"
+SPIN_COUNTS = {300000: "300,000 (libgomp)", 1000: "1,000 (ours)", 0: "0"}
+BUSY_LOOPS = {0: "idle", 1: "one busy loop", 2: "two busy loops"}
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(description="Seconds of sampling beside busy loops, by OpenMP's spin count.")
+    parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds of all cells, in turn")
+    add_record_and_table_arguments(parser)
+    return parser.parse_args(argv)
+
+
+@contextmanager
+def busy_loops(count):
+    """Keep `count` cores busy in this block."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def sampling_seconds(spin_count):
+    """Seconds of the sampling loop of sample.py, after its warm-up."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "sample.py", "--ckpt", MODEL, "--num-sampling-steps", 20, "--ddim-sample"]
+        command += ["--class-labels", *range(10), "--device", "cpu", "--repeats", 1, "--out", Path(folder) / "out.png"]
+        out = run_command(*command, GOMP_SPINCOUNT=str(spin_count))
+    return float(re.search(r"^Sampling time: ([\d.]+)", out, re.M)[1])
+
+
+def measure(args):
+    """{"seconds": {spin count: {busy loops: [seconds of each round]}}}"""
+    seconds = {spin_count: {count: [] for count in BUSY_LOOPS} for spin_count in SPIN_COUNTS}
+    for _ in range(args.repeats):
+        for count in BUSY_LOOPS:
+            for spin_count in SPIN_COUNTS:
+                with busy_loops(count):
+                    seconds[spin_count][count].append(sampling_seconds(spin_count))
+    return {"seconds": seconds}
+
+
+def table(records):
+    """A Markdown table with a row for each spin count of each record."""
+    rows = []
+    for record in records:
+        for spin_count, cells in record["seconds"].items():
+            medians = {BUSY_LOOPS[int(count)]: f"{statistics.median(some):.2f}" for count, some in cells.items()}
+            rows.append({"device": record["device"], "GOMP_SPINCOUNT": SPIN_COUNTS[int(spin_count)], **medians})
+    return markdown(rows)
+
+
+def main(args):
+    run_benchmark(args, "busy-*", measure, table)
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())
