@@ -2,7 +2,7 @@
 
     python -m benchmarks.table                             # all that is missing; hours on two cores, stop at any time
     python -m benchmarks.table --rows router-20,fora2-20   # only these, without the times
-    python -m benchmarks.table --table                     # the tables and the picture of the records there are
+    python -m benchmarks.table --table                     # print the tables and draw the picture from the records
 
 sample_ddp.py samples each row from the same noise and labels, evaluator.py judges it against the training images, and
 its figures go to results/table/ROW.json. Random layers, first and last blocks reuse exactly as many layer calls as the
@@ -12,21 +12,16 @@ are measured in one process, in turn, into results/table/timing.json: on a machi
 
 import argparse
 import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
-from benchmarks.common import RESULTS, markdown
+from benchmarks.common import RESULTS, ROOT, markdown, median_ratio, run_command, time_in_turn
 from runtime import cli
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-# Seen from ROOT, where the programs are started.
+# Relative to ROOT, where the programs are launched.
 MODEL = "ckpt/fashion_mnist"
 FOLDER = "samples/table"
 JUDGES = {"reference": f"{MODEL}/reference.npz", "graph": f"{MODEL}/classifier.pb"}
@@ -34,7 +29,7 @@ JUDGES = {"reference": f"{MODEL}/reference.npz", "graph": f"{MODEL}/classifier.p
 SAMPLES = 5000  # of a row whose record is committed
 THRESHOLD = 0.1  # of the routers
 RANDOM_SEED = 0  # of the random layers
-BATCH, REPEATS = 64, 3  # images of a timed batch; timed rounds after one that warms up
+BATCH, REPEATS = 64, 3  # images of a timed batch; timed rounds after the warm-up
 
 METHODS = {
     "ddim": "DDIM",
@@ -45,12 +40,12 @@ METHODS = {
     "fora2": "FORA, interval 2",
     "fora3": "FORA, interval 3",
 }
-WITH_ROUTER = (50, 20)  # steps that there is a router for
+WITH_ROUTER = (50, 20)  # numbers of steps that there is a router for
 
 
 @dataclass(frozen=True)
 class Row:
-    """method: of METHODS; steps: of DDIM."""
+    """method: a key of METHODS; steps: of DDIM."""
 
     method: str
     steps: int
@@ -61,7 +56,7 @@ class Row:
 
     @property
     def seeds(self):
-        """Of the noise: several where the difference of two methods is what the table is for."""
+        """Seeds of the noise: several for the methods whose difference is the point of the table."""
         return (0, 1, 2) if self.method in ("ddim", "router") and self.steps in WITH_ROUTER else (0,)
 
 
@@ -77,7 +72,7 @@ TABLES = {
 
 
 def row_list(text):
-    """An argparse type: rows of ROWS by their names with commas between them."""
+    """An argparse type: names of ROWS, separated by commas."""
     rows = {row.name: row for row in ROWS}
     for name in text.split(","):
         if name not in rows:
@@ -87,16 +82,16 @@ def row_list(text):
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Speed and quality of the shipped model by method and number of steps.")
-    parser.add_argument("--rows", type=row_list, metavar="ROW,ROW", help="only these, as router-20; without it all")
-    parser.add_argument("--processes", type=cli.positive, default=2, help="that sample, one thread each")
+    parser.add_argument("--rows", type=row_list, metavar="ROW,ROW", help="only these, as router-20; default: all")
+    parser.add_argument("--processes", type=cli.positive, default=2, help="processes that sample, one thread each")
     parser.add_argument(
         "--samples",
         type=cli.positive,
         default=SAMPLES,
-        help=f"images of a row; other than {SAMPLES} are a trial, kept in {FOLDER}-SAMPLES",
+        help=f"images of a row; any number but {SAMPLES} is a trial, kept in {FOLDER}-SAMPLES",
     )
-    parser.add_argument("--timing", action="store_true", help="measure the times again, or with --rows at all")
-    parser.add_argument("--table", action="store_true", help="do nothing that is missing, print what there is")
+    parser.add_argument("--timing", action="store_true", help="measure the times again; with --rows: measure them")
+    parser.add_argument("--table", action="store_true", help="make nothing, print the tables of the records")
     args = parser.parse_args(argv)
     trial = args.samples != SAMPLES
     args.folder = f"{FOLDER}-{args.samples}" if trial else FOLDER
@@ -125,89 +120,55 @@ def plan(row, depth):
     return {"router": routed, "first": Schedule.first_blocks(*place), "last": Schedule.last_blocks(*place)}[row.method]
 
 
-def sampling_flags(row, args):
-    """The flags of sample_ddp.py that make a row, but for its seed, as a list of texts."""
-    flags = ["--ckpt", MODEL, "--ddim-sample", "--num-fid-samples", args.samples, "--balanced-labels"]
-    flags += ["--per-proc-batch-size", 50, "--sample-dir", args.folder, "--num-sampling-steps", row.steps]
+def schedule_path(row, folder):
+    return f"{folder}/schedules/{row.name}.pt"
+
+
+def sampling_flags(row, folder, samples):
+    """The flags of sample_ddp.py that make a row, without its seed, as a list of texts."""
+    flags = ["--ckpt", MODEL, "--ddim-sample", "--num-fid-samples", samples, "--balanced-labels"]
+    flags += ["--per-proc-batch-size", 50, "--sample-dir", folder, "--num-sampling-steps", row.steps]
     if row.method == "router":
         flags += ["--accelerate-method", "dynamiclayer", "--path", router_path(row.steps), "--thres", THRESHOLD]
     elif row.method != "ddim":
-        flags += ["--accelerate-method", "schedule", "--path", schedule_path(row, args)]
+        flags += ["--accelerate-method", "schedule", "--path", schedule_path(row, folder)]
     return list(map(str, flags))
 
 
-def schedule_path(row, args):
-    return f"{args.folder}/schedules/{row.name}.pt"
-
-
-def start(*command, **environment):
-    """Runs Python with a `command` from ROOT; returns what it printed, which is shown too.
-
-    Raises UserError where it fails: it has said why.
-    """
-    from runtime.errors import UserError
-
-    command = [sys.executable, *map(str, command)]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
-    lines = []
-    try:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-    except KeyboardInterrupt:
-        process.terminate()
-        raise
-    finally:
-        process.wait()
-    if process.returncode:
-        program = next(Path(part).name for part in command if part.endswith(".py"))
-        raise UserError(f"{program} failed, see above; the same command goes on where this one stopped")
-    return "".join(lines)
-
-
-def sample(row, seed, args):
-    """Has sample_ddp.py make the set of a row and seed where it is not complete yet. Returns the Path of its .npz."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}", "sample_ddp.py"]
-    out = start(*torchrun, *sampling_flags(row, args), "--global-seed", seed, OMP_NUM_THREADS="1")
+def sample(flags, seed, processes):
+    """Make sample_ddp.py complete the set of these flags and this seed. Returns the Path of its .npz."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "sample_ddp.py"]
+    out = run_command(sys.executable, *torchrun, *flags, "--global-seed", seed, OMP_NUM_THREADS="1")
     return ROOT / re.search(r"^(?:Samples: )?(.+\.npz) (?:\(\d+ images|is there already)", out, re.M)[1]
 
 
 def judge(npz):
-    """What evaluator.py and the classifier say of a set, as a dict for JSON."""
+    """Metrics of evaluator.py and the classifier for a set, as a dict for JSON."""
     import hashlib
 
     import numpy as np
 
     from evaluation.inception import load_graph
 
-    report = npz.with_suffix(".json")
-    start("evaluator.py", JUDGES["reference"], npz, "--graph", JUDGES["graph"], "--json", report)
+    report, (reference, graph) = npz.with_suffix(".json"), JUDGES.values()
+    run_command(sys.executable, "evaluator.py", reference, npz, "--graph", graph, "--json", report)
     with np.load(npz) as arrays:
         images, labels = arrays["arr_0"], arrays["labels"]
     return {
         "images": len(images),
         "sha256": hashlib.sha256(images).hexdigest(),
         "metrics": json.loads(report.read_text())["metrics"],
-        "class_accuracy": load_graph(ROOT / JUDGES["graph"]).class_accuracy(images, labels),
+        "class_accuracy": load_graph(ROOT / graph).class_accuracy(images, labels),
     }
 
 
 def read(path):
-    """The record at `path`, or {} where there is none."""
+    """The record at `path`, {} if there is none."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def fingerprints():
-    """The SHA-256 of the files that judge. Raises UserError where one is missing."""
-    import hashlib
-
-    from runtime import released
-
-    return {name: hashlib.sha256(released.find(ROOT / path).read_bytes()).hexdigest() for name, path in JUDGES.items()}
-
-
 def describe(schedule, costs):
-    """What a schedule runs, as a dict for JSON; costs: of the model, as `DiT.multiply_adds` returns them."""
+    """What a record says about a schedule; costs: of the model, as `DiT.multiply_adds` returns them."""
     return {
         "layers": schedule.compute.numel(),
         "layers_run": int(schedule.compute.sum()),
@@ -218,119 +179,133 @@ def describe(schedule, costs):
 
 
 def fill(args):
-    """Samples, judges and times what is missing in the records."""
+    """Sample, judge and time what the records lack."""
     from importlib.metadata import version
 
     from pretrained.loading import load_dit
     from pretrained.spec import model_spec
-    from runtime import devices, records
+    from runtime import devices, released
+    from runtime.hashes import sha256_of_file
+    from runtime.records import write_record
 
     device = devices.pick_device("auto")
     spec = model_spec(ckpt=str(ROOT / MODEL))
     dit = devices.set_precision(load_dit(spec, device), "tf32")
     plans = {row: plan(row, dit.depth) for row in ROWS}
-    judges, versions = fingerprints(), {name: version(name) for name in ("torch", "diffusers", "timm", "numpy")}
-    # All rows once come before some of them with other seeds.
-    todo = sorted([(seed, number) for number, row in enumerate(ROWS) for seed in row.seeds])
-    for seed, row in ((seed, ROWS[number]) for seed, number in todo if ROWS[number] in (args.rows or ROWS)):
-        path = args.results / f"{row.name}.json"
+    judges = {name: sha256_of_file(released.find(ROOT / path)) for name, path in JUDGES.items()}
+    versions = {name: version(name) for name in ("torch", "diffusers", "timm", "numpy")}
+    # All rows with seed 0 come before some of them with other seeds.
+    todo = sorted((seed, number) for number, row in enumerate(ROWS) if row in (args.rows or ROWS) for seed in row.seeds)
+    for seed, row in ((seed, ROWS[number]) for seed, number in todo):
+        path, sampling = args.results / f"{row.name}.json", sampling_flags(row, args.folder, args.samples)
         known = {"schedule": describe(plans[row], dit.multiply_adds()), "judges": judges}
-        flags, record = {"sample_ddp": sampling_flags(row, args)}, read(path)
+        flags, record = {"sample_ddp": sampling}, read(path)
         same = {name: record.get(name) for name in ("flags", *known)} == {"flags": flags, **known}
         seeds = record["seeds"] if same else {}  # what was sampled or judged otherwise is made again
         if str(seed) in seeds:
             continue
-        print(f"{row.name}, seed {seed}:", flush=True)
+        print(f"{row.name}, seed {seed}:", file=sys.stderr, flush=True)
         if row.method not in ("ddim", "router"):
-            plans[row].save(ROOT / schedule_path(row, args))
-        seeds = dict(sorted((seeds | {str(seed): judge(sample(row, seed, args))}).items()))
-        figures = {**known, "versions": versions, "seeds": seeds}
-        records.write_record(path, flags, device, figures)
+            plans[row].save(ROOT / schedule_path(row, args.folder))
+        seeds = dict(sorted((seeds | {str(seed): judge(sample(sampling, seed, args.processes))}).items()))
+        write_record(path, flags, device, {**known, "versions": versions, "seeds": seeds})
     path = args.results / "timing.json"
     if args.timing or not args.rows and list(read(path).get("rows", [])) != [row.name for row in ROWS]:
-        print("times of all rows, in turn:", flush=True)
+        print("times of all rows, in turn:", file=sys.stderr, flush=True)
         timing = {"batch": BATCH, "cfg_scale": spec.cfg_scale, "rows": times(spec, dit, plans, device)}
-        records.write_record(path, {}, device, timing)
+        write_record(path, {}, device, timing)
 
 
 def times(spec, dit, plans, device):
-    """Seconds of a batch of BATCH images, with guidance, and the speed-up of each row of `plans`: {its name: {...}}."""
-    import time
+    """Seconds of a batch of BATCH images with guidance, and the speed-up of each row of `plans`: {its name: {...}}.
 
+    The speed-up is against plain DDIM of as many steps.
+    """
     import torch
-    from tqdm import tqdm
 
-    import sampling
     from diffusion import create_diffusion
-    from runtime import devices
+    from sampling import sample_latents
 
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(BATCH, dit.in_channels, dit.input_size, dit.input_size, generator=generator).to(device)
     y = torch.arange(BATCH, device=device) % spec.num_classes
-    seconds = {row: [] for row in plans}
-    for repeat, row in tqdm([(k, row) for k in range(REPEATS + 1) for row in plans], unit="batch", disable=None):
-        schedule = None if row.method == "ddim" else plans[row]
-        diffusion = create_diffusion(row.steps)
-        devices.synchronize(device)
-        since = time.perf_counter()
-        sampling.sample_latents(dit, diffusion, z, y, spec.cfg_scale, schedule)
-        devices.synchronize(device)
-        if repeat:  # the first round warms up
-            seconds[row].append(time.perf_counter() - since)
-    return {row.name: {"seconds": some, "speedup": speedup(seconds, row)} for row, some in seconds.items()}
-
-
-def speedup(seconds, row):
-    """How much faster a row is than plain DDIM of as many steps; seconds: {row: those of each round}."""
-    # Of one round, in which both shared the state of the machine.
-    return statistics.median(full / ours for full, ours in zip(seconds[Row("ddim", row.steps)], seconds[row]))
+    samplers = {}
+    for row, schedule in plans.items():
+        schedule = None if row.method == "ddim" else schedule
+        samplers[row] = partial(sample_latents, dit, create_diffusion(row.steps), z, y, spec.cfg_scale, schedule)
+    seconds = time_in_turn(samplers, REPEATS, device)
+    return {
+        row.name: {"seconds": some, "speedup": median_ratio(seconds[Row("ddim", row.steps)], some)}
+        for row, some in seconds.items()
+    }
 
 
 def cells(row, record, timing):
-    """A row of the tables: of seed 0, as all rows are, the FID with its standard deviation over the seeds there are."""
+    """A row of the tables: of seed 0, as in all rows; the FID with its standard deviation over several seeds."""
     result, schedule = record["seeds"]["0"], record["schedule"]
     measured, metrics = timing.get("rows", {}).get(row.name), result["metrics"]
     fids = [other["metrics"]["fid"] for other in record["seeds"].values()]
-    return [
-        METHODS[row.method],
-        f"{row.steps}",
-        f"{schedule['layers_run'] / schedule['layers']:.1%}",
-        f"{schedule['g_multiply_adds']:.3f}",
-        f"{statistics.median(measured['seconds']):.2f}" if measured else "",
-        f"{measured['speedup']:.3f}" if measured else "",
-        f"{schedule['bound']:.3f}",
-        f"{metrics['inception_score']:.3f}",
-        f"{metrics['fid']:.3f}" + (f" ± {statistics.stdev(fids):.3f}" if len(fids) > 1 else ""),
-        f"{metrics['sfid']:.3f}",
-        f"{metrics['precision']:.4f}",
-        f"{metrics['recall']:.4f}",
-        f"{result['class_accuracy']:.2%}",
-    ]
+    return {
+        "method": METHODS[row.method],
+        "steps": row.steps,
+        "layers run": f"{schedule['layers_run'] / schedule['layers']:.1%}",
+        "G multiply-adds": f"{schedule['g_multiply_adds']:.3f}",
+        "seconds a batch": f"{statistics.median(measured['seconds']):.2f}" if measured else "",
+        "speed-up": f"{measured['speedup']:.3f}" if measured else "",
+        "bound": f"{schedule['bound']:.3f}",
+        "IS": f"{metrics['inception_score']:.3f}",
+        "FID": f"{metrics['fid']:.3f}" + (f" ± {statistics.stdev(fids):.3f}" if len(fids) > 1 else ""),
+        "sFID": f"{metrics['sfid']:.3f}",
+        "precision": f"{metrics['precision']:.4f}",
+        "recall": f"{metrics['recall']:.4f}",
+        "class accuracy": f"{result['class_accuracy']:.2%}",
+    }
 
 
 def tables(records, timing):
-    """The Markdown texts of `records`, {row: its record}, by title; what there is no record of is left out."""
-    head = ["method", "steps", "layers run", "G multiply-adds", "seconds a batch", "speed-up", "bound"]
-    head += ["IS", "FID", "sFID", "precision", "recall", "class accuracy"]
+    """The tables of `records`, {row: its record}, as Markdown by title; without rows and tables that have no record."""
     rows = {
         title: [cells(row, record, timing) for row, record in records.items() if belongs(row)]
         for title, belongs in TABLES.items()
     }
-    return {title: markdown(head, some) for title, some in rows.items() if some}
+    return {title: markdown(some) for title, some in rows.items() if some}
 
 
 def missing(records, timing):
-    """Names of what there is no record of: rows with their seeds, the times."""
+    """Names of what has no record: rows with their seeds, the times."""
     left = {row: [s for s in row.seeds if str(s) not in records.get(row, {}).get("seeds", {})] for row in ROWS}
     names = [f"{row.name} (seed {', '.join(map(str, seeds))})" for row, seeds in left.items() if seeds]
     untimed = [row.name for row in ROWS if row.name not in timing.get("rows", {})]
     return names + ([f"the times of {', '.join(untimed)}"] if untimed else [])
 
 
-def show(args):
-    """Prints the tables of the records there are, and draws their picture."""
-    from training.plots import save_curves
+def save_curves(curves, xlabel, ylabel, path):
+    """Write a PNG of `curves`, {label: [(x, y, text), ...]}: points with texts, joined by a line; y logarithmic."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
+    from runtime.files import atomic_write
+
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(6, 5), dpi=110, layout="constrained")
+        axis = figure.subplots()
+    for (label, points), marker in zip(curves.items(), "os^v<>DPX*" * len(curves)):
+        x, y, texts = zip(*sorted(points))
+        axis.plot(x, y, marker=marker, markersize=5, linewidth=0.8, label=label)
+        for point, text in zip(zip(x, y), texts):
+            axis.annotate(text, point, (4, 3), textcoords="offset points", fontsize=7)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend()
+    with atomic_write(path) as part:
+        figure.savefig(part, format="png", metadata={"Software": None})
+
+
+def show(args):
+    """Print the tables of the records, and draw their picture."""
     timing = read(args.results / "timing.json")
     records = {row: read(args.results / f"{row.name}.json") for row in ROWS}
     records = {row: record for row, record in records.items() if record}
