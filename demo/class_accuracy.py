@@ -1,4 +1,4 @@
-"""How many samples of the shipped model an independent classifier puts in the class that was asked for.
+"""Share of the shipped model's samples that an independent classifier puts in the class that was asked for.
 
     python -m demo.class_accuracy --path ckpt/fashion_mnist/DDIM20_router.pt       # with and without the router
 
@@ -9,30 +9,24 @@ from pathlib import Path
 
 from runtime import cli
 
+HERE = Path(__file__).resolve().parent
+SHIPPED = HERE.parent / "ckpt" / "fashion_mnist"
+
 
 def parse_args(argv=None):
-    from demo.train_loop import HERE
-
-    shipped = HERE.parent / "ckpt" / "fashion_mnist"
     parser = cli.ArgumentParser(description="Class accuracy of the Fashion-MNIST model's samples.")
-    parser.add_argument("--ckpt", default=str(shipped), help="model folder")
-    parser.add_argument(
-        "--classifier",
-        type=Path,
-        default=shipped / "classifier.pb",
-        help="graph file, as demo/train_classifier.py writes it",
-    )
+    graph = SHIPPED / "classifier.pb"
+    parser.add_argument("--ckpt", default=str(SHIPPED), help="model folder")
+    parser.add_argument("--classifier", type=Path, default=graph, help="graph file of demo/train_classifier.py")
     parser.add_argument("--path", help="router; without it only the plain sampler is judged")
-    parser.add_argument("--thres", type=cli.fraction, default=0.1, help="threshold of the router, 0 to 1")
+    cli.add_threshold_argument(parser)
     parser.add_argument("--num-sampling-steps", type=cli.sampling_steps, default=20, help="DDIM steps")
-    parser.add_argument("--cfg-scale", type=cli.finite, help="guidance; without it what the model folder recommends")
+    parser.add_argument("--cfg-scale", type=cli.finite, help="guidance; default: what the model folder recommends")
     parser.add_argument("--samples", type=cli.positive, default=2000, help="images")
     parser.add_argument("--batch-size", type=cli.positive, default=100, help="images at a time")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="seed of the noise")
     cli.add_device_argument(parser)
-    parser.add_argument(
-        "--data", type=Path, default=HERE / "data", help="ImageFolder whose test images judge the judge"
-    )
+    parser.add_argument("--data", type=Path, default=HERE / "data", help="folder whose test images judge the judge")
     return parser.parse_args(argv)
 
 
@@ -46,8 +40,8 @@ def main(args):
     from evaluation import inception
     from pretrained.loading import load_dit, load_vae
     from pretrained.spec import model_spec
-    from router import Router
-    from runtime import devices, released
+    from router import load_schedule
+    from runtime import devices
 
     device = devices.pick_device(args.device)
     classifier = inception.load_graph(args.classifier, device)
@@ -55,19 +49,14 @@ def main(args):
     dit, vae = load_dit(spec, device), load_vae(spec, device)
     schedules = {"without router": None}
     if args.path:
-        router = Router.load(released.find(args.path))
-        router.check_fits(args.path, args.num_sampling_steps, dit.depth)
-        schedules[f"with {args.path}"] = schedule = router.schedule(args.thres)
+        schedule, _ = load_schedule("dynamiclayer", args.path, args.thres)
+        schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
+        schedules[f"with {args.path}"] = schedule
         print(schedule.describe(dit.multiply_adds()))
     diffusion = create_diffusion(args.num_sampling_steps)
     cfg_scale = spec.guidance(args.cfg_scale, 4.0)
-    noise = torch.randn(
-        args.samples,
-        dit.in_channels,
-        dit.input_size,
-        dit.input_size,
-        generator=torch.Generator().manual_seed(args.seed),
-    )
+    shape = args.samples, dit.in_channels, dit.input_size, dit.input_size
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
     labels = torch.arange(args.samples) % spec.num_classes
     real, classes = load_split(args.data, "test")
     share = classifier.class_accuracy(real.permute(0, 2, 3, 1), classes)
@@ -78,11 +67,8 @@ def main(args):
             latents = sampling.sample_latents(dit, diffusion, z.to(device), y.to(device), cfg_scale, schedule)
             images.append(sampling.decode(vae, latents).cpu())
         share = classifier.class_accuracy(torch.cat(images), labels)
-        print(
-            f"{args.samples} samples, {args.num_sampling_steps} steps, guidance {cfg_scale}, {name}: "
-            f"{share:.2%} in their class",
-            flush=True,
-        )
+        setting = f"{args.samples} samples, {args.num_sampling_steps} steps, guidance {cfg_scale}, {name}"
+        print(f"{setting}: {share:.2%} in their class", flush=True)
 
 
 if __name__ == "__main__":

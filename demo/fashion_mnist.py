@@ -14,9 +14,11 @@ from pathlib import Path
 from runtime import cli
 
 HERE = Path(__file__).resolve().parent
-# Debian's package dataset-fashion-mnist puts the four files here.
-SYSTEM = Path("/usr/share/datasets/fashion-mnist")
-FILES = {"train": "train", "test": "t10k"}
+SYSTEM = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+FILES = {
+    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+}
 CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
 
 
@@ -25,15 +27,14 @@ def parse_args(argv=None):
     parser.add_argument(
         "--source",
         type=Path,
-        help="folder of the four original .gz files; "
-        f"without it {SYSTEM} is used if present, else torchvision downloads them",
+        help=f"folder of the four original .gz files; default: {SYSTEM} if present, else they are downloaded",
     )
     parser.add_argument("--out", type=Path, default=HERE / "data", help="folder to write train/ and test/ into")
     return parser.parse_args(argv)
 
 
 def find_source(source, out):
-    """The folder that holds the four files. Raises UserError where there is none and no network."""
+    """The folder that holds the four files. Raises UserError if there is none and no network."""
     from runtime.errors import UserError
 
     if source is None and SYSTEM.is_dir():
@@ -49,21 +50,14 @@ def find_source(source, out):
                 "or name a folder of its four .gz files with --source"
             ) from error
         source = out / "FashionMNIST" / "raw"
-    missing = [
-        name
-        for part in FILES.values()
-        for name in (f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz")
-        if not (source / name).is_file()
-    ]
+    missing = [name for names in FILES.values() for name in names if not (source / name).is_file()]
     if missing:
-        raise UserError(
-            f"{source} lacks {', '.join(missing)}: name the folder of the four original files with --source"
-        )
+        raise UserError(f"{source} lacks {', '.join(missing)}: name the folder of the four files with --source")
     return source
 
 
 def read_idx(path):
-    """One IDX file of unsigned bytes -> uint8 array of its own shape. Raises UserError where it is damaged."""
+    """The uint8 array in an IDX file. Raises UserError if the file is damaged."""
     import numpy as np
 
     from runtime.errors import UserError
@@ -77,7 +71,7 @@ def read_idx(path):
             raise ValueError("it does not hold bytes")
         return array.reshape(shape)
     except (OSError, EOFError, zlib.error, IndexError, struct.error, ValueError) as error:
-        raise UserError(f"{path} is not a whole IDX file of bytes ({error}): fetch it again") from error
+        raise UserError(f"{path} is not a complete IDX file of bytes ({error}): fetch it again") from error
 
 
 def main(args):
@@ -86,11 +80,10 @@ def main(args):
     from tqdm import tqdm
 
     source = find_source(args.source, args.out)
-    for split, part in FILES.items():
-        images = read_idx(source / f"{part}-images-idx3-ubyte.gz")
-        labels = read_idx(source / f"{part}-labels-idx1-ubyte.gz")
+    for split, names in FILES.items():
+        images, labels = (read_idx(source / name) for name in names)
         images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-        # The digit in front keeps ImageFolder's alphabetical labels equal to the data set's.
+        # The digit in front makes ImageFolder's alphabetical labels those of the data set.
         folders = [args.out / split / f"{label}_{name}" for label, name in enumerate(CLASSES)]
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)

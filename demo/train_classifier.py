@@ -2,8 +2,8 @@
 
     python -m demo.train_classifier            # writes demo/work/fashion_mnist/classifier.pb; minutes on a laptop
 
-What it writes is a graph file, which `inception.py` runs like the network of FID. It never sees a generated image.
-Stopped at any time, the same command continues.
+It writes a graph file, which `evaluation/inception.py` runs like the network of FID. It never sees a generated image.
+If it is stopped, the same command continues.
 """
 
 from collections import OrderedDict
@@ -24,8 +24,8 @@ def parse_args(argv=None):
 def build_classifier():
     """Images float32 (N, 3, 32, 32) in [-1, 1] -> logits (N, 10).
 
-    Its parts have the names of the nodes in which the evaluator looks for features: 64 numbers of the whole image, of
-    which the classes are a plain product, and 7 of the 64 maps of 8x8.
+    The parts are named like the nodes in which the evaluator looks for features: 64 numbers of the whole image, whose
+    plain product the classes are, and 7 of the 64 maps of 8x8.
     """
     from torch import nn
 
@@ -51,10 +51,10 @@ def build_classifier():
 
 
 def save_graph(classifier, path):
-    """Writes the classifier, as it is in evaluation, as a graph file with the evaluator's nodes.
+    """Write the classifier in evaluation mode as a graph file with the evaluator's nodes.
 
-    Fed at ExpandDims with images (N, H, W, 3) from 0 to 255, of any size: they are resized to 32 x 32.
-    Raises UserError where the file cannot be written.
+    Its input ExpandDims takes images (N, H, W, 3) from 0 to 255 of any size, which are resized to 32 x 32.
+    Raises UserError if the file cannot be written.
     """
     from torch import nn
 
@@ -87,24 +87,25 @@ def main(args):
     from evaluation import inception
     from runtime.devices import pick_device
 
-    args.device = pick_device(args.device)
+    device = pick_device(args.device)
     images, labels = load_split(args.data, "train")
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    classifier = build_classifier().to(args.device)
+    classifier = build_classifier().to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.lr, weight_decay=1e-2)
 
-    def update():
+    def loss_of_batch():
         index = torch.randint(len(images), (args.batch_size,), generator=generator)
-        x = normalise(images[index]).to(args.device)
-        # Shifts of up to two pixels: the only augmentation.
+        x = normalise(images[index]).to(device)
+        # The only augmentation: shifts of up to two pixels.
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        return torch.nn.functional.cross_entropy(classifier(x.roll(shift, (2, 3))), labels[index].to(args.device))
+        return torch.nn.functional.cross_entropy(classifier(x.roll(shift, (2, 3))), labels[index].to(device))
 
-    loss = train(args, update, optimizer, generator, classifier=classifier)
+    settings = {"updates": args.steps, "lr": args.lr, "work": args.work}
+    loss = train(loss_of_batch, optimizer, generator, **settings, classifier=classifier)
     save_graph(classifier, args.out)
     held_out, classes = load_split(args.data, "test")
-    share = inception.load_graph(args.out, args.device).class_accuracy(held_out.permute(0, 2, 3, 1), classes)
+    share = inception.load_graph(args.out, device).class_accuracy(held_out.permute(0, 2, 3, 1), classes)
     print(f"final loss {loss}, accuracy on the test images {share:.2%}")
     print(f"wrote {args.out}")
 

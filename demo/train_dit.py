@@ -2,12 +2,15 @@
 
     python -m demo.train_dit            # writes demo/work/fashion_mnist/{config.json,dit.safetensors}
 
-Stopped at any time, the same command continues. `--export` writes the averaged weights as they are by now.
+If it is stopped, the same command continues. `--export` writes the averaged weights of the checkpoint.
 """
 
+from functools import partial
 from pathlib import Path
 
 from runtime import cli
+
+MODEL = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=192, depth=12, num_heads=6, num_classes=10)
 
 
 def parse_args(argv=None):
@@ -16,12 +19,9 @@ def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Train the DiT of the shipped Fashion-MNIST model.")
     add_arguments(parser, name="dit", steps=9200, batch_size=64)
     parser.add_argument("--ema", type=cli.fraction, default=0.999, help="decay of the averaged weights, per update")
-    parser.add_argument("--export", action="store_true", help="write the averaged weights of --work and stop")
+    parser.add_argument("--export", action="store_true", help="only write the averaged weights of --work")
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="model folder to write; holds vae/ already")
     return parser.parse_args(argv)
-
-
-MODEL = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=192, depth=12, num_heads=6, num_classes=10)
 
 
 def encode_all(vae, images, device):
@@ -32,16 +32,14 @@ def encode_all(vae, images, device):
     from demo.train_loop import normalise
 
     with torch.no_grad():
-        parts = [
-            vae.encode(normalise(part).to(device)).latent_dist
-            for part in tqdm(images.split(500), desc="encoding", disable=None)
-        ]
+        batches = tqdm(images.split(500), desc="encoding", disable=None)
+        parts = [vae.encode(normalise(batch).to(device)).latent_dist for batch in batches]
         scale = vae.config.scaling_factor
         return torch.cat([p.mean for p in parts]) * scale, torch.cat([p.std for p in parts]) * scale
 
 
 def export(weights, out):
-    """Writes the model folder's configuration and weights; float16 halves the file at a relative error of 5e-4."""
+    """Write the model folder's configuration and weights; float16 halves the file at a relative error of 5e-4."""
     import json
 
     import torch
@@ -50,16 +48,9 @@ def export(weights, out):
     from demo.fashion_mnist import CLASSES
     from runtime.files import atomic_write
 
-    config = {
-        "model": MODEL,
-        "image_size": 32,
-        "class_names": CLASSES,
-        "vae": "vae",
-        "cfg_scale": 2.0,
-        "horizontal_flip": False,
-    }
+    config = {"model": MODEL, "image_size": 32, "class_names": CLASSES, "vae": "vae", "cfg_scale": 2.0}
     with atomic_write(out / "config.json") as part:
-        part.write_text(json.dumps(config, indent=2) + "\n")
+        part.write_text(json.dumps(config | {"horizontal_flip": False}, indent=2) + "\n")
     with atomic_write(out / "dit.safetensors") as part:
         save_file({name: value.to("cpu", torch.float16).contiguous() for name, value in weights.items()}, part)
     print(f"wrote {out / 'dit.safetensors'}")
@@ -76,9 +67,9 @@ def main(args):
     from runtime.devices import pick_device
     from runtime.files import load_tensors
 
-    args.device = pick_device(args.device)
+    device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    model = DiT(**MODEL).to(args.device)
+    model = DiT(**MODEL).to(device)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     if args.export:
         ema.load_state_dict(load_tensors(args.work)["ema"])
@@ -86,32 +77,31 @@ def main(args):
 
     images, labels = load_split(args.data, "train")
     vae = AutoencoderKL.from_pretrained(args.out / "vae", local_files_only=True, use_safetensors=True)
-    vae = vae.to(args.device).eval()
-    mean, std = encode_all(vae, images, args.device)
+    mean, std = encode_all(vae.to(device).eval(), images, device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; latent std {mean.std():.3f}", flush=True)
     diffusion = create_diffusion()
     # Everything random is drawn on the CPU, so that the run is the same on every device.
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
-
     forward = torch.compile(model) if args.compile else model
 
-    def update():
+    def loss_of_batch():
         index = torch.randint(len(images), (args.batch_size,), generator=generator)
-        i = torch.randint(diffusion.steps, (args.batch_size,), generator=generator).to(args.device)
-        y = model.y_embedder.drop(labels[index], generator).to(args.device)
-        encoding, noise = (
-            torch.randn((len(index), *mean.shape[1:]), generator=generator).to(args.device) for _ in range(2)
-        )
-        index = index.to(args.device)
+        i = torch.randint(diffusion.steps, (args.batch_size,), generator=generator).to(device)
+        y = model.y_embedder.drop(labels[index], generator).to(device)
+        shape = len(index), *mean.shape[1:]
+        encoding, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+        index = index.to(device)
         x_start = mean[index] + std[index] * encoding
         x = diffusion.q_sample(x_start, i, noise)
-        with autocast(args.device):
+        with autocast(device):
             output = forward(x, i, y)
         mse, bits = diffusion.pretraining_loss(output.float(), x_start, x, i, noise)
         return (mse + bits).mean()
 
-    loss = train(args, update, optimizer, generator, lambda: ema.update_parameters(model), model=model, ema=ema)
+    settings = {"updates": args.steps, "lr": args.lr, "work": args.work}
+    settings["after"] = partial(ema.update_parameters, model)
+    loss = train(loss_of_batch, optimizer, generator, **settings, model=model, ema=ema)
     print(f"final loss {loss}")
     export(ema.module.state_dict(), args.out)
 

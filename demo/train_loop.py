@@ -1,4 +1,4 @@
-"""What the three training programs of the demo share: the images in memory, and a loop that can die at any time."""
+"""What the three training programs of the demo share: the images in memory, and a loop that resumes."""
 
 import signal
 import sys
@@ -13,25 +13,19 @@ from runtime.errors import UserError
 from runtime.files import atomic_write, load_tensors
 
 HERE = Path(__file__).resolve().parent
-MODEL_FOLDER = HERE / "work" / "fashion_mnist"  # not ckpt/: a trial does not replace what is shipped
+MODEL_FOLDER = HERE / "work" / "fashion_mnist"  # not ckpt/: a trial does not replace the shipped model
 
 
 def add_arguments(parser, name, steps, batch_size=128):
-    """The flags that the three programs have in common."""
+    """Add the flags that the three programs have in common."""
+    work = HERE / "work" / f"{name}.pt"
     parser.add_argument("--data", type=Path, default=HERE / "data", help="folder that demo/fashion_mnist.py wrote")
-    parser.add_argument(
-        "--steps", type=cli.positive, default=steps, help="updates in all, those of earlier starts included"
-    )
+    parser.add_argument("--steps", type=cli.positive, default=steps, help="updates in all, earlier launches included")
     parser.add_argument("--batch-size", type=cli.positive, default=batch_size, help="images an update")
     parser.add_argument("--lr", type=cli.finite, default=1e-3, help="peak learning rate")
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=HERE / "work" / f"{name}.pt",
-        help="checkpoint to continue from if it is there, and to write every minute",
-    )
+    parser.add_argument("--work", type=Path, default=work, help="checkpoint, resumed if present, written every minute")
     parser.add_argument("--compile", action="store_true", help="torch.compile; faster, needs a C++ compiler")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of weights and batches")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="seed of weights and batches")
     cli.add_device_argument(parser)
 
 
@@ -44,8 +38,8 @@ def load_split(data, split):
         raise UserError(f"no such folder: {data / split}; make it with `python -m demo.fashion_mnist`")
     folder = ImageFolder(str(data / split), transform=PILToTensor())
     loader = torch.utils.data.DataLoader(folder, batch_size=1000)
-    parts = list(tqdm(loader, desc=f"reading {split}", disable=None))
-    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+    images, labels = zip(*tqdm(loader, desc=f"reading {split}", disable=None))
+    return torch.cat(images), torch.cat(labels)
 
 
 def normalise(images):
@@ -53,9 +47,9 @@ def normalise(images):
     return images.float() / 127.5 - 1
 
 
-def learning_rate(step, steps, peak):
+def learning_rate(update, updates, peak):
     """Linear warm-up over 1 % of the updates, constant, linear to 0 over the last 30 %."""
-    return peak * min(1, (step + 1) / (0.01 * steps), (steps - step) / (0.3 * steps))
+    return peak * min(1, (update + 1) / (0.01 * updates), (updates - update) / (0.3 * updates))
 
 
 def autocast(device):
@@ -63,53 +57,49 @@ def autocast(device):
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def train(args, update, optimizer, generator, after=lambda: None, **state):
-    """Calls update() -> loss, a 0-d tensor, until args.steps, and `after` behind each step of the optimizer.
+def train(loss_of_batch, optimizer, generator, *, updates, lr, work, after=lambda: None, **state):
+    """Train until there were `updates` updates; returns the mean of the last 200 losses, None without an update.
 
-    Saves and resumes the optimizer and all of `state`, whatever has a state_dict.
-    The checkpoint holds the generator of the batches too, so a resumed run draws what an unbroken one would.
-    Ctrl-C and SIGTERM write a checkpoint first. Returns the mean of the last 200 losses, None if nothing ran.
+    loss_of_batch: draws a batch with `generator` and returns its loss, a 0-d tensor. after: called after each update.
+    Saves to and resumes from the file `work`: the optimizer, the generator, and `state`, objects with a state_dict.
+    A resumed run draws what an unbroken run would. Ctrl-C and SIGTERM write a checkpoint first.
     """
     state = {"optimizer": optimizer, **state}
-    step = 0
-    if args.work.exists():
-        saved = load_tensors(args.work)
+    done = 0
+    if work.exists():
+        saved = load_tensors(work)
         for name, item in state.items():
             item.load_state_dict(saved[name])
         generator.set_state(saved["generator"])
-        step = saved["step"]
-        print(f"continuing {args.work} at update {step}", flush=True)
+        done = saved["step"]
+        print(f"continuing {work} at update {done}", flush=True)
 
     def save():
-        with atomic_write(args.work) as part:
-            torch.save(
-                {name: item.state_dict() for name, item in state.items()}
-                | {"generator": generator.get_state(), "step": step},
-                part,
-            )
+        checkpoint = {name: item.state_dict() for name, item in state.items()}
+        with atomic_write(work) as part:
+            torch.save(checkpoint | {"generator": generator.get_state(), "step": done}, part)
 
     stop = []
     previous = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGTERM, signal.SIGINT)}
     losses, saved_at = [], time.monotonic()
-    bar = tqdm(total=args.steps, initial=step, mininterval=1, disable=None)
-    log = sys.stderr.isatty()
-    while step < args.steps and not stop:
+    bar = tqdm(total=updates, initial=done, mininterval=1, disable=None)
+    while done < updates and not stop:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        loss = update()
+            group["lr"] = learning_rate(done, updates, lr)
+        loss = loss_of_batch()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         after()
-        step += 1
+        done += 1
         bar.update()
         losses = losses[-199:] + [loss.detach()]
-        if step % 200 == 0:
+        if done % 200 == 0:
             mean = torch.stack(losses).mean().item()
             bar.set_postfix(loss=f"{mean:.4f}")
-            if not log:
-                print(f"update {step} loss {mean:.4f}", flush=True)
-        if time.monotonic() - saved_at > 60 or step == args.steps or stop:
+            if not sys.stderr.isatty():
+                print(f"update {done} loss {mean:.4f}", flush=True)
+        if time.monotonic() - saved_at > 60 or done == updates or stop:
             save()
             saved_at = time.monotonic()
     bar.close()

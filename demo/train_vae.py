@@ -2,7 +2,7 @@
 
     python -m demo.train_vae            # writes demo/work/fashion_mnist/vae; minutes on a laptop
 
-Stopped at any time, the same command continues.
+If it is stopped, the same command continues.
 """
 
 import tempfile
@@ -16,12 +16,7 @@ def parse_args(argv=None):
 
     parser = cli.ArgumentParser(description="Train the autoencoder of the shipped Fashion-MNIST model.")
     add_arguments(parser, name="vae", steps=4000, batch_size=32)
-    parser.add_argument(
-        "--kl",
-        type=cli.non_negative,
-        default=1e-4,
-        help="weight of the divergence from a unit normal, per latent value",
-    )
+    parser.add_argument("--kl", type=cli.non_negative, default=1e-4, help="weight of the KL term, per latent value")
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER / "vae", help="folder to write, as diffusers saves it")
     return parser.parse_args(argv)
 
@@ -33,7 +28,7 @@ def main(args):
     from demo.train_loop import autocast, load_split, normalise, train
     from runtime.devices import pick_device
 
-    args.device = pick_device(args.device)
+    device = pick_device(args.device)
     images, _ = load_split(args.data, "train")
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -45,12 +40,12 @@ def main(args):
         latent_channels=4,
         norm_num_groups=8,
         sample_size=32,
-    ).to(args.device)
+    ).to(device)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0)
 
     def objective(x, noise):
-        with autocast(args.device):
+        with autocast(device):
             posterior = vae.encode(x).latent_dist
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         error = decoded.float() - x
@@ -60,15 +55,15 @@ def main(args):
     if args.compile:
         objective = torch.compile(objective)
 
-    def update():
+    def loss_of_batch():
         index = torch.randint(len(images), (args.batch_size,), generator=generator)
         noise = torch.randn((args.batch_size, 4, 8, 8), generator=generator)
-        return objective(normalise(images[index]).to(args.device), noise.to(args.device))
+        return objective(normalise(images[index]).to(device), noise.to(device))
 
-    loss = train(args, update, optimizer, generator, vae=vae)
+    loss = train(loss_of_batch, optimizer, generator, updates=args.steps, lr=args.lr, work=args.work, vae=vae)
     vae.eval()
     held_out, _ = load_split(args.data, "test")
-    x = normalise(held_out[:2000]).to(args.device)
+    x = normalise(held_out[:2000]).to(device)
     with torch.no_grad():
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(250)])
         decoded = torch.cat([vae.decode(part).sample for part in latents.split(250)])
