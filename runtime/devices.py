@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.memory import peak_resident
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ def pick_device(name: str, processes: "Processes | None" = None, cuda_graphs: bo
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; pass --device cpu"
-        ) from error
+        raise UserError(f"device {name!r} cannot be used here: {first_line(error)}; pass --device cpu") from error
     if cuda_graphs and device.type != "cuda":
         raise UserError(f"--cuda-graphs needs a CUDA device and this is {device}: leave it out")
     return device

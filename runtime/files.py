@@ -8,7 +8,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.memory import out_of_memory
 
 
@@ -110,8 +110,8 @@ def load_tensors(path, allow=()):
             raise UserError(f"cannot read {path}: {error.strerror}; make it readable, or name another") from error
         if out_of_memory(error):
             raise UserError(f"{path} needs more memory than there is: it is damaged, or too large") from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}): it is cut off or no checkpoint; fetch it again") from error
+        reason = f"{path} cannot be read ({first_line(error)})"
+        raise UserError(f"{reason}: it is cut off or no checkpoint; fetch it again") from error
 
 
 def _check_tensors(loaded, size):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.files import atomic_write
 
 
@@ -22,7 +22,7 @@ def load_image(path):
                 image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
             return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of these
-        raise ValueError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise ValueError(f"{path}: {first_line(error)}") from error
 
 
 def psnr(a: Tensor, b: Tensor, peak: float) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from runtime.errors import UserError, explain
+from runtime.errors import UserError, explain, first_line
 from runtime.memory import out_of_memory
 
 
@@ -60,10 +60,8 @@ class Processes:
         except RuntimeError as error:  # errors of torch.distributed are RuntimeErrors too
             if out_of_memory(error):
                 raise
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"process {self.rank} lost the others ({reason}): one of them has ended, or cannot be reached"
-            ) from error
+            lost = f"process {self.rank} lost the others ({first_line(error)})"
+            raise UserError(f"{lost}: one of them has ended, or cannot be reached") from error
 
     def _meet(self, store):
         """Wait for all ranks of this start; return the part of `store` that belongs to it.

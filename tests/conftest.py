@@ -1,4 +1,4 @@
-"""Fixtures: the reference arrays, small models with every weight random, and the programs run as a user runs them."""
+"""Helpers of all tests: reference arrays, small models with random weights, and ways to run the programs."""
 
 import importlib
 import json
@@ -23,9 +23,13 @@ from runtime import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
+SIZES = dict(input_size=4, patch_size=2, hidden_size=24, depth=3, num_heads=2, num_classes=5)
 
-# A background job of a shell ignores SIGINT, and so would the programs started here: nothing could interrupt them.
+# A background job of a shell ignores SIGINT, and the programs started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Models and images
 
 
 class Reference:
@@ -56,17 +60,16 @@ def reference():
 
 
 def random_dit(seed=0, **config):
-    """A small DiT whose every parameter is random: a fresh one outputs 0, and would prove nothing about caching."""
+    """A small DiT with every parameter random: a new DiT outputs 0, which would prove nothing about caching."""
     torch.manual_seed(seed)
-    sizes = dict(input_size=4, patch_size=2, hidden_size=24, depth=3, num_heads=2, num_classes=5)
-    dit = DiT(**(sizes | config)).eval().requires_grad_(False)
+    dit = DiT(**(SIZES | config)).eval().requires_grad_(False)
     for parameter in dit.parameters():
         parameter.normal_(std=0.2)
     return dit
 
 
 def random_vae(stages=2, channels=4, width=8):
-    """A small VAE with random weights: 2 ** (stages-1) pixels a side of a latent cell of so many channels."""
+    """A small VAE with random weights: 2 ** (stages - 1) pixels per side of a latent cell with `channels` values."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -87,13 +90,12 @@ def dit():
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """A model folder as ckpt/fashion_mnist is one, with random weights and routers for 4 and 5 steps."""
+    """A model folder like ckpt/fashion_mnist, with random weights and routers for 4 and 5 steps."""
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     folder.mkdir()
-    sizes = dict(input_size=4, patch_size=2, hidden_size=24, depth=3, num_heads=2, num_classes=5)
-    config = {"model": sizes, "image_size": 8, "class_names": list("abcde"), "vae": "vae", "cfg_scale": 2.0}
+    config = {"model": SIZES, "image_size": 8, "class_names": list("abcde"), "vae": "vae", "cfg_scale": 2.0}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(random_dit().state_dict(), folder / "dit.safetensors")
     random_vae().save_pretrained(folder / "vae")
@@ -106,93 +108,82 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """16 random PNGs of 8x8 pixels in five class folders."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
-    for k in range(16):
-        path = folder / f"class{k % 5}" / f"{k}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    write_pngs(folder, [random.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(16)])
     return folder
 
 
 def plain_images(folder, count):
-    """`count` PNGs of 8x8 pixels, each of one grey, in five class folders of `folder`."""
+    """Write `count` PNGs of 8x8 pixels, each of one grey, into five class folders of `folder`."""
+    write_pngs(folder, [np.full((8, 8, 3), k, dtype=np.uint8) for k in range(count)])
+
+
+def write_pngs(folder, images):
     from PIL import Image
 
-    for k in range(count):
+    for k, image in enumerate(images):
         path = folder / f"class{k % 5}" / f"{k:03d}.png"
         path.parent.mkdir(exist_ok=True, parents=True)
-        Image.new("RGB", (8, 8), (k, k, k)).save(path)
+        Image.fromarray(image).save(path)
 
 
-# Of a program that a test starts.
+# Programs: `program` is the path of a script from the root of the repository, e.g. sample.py or benchmarks/latency.py.
+
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-# The libraries of the programs take most of a start. Processes of `start` are forked from one that has them.
+# Importing libraries is most of the time of a program. Forks of this server process have them already.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "timm",
-        "torchvision.datasets",
-        "diffusers.models.autoencoders.autoencoder_kl",
-        "matplotlib.figure",
-    ]
-)
+AUTOENCODER = "diffusers.models.autoencoders.autoencoder_kl"
+FORKS.set_forkserver_preload(["torch._dynamo", "timm", "torchvision.datasets", AUTOENCODER, "matplotlib.figure"])
+
+
+def module_of(program):
+    return program.removesuffix(".py").replace("/", ".")
 
 
 def torchrun(processes):
-    """The flags of torchrun for some processes on this machine."""
+    """Flags of torchrun for this machine alone."""
     return ["--standalone", "--nnodes=1", f"--nproc_per_node={processes}"]
 
 
+def command_of(program, flags, launcher=None):
+    """Command line and environment of a program as a user starts it: a script in a folder runs as a module."""
+    in_folder = "/" in program
+    torch_run = ["-m", "torch.distributed.run", *launcher] if launcher else []
+    target = ["-m", module_of(program)] if in_folder else [ROOT / program]
+    path = {"PYTHONPATH": str(ROOT)} if in_folder else {}  # the user is in ROOT, the tests are not
+    return list(map(str, [sys.executable, *torch_run, *target, *flags])), os.environ | ENVIRONMENT | path
+
+
 def run(program, *flags, cwd, processes=None, **environment):
-    """Runs a program of the repository from `cwd` as a user does, under torchrun where `processes` are given."""
-    start = [sys.executable, *(["-m", "torch.distributed.run", *torchrun(processes)] if processes else [])]
-    return subprocess.run(
-        list(map(str, [*start, ROOT / program, *flags])),
-        cwd=cwd,
-        env=os.environ | ENVIRONMENT | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """Run a program as a user does, to its end, under torchrun if `processes` are given."""
+    command, env = command_of(program, flags, processes and torchrun(processes))
+    return subprocess.run(command, cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=600)
 
 
 def start(program, *flags, cwd, launcher=None, **environment):
-    """A program at work: its process has the methods of `subprocess.Popen`, and a session of its own.
+    """Start a program in a session of its own; returns a process with the methods of `subprocess.Popen`.
 
-    launcher: flags of torchrun; without them it is forked with its libraries imported, which saves seconds.
+    launcher: flags of torchrun; without them the program is forked with its libraries imported, which saves seconds.
     """
-    environment = os.environ | ENVIRONMENT | environment
     if launcher is None:
-        return Forked(program, list(map(str, flags)), cwd, environment)
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, ROOT / program, *flags]
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+        return Forked(program, list(map(str, flags)), cwd, os.environ | ENVIRONMENT | environment)
+    command, env = command_of(program, flags, launcher)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=cwd, env=env | environment, start_new_session=True, **pipes)
 
 
 class Forked:
-    """A program forked from a process with all libraries; what tests use of `subprocess.Popen`."""
+    """A program forked from a process with all libraries, with those methods of `subprocess.Popen` that tests use."""
 
     def __init__(self, program, flags, cwd, environment):
         self.output = [tempfile.NamedTemporaryFile("r") for _ in range(2)]
-        command = [str(ROOT / program), *flags]
         paths = [file.name for file in self.output]
-        self.process = FORKS.Process(target=run_forked, args=(command, str(cwd), environment, paths))
+        self.process = FORKS.Process(target=run_forked, args=(program, flags, str(cwd), environment, paths))
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in ENVIRONMENT.items():  # which libraries read when they are imported
+            for name, value in ENVIRONMENT.items():  # libraries read it when the server imports them
                 patch.setenv(name, value)
             self.process.start()
-        self.pid = self.process.pid
+        self.pid, self.kill = self.process.pid, self.process.kill
 
     def __enter__(self):
         return self
@@ -205,14 +196,11 @@ class Forked:
 
     returncode = property(poll)
 
-    def kill(self):
-        self.process.kill()
-
     def send_signal(self, number):
         os.kill(self.pid, number)
 
     def communicate(self, timeout=None):
-        """Waits for its end; returns standard output and standard error."""
+        """Wait for the end; return standard output and standard error."""
         self.process.join(timeout)
         if self.returncode is None:
             self.kill()
@@ -220,18 +208,18 @@ class Forked:
         return tuple(file.read() for file in self.output)
 
 
-def run_forked(command, cwd, environment, output):
-    """In the forked process: what Python does with a program."""
+def run_forked(program, flags, cwd, environment, output):
+    """Run a program in the forked process as Python does."""
     os.setsid()
-    multiprocessing.set_start_method(None, force=True)  # as in any process, for those that load data
+    multiprocessing.set_start_method(None, force=True)  # as in any process: programs load data in processes
     for number, path in enumerate(output, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = command
-    sys.path.insert(0, str(Path(command[0]).parent))
-    runpy.run_path(command[0], run_name="__main__")
+    sys.path.insert(0, str(ROOT))
+    sys.argv = [str(ROOT / program), *flags]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def free_port():
@@ -241,21 +229,21 @@ def free_port():
 
 
 def start_ranks(program, *commands, cwd):
-    """Processes that know of each other, and no torchrun that would look after them; commands: the flags of each."""
+    """Start the ranks of one job without torchrun, which would end them if one fails; commands: the flags of each."""
     job = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [start(program, *flags, cwd=cwd, RANK=str(rank), **job) for rank, flags in enumerate(commands)]
 
 
 def fork(program, *flags, cwd, processes=1):
-    """As `run`, forked, without torchrun: for tests of what a program makes, not of how it is started."""
+    """Like `run`, but forked and without torchrun: for tests of results, not of how a program starts."""
     started = start_ranks(program, *[flags] * processes, cwd=cwd)
-    out, err = map("".join, zip(*(process.communicate(300) for process in started)))
+    out, err = map("".join, zip(*(process.communicate(600) for process in started)))
     return subprocess.CompletedProcess(flags, max(abs(process.returncode) for process in started), out, err)
 
 
 def call(program, *flags, capfd):
-    """A program's own entry point in this process: for the many refusals, which would spend seconds on imports each."""
-    module = importlib.import_module(program.removesuffix(".py"))
+    """Run a program in this process: for the many refusals, each of which would spend seconds on imports."""
+    module = importlib.import_module(module_of(program))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [program])
         capfd.readouterr()
@@ -264,7 +252,7 @@ def call(program, *flags, capfd):
             cli.run(module.main, module.parse_args([str(flag) for flag in flags]))
         except SystemExit as stop:
             code = stop.code
-            if isinstance(code, str):  # sys.exit prints a text on its way out
+            if isinstance(code, str):  # Python prints a text given to sys.exit
                 print(code, file=sys.stderr)
                 code = 1
         out, err = capfd.readouterr()
@@ -272,7 +260,7 @@ def call(program, *flags, capfd):
 
 
 def assert_refused(result, *words):
-    """Exit code 1 or 2, one line on standard error that holds `words`, no traceback."""
+    """Exit code 1 or 2, and one line on standard error, which holds `words`."""
     assert result.returncode in (1, 2), result
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr

@@ -1,26 +1,29 @@
-"""The command lines of the five programs, side by side: a flag means the same in each, in one place of the code."""
+"""Command lines of the five programs: a flag that several have means the same in each."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from runtime import cli
-from runtime.cli import ArgumentParser
 
 PROGRAMS = ("sample", "sample_ddp", "train_router", "evaluator", "download")
-# What differs by intent: the published defaults, and what a flag is about in each program.
-OWN = {
-    ("--vae", "default"),  # pictures are decoded by one published VAE, evaluations by the other
+# Intended differences: published defaults, and the purpose of a flag in a program.
+INTENDED = {
+    ("--vae", "default"),  # published: one VAE for pictures, the other for evaluation
     ("--num-sampling-steps", "default"),
     ("--num-sampling-steps", "help"),
-    ("--num-sampling-steps", "type"),  # a router's steps come in pairs
-    ("--cfg-scale", "help"),  # which names the published guidance of the program
+    ("--num-sampling-steps", "type"),  # steps of a router come in pairs
+    ("--cfg-scale", "help"),  # it names the published guidance of the program
     ("--global-seed", "help"),
-    ("--record", "help"),  # with sample.py it belongs to --compare
-    ("--dtype", "default"),  # a training says in which precision it was, also on a CPU
+    ("--record", "help"),  # sample.py needs --compare with it
+    ("--dtype", "default"),  # training records its precision on a CPU too
     ("--dtype", "help"),
-    ("--dtype", "choices"),  # and fp16 would need its loss scaled
+    ("--dtype", "choices"),  # fp16 would need a scaled loss
 }
 
 
@@ -33,7 +36,7 @@ def parser_of(monkeypatch):
     def catch(parser, *_):
         raise Caught(parser)
 
-    monkeypatch.setattr(ArgumentParser, "parse_known_args", catch)
+    monkeypatch.setattr(cli.ArgumentParser, "parse_known_args", catch)
 
     def parser_of(program):
         with pytest.raises(Caught) as caught:
@@ -52,18 +55,18 @@ def test_a_flag_of_several_programs_means_the_same_in_each(parser_of):
     for flag, actions in flags.items():
         for field in ("default", "help", "type", "choices", "metavar", "nargs"):
             values = {str(getattr(action, field)) for action in actions.values()}
-            assert len(values) == 1 or (flag, field) in OWN, f"{flag}: its {field} differs: {values}"
+            assert len(values) == 1 or (flag, field) in INTENDED, f"{flag}: its {field} differs: {values}"
             compared += len(actions) > 1
     assert compared > 50
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_help_tells_every_flag_and_shows_command_lines_that_parse(parser_of, program, monkeypatch):
+def test_help_explains_every_flag_and_shows_commands_that_parse(parser_of, program, monkeypatch):
     parser = parser_of(program)
     assert all(action.help for action in parser._actions)
     monkeypatch.undo()
     lines = re.sub(r"\\\n +", "", parser.format_help()).splitlines()
-    # What stands after a # or several spaces explains the command.
+    # Text after a # or several spaces explains the command.
     commands = [
         re.split("#|   ", line.strip())[0].split() for line in lines if re.match(rf" .*\b{program}\.py\b", line)
     ]
@@ -72,8 +75,35 @@ def test_help_tells_every_flag_and_shows_command_lines_that_parse(parser_of, pro
         importlib.import_module(program).parse_args(words[words.index(f"{program}.py") + 1 :])
 
 
-def test_a_default_of_zero_is_told_and_one_of_false_is_not():
+def test_help_shows_a_default_of_zero_and_not_one_of_false():
     parser = cli.ArgumentParser()
     parser.add_argument("--seed", default=0, help="of the noise")
     parser.add_argument("--list", action="store_true", help="only show")
     assert "of the noise (default: 0)" in parser.format_help() and "only show\n" in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    "environment, spins",
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_openmp_spins_little_unless_the_user_chose_otherwise(environment, spins, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\nfrom runtime import cli\ncli.run(lambda _: print(os.getenv('GOMP_SPINCOUNT')), None)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, script],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.strip() == spins, result.stderr
+
+
+def test_without_torchrun_a_rank_other_than_0_refuses_at_once_and_silently(monkeypatch, capsys):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            cli.ArgumentParser(prog="program").error("refused")
+        assert stop.value.code == 2 and capsys.readouterr().err.count("program: error: refused") == lines

@@ -1,4 +1,4 @@
-"""devices.py: what it refuses. How it computes is tested where it is used (test_sampling.py, test_latency.py)."""
+"""devices.py: refusals. test_sampling.py and benchmarks/test_latency.py test how it computes."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from runtime import devices
 from runtime.errors import UserError
 
 
-def test_an_absent_device_is_refused():
+def test_a_missing_device_is_refused():
     for name in ("cuda:63", "tpu", "meta", "meta:"):
         with pytest.raises(UserError, match="--device cpu"):
             devices.pick_device(name)
