@@ -12,13 +12,14 @@ sampling loop, medians over the rounds.
 
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from subprocess import Popen
 
-from benchmarks.common import ROOT, add_record_and_table_arguments, markdown, run_benchmark, run_command
+from benchmarks.common import ROOT, add_record_and_table_arguments, in_turn, markdown, run_benchmark, run_command
 from runtime import cli
 
 MODEL = ROOT / "ckpt" / "fashion_mnist"
@@ -36,7 +37,7 @@ def parse_args(argv=None):
 @contextmanager
 def busy_loops(count):
     """Keep `count` cores busy in this block."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    loops = [Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
     finally:
@@ -45,24 +46,20 @@ def busy_loops(count):
             loop.wait()
 
 
-def sampling_seconds(spin_count):
-    """Seconds of the sampling loop of sample.py, after its warm-up."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "sample.py", "--ckpt", MODEL, "--num-sampling-steps", 20, "--ddim-sample"]
-        command += ["--class-labels", *range(10), "--device", "cpu", "--repeats", 1, "--out", Path(folder) / "out.png"]
-        out = run_command(*command, GOMP_SPINCOUNT=str(spin_count))
+def sampling_seconds(spin_count, count):
+    """Seconds of the sampling loop of sample.py, after its warm-up, beside `count` busy loops."""
+    command = [sys.executable, ROOT / "sample.py", "--ckpt", MODEL, "--num-sampling-steps", 20, "--ddim-sample"]
+    command += ["--class-labels", *range(10), "--device", "cpu", "--repeats", 1]
+    with tempfile.TemporaryDirectory() as folder, busy_loops(count):
+        out = run_command(*command, "--out", Path(folder) / "out.png", GOMP_SPINCOUNT=str(spin_count))
     return float(re.search(r"^Sampling time: ([\d.]+)", out, re.M)[1])
 
 
 def measure(args):
     """{"seconds": {spin count: {busy loops: [seconds of each round]}}}"""
-    seconds = {spin_count: {count: [] for count in BUSY_LOOPS} for spin_count in SPIN_COUNTS}
-    for _ in range(args.repeats):
-        for count in BUSY_LOOPS:
-            for spin_count in SPIN_COUNTS:
-                with busy_loops(count):
-                    seconds[spin_count][count].append(sampling_seconds(spin_count))
-    return {"seconds": seconds}
+    cells = [(spin_count, count) for count in BUSY_LOOPS for spin_count in SPIN_COUNTS]
+    seconds = in_turn({cell: partial(sampling_seconds, *cell) for cell in cells}, args.repeats)
+    return {"seconds": {spin: {count: seconds[spin, count] for count in BUSY_LOOPS} for spin in SPIN_COUNTS}}
 
 
 def table(records):

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from runtime import cli
@@ -84,19 +85,23 @@ def timed(function, *args, device=None):
     return function(*args), now() - start
 
 
-def time_in_turn(functions, repeats, device=None):
-    """Seconds of each of `functions`, {name: [...]}: `repeats` rounds of all, after one round that warms up.
+def in_turn(functions, repeats):
+    """Results of each of `functions`, {name: [...]}, from `repeats` rounds of all.
 
     All run in turn, so that a machine that slows down slows all of them.
     """
     from tqdm import tqdm
 
-    seconds = {name: [] for name in functions}
-    for repeat, name in tqdm([(k, name) for k in range(repeats + 1) for name in functions], disable=None):
-        elapsed = timed(functions[name], device=device)[1]
-        if repeat:
-            seconds[name].append(elapsed)
-    return seconds
+    results = {name: [] for name in functions}
+    for name in tqdm(list(functions) * repeats, disable=None):
+        results[name].append(functions[name]())
+    return results
+
+
+def time_in_turn(functions, repeats, device=None):
+    """Seconds of each of `functions`, {name: [...]}: `repeats` rounds of all in turn, after a warm-up round."""
+    timings = {name: partial(timed, function, device=device) for name, function in functions.items()}
+    return {name: [seconds for _, seconds in some[1:]] for name, some in in_turn(timings, repeats + 1).items()}
 
 
 def median_ratio(numerators, denominators):
@@ -135,6 +140,12 @@ def run_command(*command, cwd=ROOT, **environment):
     return "".join(lines)
 
 
+def _only_sigterm_interrupts():
+    """Leave it to the first process to end this one: Ctrl-C reaches all processes of a terminal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def run_alone(function, *args):
     """Result of function(*args) in a fresh process, which has ended when this returns or raises.
 
@@ -144,9 +155,7 @@ def run_alone(function, *args):
 
     from runtime.errors import UserError
 
-    # Ctrl-C reaches all processes of a terminal: it is left to this one to end the other.
-    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **ignore) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _only_sigterm_interrupts) as pool:
         try:
             return pool.submit(function, *args).result()
         except BrokenProcessPool:

@@ -12,9 +12,18 @@ GPU's memory. The features of the backends must agree to 1e-5.
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
-from benchmarks.common import add_record_and_table_arguments, markdown, median_ratio, run_alone, run_benchmark, timed
+from benchmarks.common import (
+    add_record_and_table_arguments,
+    in_turn,
+    markdown,
+    median_ratio,
+    run_alone,
+    run_benchmark,
+    timed,
+)
 from runtime import cli
 from runtime.memory import peak_resident
 
@@ -85,16 +94,13 @@ def largest_distance(features):
 
 def measure(args):
     """Figures of all backends and rounds. Raises RuntimeError if the features do not agree."""
-    measured, features = {backend: [] for backend in args.backends}, {}
     with tempfile.TemporaryDirectory() as folder:
         path = args.graph or run_alone(write_graph, Path(folder) / "random.pb")
-        for _ in range(args.repeats):
-            for backend, rounds in measured.items():
-                figures, features[backend] = run_alone(measure_backend, backend, path, args)
-                rounds.append(figures)
-                rate = args.batches * args.batch_size / figures["seconds"]
-                print(f"{BACKENDS[backend]}: {rate:.2f} images/s", file=sys.stderr, flush=True)
-    return {"distance": largest_distance(features), "measurements": measured}
+        runs = {backend: partial(run_alone, measure_backend, backend, path, args) for backend in args.backends}
+        results = in_turn(runs, args.repeats)
+    measured = {backend: [figures for figures, _ in rounds] for backend, rounds in results.items()}
+    distance = largest_distance({backend: rounds[-1][1] for backend, rounds in results.items()})
+    return {"distance": distance, "measurements": measured}
 
 
 def table(records):

@@ -13,11 +13,13 @@ import json
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from benchmarks.common import (
     ROOT,
     add_record_and_table_arguments,
+    in_turn,
     markdown,
     median_ratio,
     run_benchmark,
@@ -48,7 +50,7 @@ def run(args, processes):
         command += ["--path", MODEL / "DDIM20_router.pt", "--thres", 0.1, "--num-fid-samples", args.images]
         command += ["--per-proc-batch-size", args.per_proc_batch_size, "--device", "cpu", "--sample-dir", folder]
         command += ["--record", record]
-        seconds = timed(lambda: run_command(*command, OMP_NUM_THREADS="1"))[1]
+        seconds = timed(partial(run_command, *command, OMP_NUM_THREADS="1"))[1]
         return json.loads(record.read_text()) | {"command_seconds": seconds}
 
 
@@ -75,10 +77,7 @@ def figures(runs):
 def measure(args):
     import torch
 
-    runs = {1: [], 2: []}
-    for _ in range(args.repeats):
-        for processes, some in runs.items():  # in turn, so that a machine that slows down slows both
-            some.append(run(args, processes))
+    runs = in_turn({processes: partial(run, args, processes) for processes in (1, 2)}, args.repeats)
     torch.set_num_threads(1)  # which the record states
     return figures(runs)
 
