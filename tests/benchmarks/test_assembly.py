@@ -41,6 +41,7 @@ def test_a_record_holds_what_was_measured(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_original_holds_all_images_twice_and_ours_a_few(tmp_path):
     # 9,000 images of 64 pixels are 111 MB.
     flags = ["--images", 1, "--original-images", 9000, "--image-size", 64, "--shard", 500, "--record", "r.json"]

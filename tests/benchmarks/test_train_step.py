@@ -1,17 +1,16 @@
-"""The benchmark of router training: its original variant computes what ours does, and its table reads its records."""
+"""The benchmark of router training: its original variant computes what ours does, and its record holds all variants."""
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, call, random_dit
+from conftest import assert_refused, call, random_dit
 
-from benchmarks import common, train_step
+from benchmarks import train_step
+from benchmarks.original import original_loss
 from diffusion import create_diffusion
+from pretrained import loading
 from router import Router, router_loss
 
 
@@ -31,27 +30,27 @@ def test_the_original_has_our_loss_and_router_gradient_and_leaves_gradients_in_t
     ours, theirs = random_dit(), random_dit().requires_grad_(True)
     theirs.pos_embed.requires_grad_(False)
     losses, gradient, none = loss_and_gradients(router_loss, ours)
-    losses_again, gradient_again, left = loss_and_gradients(train_step.original_loss, theirs)
+    losses_again, gradient_again, left = loss_and_gradients(original_loss, theirs)
     assert (losses > 0).all() and gradient.abs().min() > 0
     torch.testing.assert_close(losses_again, losses, rtol=1e-5, atol=0)
     assert (gradient_again - gradient).norm() < 1e-5 * gradient.norm()
     assert all(value is None for value in none.values())
     assert {name for name, value in left.items() if value is None} == {"pos_embed"}
-    # The last bias moves teacher and student alike.
-    flat = {name for name, value in left.items() if value is not None and not value.any()}
-    assert flat <= {"final_layer.linear.bias"}
 
 
-def test_an_update_moves_the_drawn_row_alone_and_the_variants_move_it_alike(monkeypatch):
-    from pretrained import loading
-
+@pytest.fixture
+def make_updates(monkeypatch):
+    """A function of names: their `Updates` of a small model."""
     monkeypatch.setattr(loading, "load_dit", lambda spec, device, random_seed: random_dit(random_seed))
-    args = train_step.parse_args(["--batch-size", "2", "--num-sampling-steps", "6"])
+    return lambda names: train_step.Updates(None, 2, 6, torch.device("cpu"), names)
+
+
+def test_an_update_moves_the_drawn_row_alone_and_the_variants_move_it_alike(make_updates):
     names = ["original", "ours", "bf16", "checkpointing"]
-    updates = train_step.Updates(args, torch.device("cpu"), names)
+    updates = make_updates(names)
     before = copy.deepcopy(updates.routers["ours"].state())
-    for _ in range(2):
-        assert all(updates.run(name) > 0 for name in names)
+    for name in 2 * names:
+        updates.run(name)
     shared = {id(p) for p in updates.models["ours"].parameters()}
     for name, router in updates.routers.items():
         own = name == "bf16"
@@ -63,13 +62,9 @@ def test_an_update_moves_the_drawn_row_alone_and_the_variants_move_it_alike(monk
     assert grads and all(p.grad is None for p in updates.models["bf16"].parameters())
 
 
-def test_gradients_of_the_original_add_up_over_its_updates(monkeypatch):
-    from pretrained import loading
-
-    monkeypatch.setattr(loading, "load_dit", lambda spec, device, random_seed: random_dit(random_seed))
+def test_gradients_of_the_original_add_up_over_its_updates(make_updates, monkeypatch):
     monkeypatch.setattr(train_step, "LR", 0.0)  # so that every update has the same gradient
-    args = train_step.parse_args(["--batch-size", "2", "--num-sampling-steps", "6"])
-    updates = train_step.Updates(args, torch.device("cpu"), ["original"])
+    updates = make_updates(["original"])
     weight = updates.models["original"].blocks[0].mlp.fc1.weight
     updates.run("original")
     once = weight.grad.clone()
@@ -77,35 +72,23 @@ def test_gradients_of_the_original_add_up_over_its_updates(monkeypatch):
     torch.testing.assert_close(weight.grad, 2 * once)
 
 
-def test_a_record_holds_what_was_measured_and_the_table_reads_it(tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_record_holds_what_was_measured(tmp_path, monkeypatch, capfd):
+    for name in ("bf16", "checkpointing"):  # the memory of each variant takes a process of seconds
+        monkeypatch.delitem(train_step.VARIANTS, name)
     record = tmp_path / "train-s8.json"
-    # In a process of its own, whose children start small; two of the variants, since each child takes seconds.
-    program = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import train_step as program; "
-    program += "del program.VARIANTS['bf16'], program.VARIANTS['checkpointing']; program.main(program.parse_args())"
-    flags = ["--model", "DiT-S/8", "--batch-size", "2", "--repeats", "2", "--device", "cpu", "--record", str(record)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", program, *flags], env=env, capture_output=True, text=True, timeout=300
-    )
+    flags = ["--model", "DiT-S/8", "--batch-size", 2, "--repeats", 2, "--device", "cpu", "--record", record]
+    result = call("benchmarks/train_step.py", *flags, capfd=capfd)
     assert result.returncode == 0, result.stderr
-    saved = json.loads(record.read_text())
-    names = ["original", "ours"]
+    saved, names = json.loads(record.read_text()), ["original", "ours"]
     assert list(saved["seconds"]) == names and all(len(times) == 2 for times in saved["seconds"].values())
     assert {saved[ratio]["original"] for ratio in ("time_ratio", "peak_ratio", "above_base_ratio")} == {1.0}
     assert all(0 < memory["base"] < memory["peak"] for memory in saved["memory_bytes"].values())
     # The gradients of 33 million parameters alone are more than the rest at this batch.
     assert saved["above_base_ratio"]["ours"] < 0.9
     assert saved["device"] and saved["torch"] == torch.__version__ and saved["flags"]["model"] == "DiT-S/8"
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    train_step.main(train_step.parse_args(["--table"]))
-    printed = capsys.readouterr().out
-    assert printed.strip() == "\n".join(line for line in result.stdout.splitlines() if line.startswith("|"))
-    assert len(printed.splitlines()) == 2 + len(names)
+    assert [line.split(" | ")[1] for line in result.stdout.splitlines()[2:4]] == list(train_step.VARIANTS.values())[:2]
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [(["--model", "DiT-M/2"], "unknown model"), (["--record", "r.txt"], ".json"), (["--repeats", 0], "0")],
-)
-def test_what_cannot_be_measured_is_refused(flags, words, capfd):
-    assert_refused(call("train_step.py", *flags, capfd=capfd), words)
+def test_an_unknown_model_is_refused(capfd):
+    assert_refused(call("benchmarks/train_step.py", "--model", "DiT-M/2", capfd=capfd), "unknown model")
