@@ -80,13 +80,7 @@ def add_device_argument(parser):
 
 def add_record_argument(parser, only="", also=()):
     """Add --record for measured figures; only: text about when the flag applies; also: more names of the flag."""
-    parser.add_argument(
-        "--record",
-        *also,
-        metavar="JSON",
-        type=json_file,
-        help=f"{only}file for the figures and the circumstances they were measured in",
-    )
+    parser.add_argument("--record", *also, metavar="JSON", type=json_file, help=f"{only}file for the measured figures")
 
 
 def add_model_arguments(parser, vae):
@@ -155,9 +149,8 @@ def add_precision_arguments(parser, choices, default=None):
 def add_speed_arguments(parser):
     """Add the flags that change how fast sampling is, and the last digits of its results; return their group."""
     group = add_precision_arguments(parser, ["fp32", "tf32", "bf16", "fp16"])
-    group.add_argument(
-        "--cuda-graphs", action="store_true", help="capture the trajectory of a batch once and replay it; needs a GPU"
-    )
+    graphs = "capture the trajectory of a batch once and replay it; needs a GPU"
+    group.add_argument("--cuda-graphs", action="store_true", help=graphs)
     return group
 
 

@@ -34,9 +34,9 @@ def set_precision(module: nn.Module, dtype: str) -> Any:
 
 
 def speed_up_vae(vae: Any, device: torch.device, dtype: str) -> Any:
-    """Convert a VAE to what decodes fastest with at most one grey level of difference; dtype: of the DiT.
+    """Convert a VAE on a GPU to channels last, and to fp16 if `dtype`, the precision of the DiT, is fp16.
 
-    On a GPU: channels last, and fp16 if the DiT has it; bf16 would differ by more (docs/performance.md).
+    This decodes fastest with at most one grey level of difference; bf16 would differ by more (docs/performance.md).
     """
     if device.type != "cuda":
         return vae
