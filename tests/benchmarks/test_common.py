@@ -16,7 +16,7 @@ from runtime.files import check_writable
 
 SHOWN = ["train_step", "assembly", "scaling", "extraction", "metrics_speed", "tutorial", "busy"]
 NAMES = [*SHOWN, "latency", "precision", "table"]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
 
 
 def test_a_function_runs_in_another_process_and_its_errors_come_back(tmp_path, capfd):
@@ -62,10 +62,10 @@ def tables_of(name, capfd):
 @pytest.mark.parametrize("name", ["records", "latency", "precision", *SHOWN])
 def test_the_tables_of_the_committed_records_are_those_of_the_documents(name, capfd):
     tables = tables_of(name, capfd)
-    shown = "".join(path.read_text() for path in (ROOT / "README.md", ROOT / "benchmarks/README.md", *DOCS))
+    shown = "".join(path.read_text() for path in DOCUMENTS)
     for table in tables:
         assert len({line.count(" | ") for line in table.splitlines()}) == 1
-        assert name not in SHOWN or table.strip() in shown
+        assert name in ("latency", "precision") or table.strip() in shown
     assert tables or name == "busy"
 
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, call, run
+from conftest import run
 
 from benchmarks import extraction
 from benchmarks.inception_graph import inception_v3, needs_tensorflow
@@ -35,15 +35,6 @@ def test_a_record_holds_what_was_measured(graph, tmp_path):
     assert saved["measurements"]["torch"][0]["version"] == saved["torch"] == torch.__version__
     assert 0 < saved["distance"] < 1e-5
     assert "| narrow.pb | 16 | 3 |" in result.stdout
-
-
-@pytest.mark.slow
-def test_without_a_graph_random_weights_are_measured(tmp_path):
-    result = run(PROGRAM, *SMALL, "--backends", "torch", "--repeats", 1, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    (line,) = result.stdout.splitlines()[2:]
-    assert f"| PyTorch {torch.__version__} | random | 16 | 3 |" in line
-    assert os.listdir(tmp_path) == []
 
 
 def test_the_first_batch_is_not_timed_and_a_few_features_are_kept(graph, monkeypatch):
@@ -83,9 +74,3 @@ def test_backends_run_in_turn_and_must_agree(value, agree, tmp_path, monkeypatch
             extraction.main(args)
         assert not (tmp_path / "r.json").exists()
     assert launched == ["tensorflow", "torch"] * 3
-
-
-def test_a_file_that_is_no_graph_is_refused_in_one_line(tmp_path, capfd):
-    (tmp_path / "page.pb").write_text("<html>Not found</html>")
-    result = call(PROGRAM, "--graph", tmp_path / "page.pb", "--backends", "torch", capfd=capfd)
-    assert_refused(result, "page.pb is not a TensorFlow graph")

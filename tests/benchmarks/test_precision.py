@@ -9,6 +9,7 @@ from conftest import call
 from benchmarks import precision
 
 
+@pytest.mark.slow
 def test_a_record_compares_each_way_with_plain_float32(tmp_path, monkeypatch, capfd):
     ways = [("fp32", False, False), ("fp32", False, True), ("bf16", False, False)]
     monkeypatch.setattr(precision, "ways", lambda device: ways)
