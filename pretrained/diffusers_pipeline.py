@@ -1,14 +1,14 @@
-"""A router, or any other `Schedule`, in a `DiTPipeline` of diffusers.
+"""Run a `DiTPipeline` of diffusers with a router or any other `Schedule`:
 
     pipe = DiTPipeline.from_pretrained("facebook/DiT-XL-2-256")
     accelerate(pipe, Router.load("ckpt/DDIM20_router.pt").schedule(0.1))
     images = pipe(class_labels=[207], num_inference_steps=20).images
 
-What the pipeline does differently from our sampler: it guides all channels of the noise, ours the first three; and the
-timesteps are the scheduler's. Those of diffusers' DDIMScheduler as published ("leading") are those of
-`create_diffusion("ddim20")`, where the number of steps divides 1000; the routers were trained with other ones, spread
-up to 999 (`create_diffusion(20)`), for which DDIMScheduler has no configuration: "linspace" hands these to the model,
-but steps from each to where the integer stride leads. A router loses nothing by it (docs/guide.md).
+The pipeline differs from our sampler in two ways. It guides all channels of the noise, ours the first three. And its
+scheduler sets the timesteps: those of the published DDIMScheduler ("leading") equal `create_diffusion("ddim20")` if the
+number of steps divides 1000. Routers were trained with timesteps spread up to 999 (`create_diffusion(20)`), for which
+DDIMScheduler has no setting: "linspace" passes these to the model, but steps from each by the integer stride. A router
+loses nothing by this (docs/guide.md).
 """
 
 from typing import Any
@@ -22,17 +22,18 @@ from schedule import Schedule
 
 
 class ScheduledTransformer(nn.Module):
-    """A DiT in the place of a pipeline's transformer, whose layers run or are reused as a `Schedule` says.
+    """A DiT in place of a pipeline's transformer; its layers run or are reused as a `Schedule` decides.
 
-    Which step it is follows from how often it was called since the scheduler last set its timesteps, as each call of
-    the pipeline does first: so nothing is read from the device.
+    It counts its calls to know the step, so it reads nothing from the device. The count restarts when the scheduler has
+    new timesteps, which each call of the pipeline sets first.
     """
 
     def __init__(self, dit: DiT, config: Any, pipe: Any, schedule: Schedule) -> None:
         super().__init__()
         self.dit, self.config = dit, config
         self._pipe, self._schedule = pipe, schedule
-        self._timesteps: Any = None  # those of the trajectory under way, its steps to come, and what it remembers
+        # Of the current trajectory: its timesteps, the rows of the schedule still to run, and its cache.
+        self._timesteps: Any = None
         self._rows: Any = None
         self._cache: Any = None
 
@@ -47,7 +48,7 @@ class ScheduledTransformer(nn.Module):
     def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Any:
         """hidden_states (N, C, H, W), timestep (N,), class_labels (N,) -> an object with `sample` (N, 2C, H, W).
 
-        Raises ValueError where the pipeline runs another number of steps than the schedule is for.
+        Raises ValueError if the pipeline runs a different number of steps than the schedule has.
         """
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
@@ -56,8 +57,7 @@ class ScheduledTransformer(nn.Module):
             if len(timesteps) != self._schedule.steps:
                 raise ValueError(
                     f"the schedule is for {self._schedule.steps} steps, the pipeline runs {len(timesteps)}: "
-                    f"pass num_inference_steps={self._schedule.steps} or accelerate it with a schedule for "
-                    f"{len(timesteps)}"
+                    f"pass num_inference_steps={self._schedule.steps}, or accelerate it with another schedule"
                 )
             self._timesteps, self._rows, self._cache = timesteps, self._schedule.rows(), self.dit.empty_cache()
         if not self._rows:
@@ -71,12 +71,12 @@ class ScheduledTransformer(nn.Module):
 
 @torch.no_grad()
 def accelerate(pipe: Any, schedule: Schedule) -> None:
-    """From now on the layers of a `DiTPipeline` run or are reused as `schedule` says, in every call.
+    """Make every later call of a `DiTPipeline` follow `schedule`; call again to follow another schedule.
 
-    Its transformer is replaced, by one that shares its weights; set back, `pipe.transformer` runs everything again.
-    Again accelerated, it follows the new schedule. Any scheduler will do that calls the model once a step.
-    Raises ValueError where the schedule is for another number of blocks, or the model is none that a DiT can be
-    (`checkpoints.dit_from_transformer`); a call with another number of steps raises one, too.
+    Replaces `pipe.transformer` by a model that shares its weights; assign the old one to undo this. Works with every
+    scheduler that calls the model once per step.
+    Raises ValueError if the schedule has a different number of blocks, or if the model cannot become a DiT. A call of
+    the pipeline with a different number of steps raises ValueError, too.
     """
     model = pipe.transformer
     dit = model.dit if isinstance(model, ScheduledTransformer) else dit_from_transformer(model)

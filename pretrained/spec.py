@@ -1,29 +1,31 @@
-"""`ModelSpec`: where a model comes from and how it is used."""
+"""`ModelSpec`: where a model comes from and how to use it. `model_spec` reads it from a name or a folder."""
 
 import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from models import DiT_models
-from pretrained.diffusers_layout import is_diffusers, read_diffusers
+from pretrained.diffusers_layout import CLASSES, WEIGHTS, dit_config
 from pretrained.weights import find_model_folder
 from runtime.errors import UserError
 
-# Golden retriever, balloon, panda and other classes that the published pictures show.
+# Golden retriever, balloon, panda and other classes of the published pictures.
 IMAGENET_LABELS = (207, 992, 387, 974, 142, 979, 417, 279)
+CELL_PIXELS = 8  # pixels per side of a latent cell, with the VAEs of the released models
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a model comes from and how it is meant to be used; nothing of it is loaded yet.
+    """Where a model comes from and how to use it; nothing is loaded yet.
 
-    name: of `DiT_models`, or of a model folder; config: arguments of `DiT` (beyond those of the name).
-    image_size: pixels a side; class_names: one a class, or None; cfg_scale: recommended guidance, or None.
-    vae: "ema" or "mse" for a released one, or a folder.
-    weights: a file, or a name that `checkpoints.load_state_dict_of` knows; None where there are no released ones.
-    horizontal_flip: whether mirrored training images are images too.
+    name: of `DiT_models`, or of a folder; config: arguments of `DiT` beyond those that a registered name implies.
+    image_size: pixels per side; class_names: one per class, or None; cfg_scale: recommended guidance, or None.
+    vae: "ema" or "mse" for a released VAE, or a folder.
+    weights: a file or a released name, as for `load_state_dict_of`; None if nothing is released.
+    horizontal_flip: whether training may mirror images.
     """
 
     name: str
@@ -41,82 +43,135 @@ class ModelSpec:
 
     @property
     def registered(self) -> bool:
-        """Whether the name is one of `DiT_models`, so that other flags belong to it; else a folder says it all."""
+        """Whether the name is one of `DiT_models`; such a model needs more flags, a model folder needs none."""
         return self.name in DiT_models
 
-    def guidance(self, asked: float | None, published: float) -> float:
-        """The guidance scale: the one that was asked for, else what the model folder recommends, else the published."""
-        return next(scale for scale in (asked, self.cfg_scale, published) if scale is not None)
+    def guidance(self, requested: float | None, published: float) -> float:
+        """The guidance scale to use: the requested, else the recommended, else the published one."""
+        return next(scale for scale in (requested, self.cfg_scale, published) if scale is not None)
 
     @property
     def default_labels(self) -> list[int]:
-        """What a picture shows where no labels are asked for: eight of ImageNet's classes, all of a small set's."""
-        fit = max(IMAGENET_LABELS) < self.num_classes
-        return list(IMAGENET_LABELS) if fit else list(range(min(self.num_classes, 10)))
+        """Labels for a picture without --class-labels: eight classes of ImageNet, or the first ten of a small set."""
+        if max(IMAGENET_LABELS) < self.num_classes:
+            return list(IMAGENET_LABELS)
+        return list(range(min(self.num_classes, 10)))
 
 
 def model_spec(
-    model: str = "DiT-XL/2",
-    image_size: int = 256,
-    num_classes: int = 1000,
-    vae: str = "mse",
-    ckpt: str | None = None,
+    model: str = "DiT-XL/2", image_size: int = 256, num_classes: int = 1000, vae: str = "mse", ckpt: str | None = None
 ) -> ModelSpec:
-    """The `ModelSpec` of a folder, where ckpt is one, else of the registered name.
+    """The `ModelSpec` of the folder `ckpt`, or of the registered name `model` if `ckpt` is a file or None.
 
-    ckpt: a model folder, a folder or Hub name of a DiT of diffusers (fetched where needed), a .pt or .safetensors file,
-    or None for the released weights. vae: also that of a folder of diffusers without one.
-    Raises UserError where the folder is incomplete or cannot be fetched, or the name unknown.
+    ckpt: a model folder; a DiT of diffusers, as a folder or a Hub name (fetched if needed); a file of weights;
+          None for the released weights.
+    model, image_size, num_classes: of a registered name only; a folder brings its own.
+    vae: for a registered name, and for a folder of diffusers without a VAE.
+    Raises UserError if the folder is incomplete or cannot be fetched, or if the name is unknown.
     """
-    if ckpt is not None:
-        folder, name = find_model_folder(ckpt), Path(ckpt).resolve().name
-        if folder.is_dir() and is_diffusers(folder):
-            return ModelSpec(name, **({"vae": vae} | read_diffusers(folder)))
-        if folder.is_dir():
-            return _folder_spec(folder)
+    if ckpt is not None and (folder := find_model_folder(ckpt)).is_dir():
+        name = Path(ckpt).resolve().name
+        return _diffusers_spec(name, folder, vae) if _is_diffusers(folder) else _model_folder_spec(name, folder)
     if model not in DiT_models:
         raise UserError(
             f"unknown model {model!r}: choose one of {', '.join(DiT_models)}, or a model folder with --ckpt"
         )
     if ckpt is None and (model, num_classes) == ("DiT-XL/2", 1000):
         ckpt = f"DiT-XL-2-{image_size}x{image_size}.pt"
-    # The VAEs of the released models have eight pixels to a latent cell.
-    config = {"input_size": image_size // 8, "num_classes": num_classes}
+    config = {"input_size": image_size // CELL_PIXELS, "num_classes": num_classes}
     return ModelSpec(model, config, image_size, vae, weights=ckpt and str(ckpt))
 
 
-def _folder_spec(folder: Path) -> ModelSpec:
-    missing = [name for name in ("config.json", "dit.safetensors") if not (folder / name).is_file()]
+def _model_folder_spec(name: str, folder: Path) -> ModelSpec:
+    missing = [file for file in ("config.json", "dit.safetensors") if not (folder / file).is_file()]
     if missing:
         raise UserError(f"{folder} is not a model folder: it has no {' and no '.join(missing)}")
+    config = _read_json(folder / "config.json")
     try:
-        config = json.loads((folder / "config.json").read_text())
-        model, names = {"num_classes": 1000, **config["model"]}, config.get("class_names")
+        model, class_names = {"num_classes": 1000, **config["model"]}, config.get("class_names")
         if not isinstance(model["num_classes"], int) or model["num_classes"] < 1:
             raise ValueError(f"num_classes {model['num_classes']!r} is not a positive whole number")
-        if names and (len(names) != model["num_classes"] or not all(isinstance(name, str) for name in names)):
+        if class_names and (len(class_names) != model["num_classes"] or set(map(type, class_names)) != {str}):
             raise ValueError(f"class_names are not {model['num_classes']} texts")
         if not math.isfinite(config.get("cfg_scale", 1)):
             raise ValueError(f"cfg_scale {config['cfg_scale']} is not finite")
         return ModelSpec(
-            name=folder.resolve().name,
+            name=name,
             config=model,
             image_size=int(config["image_size"]),
             vae=str(folder / config["vae"]),
-            class_names=tuple(names) if names else None,
+            class_names=tuple(class_names) if class_names else None,
             cfg_scale=float(config["cfg_scale"]) if "cfg_scale" in config else None,
             horizontal_flip=bool(config.get("horizontal_flip", True)),
             weights=str(folder / "dit.safetensors"),
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f'{folder / "config.json"} cannot be used ({type(error).__name__}: {error}): it needs "model" (arguments '
             'of DiT), "image_size" and "vae"; ckpt/fashion_mnist/config.json is an example'
         ) from error
 
 
+def _is_diffusers(folder: Path) -> bool:
+    """Whether diffusers saved a pipeline or a model in the folder."""
+    index, config = folder / "model_index.json", folder / "config.json"
+    return index.is_file() or config.is_file() and "_class_name" in _read_json(config)
+
+
+def _diffusers_spec(name: str, folder: Path, vae: str) -> ModelSpec:
+    """The spec of a DiTPipeline, or of a DiTTransformer2DModel alone, with `vae` if the folder has none."""
+    part, cell_pixels = folder, CELL_PIXELS
+    labels: dict[str, str] = {}
+    if (folder / "model_index.json").is_file():
+        part, own_vae = folder / "transformer", folder / "vae"
+        labels = _read_json(folder / "model_index.json").get("id2label") or {}
+        if _weights_file(own_vae):
+            vae = str(own_vae)
+            widths = _read_json(own_vae / "config.json").get("block_out_channels")
+            if isinstance(widths, list):  # else `load_vae` refuses it
+                cell_pixels = 2 ** (len(widths) - 1)
+    config, weights = _read_json(part / "config.json"), _weights_file(part)
+    kind = config.get("_class_name")
+    # The older class had other kinds of models, and "norm_type" tells a DiT.
+    if kind not in CLASSES or kind == CLASSES[1] and "norm_type" not in config:
+        raise UserError(f"{part} holds a {kind} and not a DiT of diffusers, a {CLASSES[0]}: name the folder of one")
+    if weights is None:
+        raise UserError(f"{part} has neither {' nor '.join(WEIGHTS)}: save the model whole, with save_pretrained")
+    try:
+        arguments = dit_config(config)
+        classes = range(arguments["num_classes"])
+        named = all(str(k) in labels for k in classes)
+        return ModelSpec(
+            name=name,
+            config=arguments,
+            image_size=arguments["input_size"] * cell_pixels,
+            vae=vae,
+            # The first of several synonyms: "tench, Tinca tinca".
+            class_names=tuple(labels[str(k)].split(",")[0] for k in classes) if named else None,
+            weights=str(weights),
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{part / 'config.json'} is not of a model that runs here: {error}") from error
+
+
+def _weights_file(folder: Path) -> Path | None:
+    """The file of weights that diffusers saved in the folder, safetensors if there are any, or None."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The dict in a JSON file. Raises UserError if it cannot be read or holds no dict."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): take it from its source again") from error
+
+
 def check_labels(labels: Iterable[int], num_classes: int) -> None:
-    """Raises UserError where a label is outside 0 ... num_classes-1."""
+    """Raises UserError if a label is outside 0 ... num_classes-1."""
     for label in labels:
         if not 0 <= label < num_classes:
             raise UserError(f"class label {label} is out of range: the model has classes 0 to {num_classes - 1}")

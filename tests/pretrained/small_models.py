@@ -1,0 +1,78 @@
+"""Small models of diffusers with random weights, their folders, and comparisons that several tests share."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_dit, random_vae
+from diffusers import DiTTransformer2DModel
+
+from models import position_table
+from pretrained.loading import load_dit
+from pretrained.spec import model_spec
+from runtime.errors import UserError
+
+
+def random_transformer(seed=0, **config):
+    """A small DiTTransformer2DModel with random parameters and the same embedders in every block."""
+    torch.manual_seed(seed)
+    sizes = dict(num_attention_heads=2, attention_head_dim=12, out_channels=8, num_layers=3, sample_size=4)
+    transformer = DiTTransformer2DModel(**(sizes | {"num_embeds_ada_norm": 5} | config)).eval().requires_grad_(False)
+    for parameter in transformer.parameters():
+        parameter.normal_(std=0.2)
+    first = transformer.transformer_blocks[0].norm1.emb.state_dict()
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.load_state_dict(first)
+    return transformer
+
+
+def fixed_dit(**config):
+    """`random_dit` with the fixed positions, the only ones that diffusers has."""
+    dit = random_dit(**config)
+    dit.pos_embed.copy_(position_table(24, dit.input_size // dit.patch_size))
+    return dit
+
+
+def save_pipeline(folder):
+    """Save a DiTPipeline of 8x8 pixels and five classes the way facebook/DiT-XL-2-256 is saved; return its folder."""
+    random_transformer().save_pretrained(folder / "transformer")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    del config["norm_eps"]
+    config |= {"_class_name": "Transformer2DModel", "use_linear_projection": False}
+    config |= {"cross_attention_dim": None, "num_vector_embeds": None, "only_cross_attention": False}
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    random_vae().save_pretrained(folder / "vae")
+    names = {str(k): f"{name}, another word" for k, name in enumerate(["tench", "hen", "ox", "cat", "fly"])}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": names}))
+    return folder
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def load(folder):
+    return load_dit(model_spec(ckpt=str(folder)), "cpu")
+
+
+def refusal(call, *args):
+    """The message, one line, of the UserError that the call raises."""
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def same(state, other):
+    """Whether two state dicts have the same names and equal tensors."""
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
+class Hostile:
+    """Unpickled, it makes the file at `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
