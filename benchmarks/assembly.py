@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from benchmarks.common import add_record_and_table_arguments, markdown, run_alone, run_benchmark, timed
+from benchmarks import common
 from runtime import cli
 from runtime.memory import peak_resident
 
@@ -41,7 +41,7 @@ def parse_args(argv=None):
     parser.add_argument("--image-size", type=cli.positive, default=256, help="pixels a side")
     parser.add_argument("--shard", type=cli.positive, default=32, help="images of a shard")
     parser.add_argument("--work", metavar="DIR", default=".", help="folder for a temporary folder with the sets")
-    add_record_and_table_arguments(parser)
+    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -91,9 +91,9 @@ def assemble(original, folder, images, size):
     npz = folder / "original.npz" if original else assembled.npz
     base = peak_resident()
     if original:
-        seconds = timed(original_assembly, assembled.shards, npz)[1]
+        seconds = common.timed(original_assembly, assembled.shards, npz)[1]
     else:
-        seconds = timed(assembled.assemble)[1]
+        seconds = common.timed(assembled.assemble)[1]
     memory = {"base_bytes": base, "peak_bytes": peak_resident()}
     return {"images": images, "seconds": seconds, **memory, "npz_bytes": npz.stat().st_size}
 
@@ -125,22 +125,22 @@ def measure(args):
     measured = {}
     with tempfile.TemporaryDirectory(dir=args.work, prefix="assembly-") as folder:
         few = Path(folder) / "few", args.original_images, args.image_size
-        run_alone(write_shards, *few, args.shard)
-        measured["original"] = run_alone(assemble, True, *few)
-        measured["ours_as_many"] = run_alone(assemble, False, *few)
+        common.run_alone(write_shards, *few, args.shard)
+        measured["original"] = common.run_alone(assemble, True, *few)
+        measured["ours_as_many"] = common.run_alone(assemble, False, *few)
         theirs, ours = (contents(few[0] / name) for name in ("original.npz", "set.npz"))
         if theirs != ours:
             raise RuntimeError(f"the original's way wrote {theirs}, ours {ours}")
         shutil.rmtree(few[0])
         many = Path(folder) / "many", args.images, args.image_size
-        run_alone(write_shards, *many, args.shard)
-        measured["ours"] = run_alone(assemble, False, *many)
+        common.run_alone(write_shards, *many, args.shard)
+        measured["ours"] = common.run_alone(assemble, False, *many)
     return {"measurements": measured}
 
 
 def table(records):
     """A Markdown table with a row for each measurement of each record."""
-    return markdown(
+    return common.markdown(
         [
             {
                 "pixels, device": f"{record['flags']['image_size']}, {record['device']}",
@@ -159,7 +159,7 @@ def table(records):
 
 
 def main(args):
-    run_benchmark(args, "assembly-*", measure, table)
+    common.run_benchmark(args, "assembly-*", measure, table)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,9 @@ from functools import partial
 from pathlib import Path
 from subprocess import Popen
 
-from benchmarks.common import ROOT, add_record_and_table_arguments, in_turn, markdown, run_benchmark, run_command
+from benchmarks import common
 from runtime import cli
 
-MODEL = ROOT / "ckpt" / "fashion_mnist"
 SPIN_COUNTS = {300000: "300,000 (libgomp)", 1000: "1,000 (ours)", 0: "0"}
 BUSY_LOOPS = {0: "idle", 1: "one busy loop", 2: "two busy loops"}
 
@@ -30,7 +29,7 @@ BUSY_LOOPS = {0: "idle", 1: "one busy loop", 2: "two busy loops"}
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Seconds of sampling beside busy loops, by OpenMP's spin count.")
     parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds of all cells, in turn")
-    add_record_and_table_arguments(parser)
+    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -48,17 +47,25 @@ def busy_loops(count):
 
 def sampling_seconds(spin_count, count):
     """Seconds of the sampling loop of sample.py, after its warm-up, beside `count` busy loops."""
-    command = [sys.executable, ROOT / "sample.py", "--ckpt", MODEL, "--num-sampling-steps", 20, "--ddim-sample"]
+    command = [
+        sys.executable,
+        common.ROOT / "sample.py",
+        "--ckpt",
+        common.SHIPPED,
+        "--num-sampling-steps",
+        20,
+        "--ddim-sample",
+    ]
     command += ["--class-labels", *range(10), "--device", "cpu", "--repeats", 1]
     with tempfile.TemporaryDirectory() as folder, busy_loops(count):
-        out = run_command(*command, "--out", Path(folder) / "out.png", GOMP_SPINCOUNT=str(spin_count))
+        out = common.run_command(*command, "--out", Path(folder) / "out.png", GOMP_SPINCOUNT=str(spin_count))
     return float(re.search(r"^Sampling time: ([\d.]+)", out, re.M)[1])
 
 
 def measure(args):
     """{"seconds": {spin count: {busy loops: [seconds of each round]}}}"""
     cells = [(spin_count, count) for count in BUSY_LOOPS for spin_count in SPIN_COUNTS]
-    seconds = in_turn({cell: partial(sampling_seconds, *cell) for cell in cells}, args.repeats)
+    seconds = common.in_turn({cell: partial(sampling_seconds, *cell) for cell in cells}, args.repeats)
     return {"seconds": {spin: {count: seconds[spin, count] for count in BUSY_LOOPS} for spin in SPIN_COUNTS}}
 
 
@@ -69,11 +76,11 @@ def table(records):
         for spin_count, cells in record["seconds"].items():
             medians = {BUSY_LOOPS[int(count)]: f"{statistics.median(some):.2f}" for count, some in cells.items()}
             rows.append({"device": record["device"], "GOMP_SPINCOUNT": SPIN_COUNTS[int(spin_count)], **medians})
-    return markdown(rows)
+    return common.markdown(rows)
 
 
 def main(args):
-    run_benchmark(args, "busy-*", measure, table)
+    common.run_benchmark(args, "busy-*", measure, table)
 
 
 if __name__ == "__main__":

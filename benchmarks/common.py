@@ -16,6 +16,7 @@ from runtime import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SHIPPED = ROOT / "ckpt" / "fashion_mnist"
 
 
 def add_record_and_table_arguments(parser):

@@ -15,15 +15,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from benchmarks.common import (
-    add_record_and_table_arguments,
-    in_turn,
-    markdown,
-    median_ratio,
-    run_alone,
-    run_benchmark,
-    timed,
-)
+from benchmarks import common
 from runtime import cli
 from runtime.memory import peak_resident
 
@@ -41,7 +33,7 @@ def parse_args(argv=None):
     parser.add_argument("--batches", type=cli.positive, default=4, help="timed batches of a round")
     parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds, the backends in turn")
     cli.add_device_argument(parser)
-    add_record_and_table_arguments(parser)
+    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -70,7 +62,7 @@ def measure_backend(backend, path, args):
         return [features.cpu() for features in graph.features(images)]  # waits for a GPU
 
     features = [part[:COMPARED].numpy() for part in extract()]
-    seconds = sum(timed(extract)[1] for _ in range(args.batches))
+    seconds = sum(common.timed(extract)[1] for _ in range(args.batches))
     version = sys.modules[backend].__version__
     return {"seconds": seconds, "peak_bytes": peak_resident(), "version": version}, features
 
@@ -95,9 +87,9 @@ def largest_distance(features):
 def measure(args):
     """Figures of all backends and rounds. Raises RuntimeError if the features do not agree."""
     with tempfile.TemporaryDirectory() as folder:
-        path = args.graph or run_alone(write_graph, Path(folder) / "random.pb")
-        runs = {backend: partial(run_alone, measure_backend, backend, path, args) for backend in args.backends}
-        results = in_turn(runs, args.repeats)
+        path = args.graph or common.run_alone(write_graph, Path(folder) / "random.pb")
+        runs = {backend: partial(common.run_alone, measure_backend, backend, path, args) for backend in args.backends}
+        results = common.in_turn(runs, args.repeats)
     measured = {backend: [figures for figures, _ in rounds] for backend, rounds in results.items()}
     distance = largest_distance({backend: rounds[-1][1] for backend, rounds in results.items()})
     return {"distance": distance, "measurements": measured}
@@ -120,15 +112,15 @@ def table(records):
                     "pixels": flags["image_size"],
                     "batch": flags["batch_size"],
                     "images/s": f"{rate:.4g}",
-                    "ratio": f"{median_ratio(first, seconds[backend]):.3f}",
+                    "ratio": f"{common.median_ratio(first, seconds[backend]):.3f}",
                     "peak MB": f"{max(figures['peak_bytes'] for figures in rounds) / 1e6:,.0f}",
                 }
             )
-    return markdown(rows)
+    return common.markdown(rows)
 
 
 def main(args):
-    run_benchmark(args, "extraction-*", measure, table)
+    common.run_benchmark(args, "extraction-*", measure, table)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from benchmarks.common import (
-    add_record_and_table_arguments,
-    markdown,
-    median_ratio,
-    run_benchmark,
-    share_weights,
-    timed,
-)
+from benchmarks import common
 from runtime import cli
 
 CFG_SCALE = 4.0  # as published for pictures; a step takes as long with any other but 1
@@ -60,7 +53,7 @@ class Row:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = devices.peak_memory(device)
-        return *timed(function, z, y, device=device), devices.peak_memory(device) - before
+        return *common.timed(function, z, y, device=device), devices.peak_memory(device) - before
 
 
 def parse_args(argv=None):
@@ -84,7 +77,7 @@ def parse_args(argv=None):
     parser.add_argument("--reference", action="store_true", help="also run as the original implementation does")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="rounds, after each row was warmed up")
     cli.add_device_argument(parser)
-    add_record_and_table_arguments(parser)
+    common.add_record_and_table_arguments(parser)
     parser.add_argument(
         "--profile", action="store_true", help="only print where the time of a full and of a cached step goes"
     )
@@ -103,7 +96,7 @@ def make_models(load, dtypes, compiled):
         same = models.get(("fp32", False)) if dtype == "tf32" else None
         models[dtype, False] = same or devices.set_precision(load(), dtype)
         if compiled:
-            models[dtype, True] = share_weights(models[dtype, False])
+            models[dtype, True] = common.share_weights(models[dtype, False])
             devices.compile_blocks(models[dtype, True].blocks)
     return models
 
@@ -178,8 +171,8 @@ def figures(row, rows, plan, images, product_rate, on_gpu):
         "rate": rate,
         "matrix_product_rate": product_rate,
         "share_of_matrix_product": rate / product_rate,
-        "against_reference": reference and median_ratio(reference.seconds, row.seconds),
-        "against_full": median_ratio(full.seconds, row.seconds),
+        "against_reference": reference and common.median_ratio(reference.seconds, row.seconds),
+        "against_full": common.median_ratio(full.seconds, row.seconds),
         "bound_against_full": plan.speedup_bound(costs),
         "error": error,
         "peak_bytes": row.peak + weights if on_gpu else None,  # on a CPU known of the whole process only
@@ -300,7 +293,7 @@ def profile(args):
         cells = [f"{times[i][kind]:.2f} ({times[i][kind] / sum(times[i].values()):.0%})" for i in (full, cheapest)]
         rows.append([kind, *cells])
     run = int(schedule.compute[cheapest].sum())
-    return markdown(
+    return common.markdown(
         rows, ["milliseconds of", f"a full step ({2 * dit.depth} layers run)", f"a cached step ({run} run)"]
     )
 
@@ -337,14 +330,14 @@ def record_table(record):
         f"{flags['ckpt'] or flags['model']}, {flags['num_sampling_steps']} steps, {flags['images']} image(s) with "
         f"guidance, {record['device']}, PyTorch {record['torch']}, {flags['repeats']} round(s)"
     )
-    return f"{title}\n\n{markdown(rows)}"
+    return f"{title}\n\n{common.markdown(rows)}"
 
 
 def main(args):
     if args.profile:
         print(profile(args))
     else:
-        run_benchmark(args, "latency-*", measure, table)
+        common.run_benchmark(args, "latency-*", measure, table)
 
 
 if __name__ == "__main__":

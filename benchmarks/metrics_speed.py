@@ -15,7 +15,7 @@ and some outside. Times do not depend on the values.
 import statistics
 from functools import partial
 
-from benchmarks.common import add_record_and_table_arguments, markdown, run_alone, run_benchmark, timed
+from benchmarks import common
 from runtime import cli
 from runtime.memory import peak_resident
 
@@ -36,7 +36,7 @@ def parse_args(argv=None):
     parser.add_argument("--sample", type=cli.positive, default=50000, help="points of the samples")
     parser.add_argument("--features", type=cli.positive, default=2048, help="features of a point")
     parser.add_argument("--repeats", type=cli.positive, default=1, help="rounds of the two FIDs, in turn")
-    add_record_and_table_arguments(parser)
+    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -75,7 +75,7 @@ def measure_fid(count, features, repeats):
     measured = {"eigh": {"seconds": []}, "sqrtm": {"seconds": []}}
     for _ in range(repeats):
         for way, function in (("eigh", metrics.frechet_distance), ("sqrtm", fid_by_sqrtm)):
-            measured[way]["fid"], seconds = timed(function, *inputs)
+            measured[way]["fid"], seconds = common.timed(function, *inputs)
             measured[way]["seconds"].append(seconds)
     return measured
 
@@ -91,7 +91,7 @@ def measure_precision_recall(dtype, reference, sample, features):
     try:
         metrics.precision_recall(*(points[:9] for points in sets), dtype=dtype)  # imports what it needs
         base = peak_resident()
-        (precision, recall), seconds = timed(partial(metrics.precision_recall, *sets, dtype=dtype))
+        (precision, recall), seconds = common.timed(partial(metrics.precision_recall, *sets, dtype=dtype))
     except RuntimeWarning as warning:  # with smaller tiles it would be another measurement
         raise MemoryError from warning
     memory = {"base_bytes": base, "peak_bytes": peak_resident()}
@@ -101,12 +101,12 @@ def measure_precision_recall(dtype, reference, sample, features):
 def measure(args):
     """Figures of each way. Raises RuntimeError if the two FIDs do not agree to 1e-6."""
     # More points than features, so that the covariances have full rank.
-    measured = run_alone(measure_fid, max(args.reference, 2 * args.features), args.features, args.repeats)
+    measured = common.run_alone(measure_fid, max(args.reference, 2 * args.features), args.features, args.repeats)
     ours, theirs = (measured[way]["fid"] for way in ("eigh", "sqrtm"))
     if not abs(ours - theirs) <= 1e-6 * abs(theirs):
         raise RuntimeError(f"the FID is {ours} from eigenvalues, {theirs} from the matrix square root")
     for dtype in ("fp16", "fp32"):
-        measured[dtype] = run_alone(measure_precision_recall, dtype, args.reference, args.sample, args.features)
+        measured[dtype] = common.run_alone(measure_precision_recall, dtype, args.reference, args.sample, args.features)
     return {"measurements": measured}
 
 
@@ -134,11 +134,11 @@ def table(records):
                     "result": result,
                 }
             )
-    return markdown(rows)
+    return common.markdown(rows)
 
 
 def main(args):
-    run_benchmark(args, "metrics-*", measure, table)
+    common.run_benchmark(args, "metrics-*", measure, table)
 
 
 if __name__ == "__main__":

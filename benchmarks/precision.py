@@ -7,10 +7,9 @@ The same noise and labels, equally many of each class, are sampled in every way,
 is compared with plain fp32, and judged by the classifier that is shipped with the model.
 """
 
-from benchmarks.common import ROOT, add_record_and_table_arguments, markdown, run_benchmark
+from benchmarks import common
 from runtime import cli
 
-SHIPPED = ROOT / "ckpt" / "fashion_mnist"
 STEPS, BATCH = 20, 50
 HOW = {"compiled": "compiled", "recorded": "CUDA graphs"}  # keys of a record, and their text
 
@@ -19,7 +18,7 @@ def parse_args(argv=None):
     parser = cli.ArgumentParser(description="What lower precision and compiling change in images.")
     parser.add_argument("--images", type=cli.positive, default=1000, help="images of each way")
     cli.add_device_argument(parser)
-    add_record_and_table_arguments(parser)
+    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -61,9 +60,9 @@ def measure(args):
     from runtime.pictures import psnr
 
     device = devices.pick_device(args.device)
-    spec = model_spec(ckpt=SHIPPED)
-    classifier = inception.load_graph(SHIPPED / "classifier.pb", device)
-    router, _ = load_schedule("dynamiclayer", SHIPPED / f"DDIM{STEPS}_router.pt", 0.1)
+    spec = model_spec(ckpt=common.SHIPPED)
+    classifier = inception.load_graph(common.SHIPPED / "classifier.pb", device)
+    router, _ = load_schedule("dynamiclayer", common.SHIPPED / f"DDIM{STEPS}_router.pt", 0.1)
     y = torch.arange(args.images) % spec.num_classes
     plain, rows = {}, []
     for dtype, compiled, cuda_graphs in ways(device):
@@ -96,7 +95,7 @@ def measure(args):
 
 def table(records):
     """A Markdown table with a row for each way and schedule of each record."""
-    return markdown(
+    return common.markdown(
         [
             {
                 "device": record["device"],
@@ -116,7 +115,7 @@ def table(records):
 
 
 def main(args):
-    run_benchmark(args, "precision-*", measure, table)
+    common.run_benchmark(args, "precision-*", measure, table)
 
 
 if __name__ == "__main__":

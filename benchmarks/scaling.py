@@ -16,19 +16,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from benchmarks.common import (
-    ROOT,
-    add_record_and_table_arguments,
-    in_turn,
-    markdown,
-    median_ratio,
-    run_benchmark,
-    run_command,
-    timed,
-)
+from benchmarks import common
 from runtime import cli
-
-MODEL = ROOT / "ckpt" / "fashion_mnist"
 
 
 def parse_args(argv=None):
@@ -36,7 +25,7 @@ def parse_args(argv=None):
     parser.add_argument("--images", type=cli.positive, default=2000, help="images of a run")
     parser.add_argument("--per-proc-batch-size", type=cli.positive, default=32, help="images sampled at a time")
     parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds of both runs, in turn")
-    add_record_and_table_arguments(parser)
+    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -45,12 +34,18 @@ def run(args, processes):
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(torchrun if processes > 1 else []), ROOT / "sample_ddp.py", "--ckpt", MODEL]
+        command = [
+            sys.executable,
+            *(torchrun if processes > 1 else []),
+            common.ROOT / "sample_ddp.py",
+            "--ckpt",
+            common.SHIPPED,
+        ]
         command += ["--num-sampling-steps", 20, "--ddim-sample", "--accelerate-method", "dynamiclayer"]
-        command += ["--path", MODEL / "DDIM20_router.pt", "--thres", 0.1, "--num-fid-samples", args.images]
+        command += ["--path", common.SHIPPED / "DDIM20_router.pt", "--thres", 0.1, "--num-fid-samples", args.images]
         command += ["--per-proc-batch-size", args.per_proc_batch_size, "--device", "cpu", "--sample-dir", folder]
         command += ["--record", record]
-        seconds = timed(partial(run_command, *command, OMP_NUM_THREADS="1"))[1]
+        seconds = common.timed(partial(common.run_command, *command, OMP_NUM_THREADS="1"))[1]
         return json.loads(record.read_text()) | {"command_seconds": seconds}
 
 
@@ -67,7 +62,7 @@ def figures(runs):
     return {
         "images": runs[1][0]["images"],
         "images_per_second": rates,
-        "scaling": median_ratio(rates[2], rates[1]),
+        "scaling": common.median_ratio(rates[2], rates[1]),
         "shares": each(shares),
         "seconds": each(lambda run: run["seconds"]),
         "command_seconds": each(lambda run: run["command_seconds"]),
@@ -77,7 +72,7 @@ def figures(runs):
 def measure(args):
     import torch
 
-    runs = in_turn({processes: partial(run, args, processes) for processes in (1, 2)}, args.repeats)
+    runs = common.in_turn({processes: partial(run, args, processes) for processes in (1, 2)}, args.repeats)
     torch.set_num_threads(1)  # which the record states
     return figures(runs)
 
@@ -101,11 +96,11 @@ def table(records):
                     "whole command": f"{statistics.median(record['command_seconds'][processes]):.1f}",
                 }
             )
-    return markdown(rows)
+    return common.markdown(rows)
 
 
 def main(args):
-    run_benchmark(args, "scaling-*", measure, table)
+    common.run_benchmark(args, "scaling-*", measure, table)
 
 
 if __name__ == "__main__":

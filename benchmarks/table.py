@@ -18,10 +18,10 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.common import RESULTS, ROOT, markdown, median_ratio, run_command, time_in_turn
+from benchmarks import common
 from runtime import cli
 
-# Relative to ROOT, where the programs are launched.
+# Relative to the repository, where the programs are launched.
 MODEL = "ckpt/fashion_mnist"
 FOLDER = "samples/table"
 JUDGES = {"reference": f"{MODEL}/reference.npz", "graph": f"{MODEL}/classifier.pb"}
@@ -95,8 +95,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     trial = args.samples != SAMPLES
     args.folder = f"{FOLDER}-{args.samples}" if trial else FOLDER
-    args.results = ROOT / args.folder / "results" if trial else RESULTS / "table"
-    args.picture = ROOT / args.folder / "table.png" if trial else ROOT / "assets" / "table.png"
+    args.results = common.ROOT / args.folder / "results" if trial else common.RESULTS / "table"
+    args.picture = common.ROOT / args.folder / "table.png" if trial else common.ROOT / "assets" / "table.png"
     return args
 
 
@@ -113,7 +113,7 @@ def plan(row, depth):
         return Schedule.full(row.steps, depth)
     if row.method.startswith("fora"):
         return Schedule.every_nth(row.steps, depth, int(row.method[-1]))
-    routed = Router.load(ROOT / router_path(row.steps)).schedule(THRESHOLD)
+    routed = Router.load(common.ROOT / router_path(row.steps)).schedule(THRESHOLD)
     place = row.steps, depth, Router.trained_steps(row.steps), int((~routed.compute).sum())
     if row.method == "random":
         return Schedule.random_layers(*place, RANDOM_SEED)
@@ -138,8 +138,8 @@ def sampling_flags(row, folder, samples):
 def sample(flags, seed, processes):
     """Make sample_ddp.py complete the set of these flags and this seed. Returns the Path of its .npz."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "sample_ddp.py"]
-    out = run_command(sys.executable, *torchrun, *flags, "--global-seed", seed, OMP_NUM_THREADS="1")
-    return ROOT / re.search(r"^(?:Samples: )?(.+\.npz) (?:\(\d+ images|is there already)", out, re.M)[1]
+    out = common.run_command(sys.executable, *torchrun, *flags, "--global-seed", seed, OMP_NUM_THREADS="1")
+    return common.ROOT / re.search(r"^(?:Samples: )?(.+\.npz) (?:\(\d+ images|is there already)", out, re.M)[1]
 
 
 def judge(npz):
@@ -151,14 +151,14 @@ def judge(npz):
     from evaluation.inception import load_graph
 
     report, (reference, graph) = npz.with_suffix(".json"), JUDGES.values()
-    run_command(sys.executable, "evaluator.py", reference, npz, "--graph", graph, "--json", report)
+    common.run_command(sys.executable, "evaluator.py", reference, npz, "--graph", graph, "--json", report)
     with np.load(npz) as arrays:
         images, labels = arrays["arr_0"], arrays["labels"]
     return {
         "images": len(images),
         "sha256": hashlib.sha256(images).hexdigest(),
         "metrics": json.loads(report.read_text())["metrics"],
-        "class_accuracy": load_graph(ROOT / graph).class_accuracy(images, labels),
+        "class_accuracy": load_graph(common.ROOT / graph).class_accuracy(images, labels),
     }
 
 
@@ -189,10 +189,10 @@ def fill(args):
     from runtime.records import write_record
 
     device = devices.pick_device("auto")
-    spec = model_spec(ckpt=str(ROOT / MODEL))
+    spec = model_spec(ckpt=str(common.ROOT / MODEL))
     dit = devices.set_precision(load_dit(spec, device), "tf32")
     plans = {row: plan(row, dit.depth) for row in ROWS}
-    judges = {name: sha256_of_file(released.find(ROOT / path)) for name, path in JUDGES.items()}
+    judges = {name: sha256_of_file(released.find(common.ROOT / path)) for name, path in JUDGES.items()}
     versions = {name: version(name) for name in ("torch", "diffusers", "timm", "numpy")}
     # All rows with seed 0 come before some of them with other seeds.
     todo = sorted((seed, number) for number, row in enumerate(ROWS) if row in (args.rows or ROWS) for seed in row.seeds)
@@ -206,7 +206,7 @@ def fill(args):
             continue
         print(f"{row.name}, seed {seed}:", file=sys.stderr, flush=True)
         if row.method not in ("ddim", "router"):
-            plans[row].save(ROOT / schedule_path(row, args.folder))
+            plans[row].save(common.ROOT / schedule_path(row, args.folder))
         seeds = dict(sorted((seeds | {str(seed): judge(sample(sampling, seed, args.processes))}).items()))
         write_record(path, flags, device, {**known, "versions": versions, "seeds": seeds})
     path = args.results / "timing.json"
@@ -233,9 +233,9 @@ def times(spec, dit, plans, device):
     for row, schedule in plans.items():
         schedule = None if row.method == "ddim" else schedule
         samplers[row] = partial(sample_latents, dit, create_diffusion(row.steps), z, y, spec.cfg_scale, schedule)
-    seconds = time_in_turn(samplers, REPEATS, device)
+    seconds = common.time_in_turn(samplers, REPEATS, device)
     return {
-        row.name: {"seconds": some, "speedup": median_ratio(seconds[Row("ddim", row.steps)], some)}
+        row.name: {"seconds": some, "speedup": common.median_ratio(seconds[Row("ddim", row.steps)], some)}
         for row, some in seconds.items()
     }
 
@@ -268,7 +268,7 @@ def tables(records, timing):
         title: [cells(row, record, timing) for row, record in records.items() if belongs(row)]
         for title, belongs in TABLES.items()
     }
-    return {title: markdown(some) for title, some in rows.items() if some}
+    return {title: common.markdown(some) for title, some in rows.items() if some}
 
 
 def missing(records, timing):

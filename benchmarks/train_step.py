@@ -15,15 +15,7 @@ tensors, and the base is 0.
 
 import statistics
 
-from benchmarks.common import (
-    add_record_and_table_arguments,
-    markdown,
-    median_ratio,
-    run_alone,
-    run_benchmark,
-    share_weights,
-    time_in_turn,
-)
+from benchmarks import common
 from benchmarks.original import original_loss
 from runtime import cli
 
@@ -47,7 +39,7 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=cli.positive, default=3, help="timed updates of each variant")
     cli.add_device_argument(parser)
     parser.add_argument("--compile", action="store_true", help="also measure with torch.compile of the blocks")
-    add_record_and_table_arguments(parser)
+    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -61,7 +53,7 @@ def load_models(names, load):
     if others:
         # TF32 on a GPU, as in train_router.py, also for the original.
         dit = devices.set_precision(load(), "tf32")
-        models |= {name: share_weights(dit) for name in others}
+        models |= {name: common.share_weights(dit) for name in others}
     if "checkpointing" in models:
         models["checkpointing"].grad_checkpointing = True
     if "compiled" in models:
@@ -142,14 +134,14 @@ def measure(args):
 
     model_spec(args.model, args.image_size)  # refuses an unknown name before anything is measured
     names = [name for name in VARIANTS if name != "compiled" or args.compile]
-    memory = {name: run_alone(measure_memory, args, name) for name in names}
+    memory = {name: common.run_alone(measure_memory, args, name) for name in names}
     updates, device = make_updates(args, names)
-    seconds = time_in_turn({name: lambda name=name: updates.run(name) for name in names}, args.repeats, device)
+    seconds = common.time_in_turn({name: lambda name=name: updates.run(name) for name in names}, args.repeats, device)
     above = {name: memory[name]["peak"] - memory[name]["base"] for name in names}
     return {
         "batch": args.batch_size,
         "seconds": seconds,
-        "time_ratio": {name: median_ratio(seconds[name], seconds["original"]) for name in names},
+        "time_ratio": {name: common.median_ratio(seconds[name], seconds["original"]) for name in names},
         "images_per_second": {name: args.batch_size / statistics.median(seconds[name]) for name in names},
         "memory_bytes": memory,
         "peak_ratio": {name: memory[name]["peak"] / memory["original"]["peak"] for name in names},
@@ -179,11 +171,11 @@ def table(records):
                     f"{record['above_base_ratio'][name]:.3f}",
                 ]
             )
-    return markdown(rows, head)
+    return common.markdown(rows, head)
 
 
 def main(args):
-    run_benchmark(args, "train-*", measure, table)
+    common.run_benchmark(args, "train-*", measure, table)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from benchmarks.common import ROOT, add_record_and_table_arguments, markdown, run_benchmark, run_command, timed
+from benchmarks import common
 from runtime import cli
 
 # Published, DiT-XL/2 at 256 pixels on an A5000: 8 images with guidance, the diffusion loop of 20 steps.
@@ -33,13 +33,13 @@ ESTIMATES = [
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Seconds of each command of docs/tutorial.md.")
     parser.set_defaults(device="auto")  # as the commands choose it
-    add_record_and_table_arguments(parser)
+    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
 def numbered_commands():
     """(title, command) of the tutorial's numbered headings: the first command below each, on one line."""
-    text = (ROOT / "docs" / "tutorial.md").read_text().replace("\\\n", " ")
+    text = (common.ROOT / "docs" / "tutorial.md").read_text().replace("\\\n", " ")
     return re.findall(r"^## (\d\. [^\n]*)\n.*?^```\n([^\n]*)\n", text, re.M | re.S)
 
 
@@ -57,9 +57,9 @@ def measure(args):
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
-        run_command("git", "clone", "--quiet", ROOT, clone)
+        common.run_command("git", "clone", "--quiet", common.ROOT, clone)
         for command in ["python -m demo.fashion_mnist", *(command for _, command in numbered_commands())]:
-            seconds.append(timed(partial(run_command, "bash", "-c", command, cwd=clone, PATH=path))[1])
+            seconds.append(common.timed(partial(common.run_command, "bash", "-c", command, cwd=clone, PATH=path))[1])
             print(f"{seconds[-1]:6.1f} s  {command}", file=sys.stderr, flush=True)
     return {"seconds": seconds[1:]}
 
@@ -71,11 +71,11 @@ def table(records):
         columns = {f"small model, {record['device']}": duration(some) for record, some in zip(records, seconds)}
         estimate = f"{work}: {duration(estimate) if estimate else 'not known'}"
         rows.append({"command": title, **columns, "DiT-XL/2 at 256 pixels, one A5000: estimated": estimate})
-    return markdown(rows)
+    return common.markdown(rows)
 
 
 def main(args):
-    run_benchmark(args, "tutorial-*", measure, table)
+    common.run_benchmark(args, "tutorial-*", measure, table)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_refused, call, run
 
-from benchmarks import assembly
+from benchmarks import assembly, common
 
 PROGRAM = "benchmarks/assembly.py"
 SMALL = ["--images", 96, "--original-images", 40, "--image-size", 16, "--shard", 7]
@@ -65,7 +65,7 @@ def test_ways_that_differ_in_a_value_are_an_error_and_nothing_is_left(name, tmp_
         np.savez(npz, **arrays)
 
     monkeypatch.setattr(assembly, "original_assembly", wrong)
-    monkeypatch.setattr(assembly, "run_alone", lambda function, *args: function(*args))
+    monkeypatch.setattr(common, "run_alone", lambda function, *args: function(*args))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match="the original's way wrote"):
         assembly.main(assembly.parse_args([str(flag) for flag in SMALL]))

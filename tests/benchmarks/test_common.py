@@ -105,7 +105,7 @@ def test_sampling_is_timed_beside_busy_loops_for_each_spin_count(tmp_path, monke
         return f"...\nSampling time: {running + int(GOMP_SPINCOUNT) / 1e6:.3f}±0.000\n"
 
     monkeypatch.setattr(busy, "Popen", Loop)
-    monkeypatch.setattr(busy, "run_command", sample)
+    monkeypatch.setattr(common, "run_command", sample)
     result = call("benchmarks/busy.py", "--repeats", 2, "--record", tmp_path / "busy-x.json", capfd=capfd)
     assert result.returncode == 0, result.stderr
     assert runs == [(spin_count, count) for count in (0, 1, 2) for spin_count in (300000, 1000, 0)] * 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run
 
-from benchmarks import extraction
+from benchmarks import common, extraction
 from benchmarks.inception_graph import inception_v3, needs_tensorflow
 from evaluation import inception
 
@@ -62,7 +62,7 @@ def test_backends_run_in_turn_and_must_agree(value, agree, tmp_path, monkeypatch
         seconds = len(launched) * (2 if backend == "tensorflow" else 1)  # 2, 2, 6, 4, 10, 6
         return {"seconds": seconds, "peak_bytes": 5e6, "version": "1"}, [np.ones((4, 3)), features[backend]]
 
-    monkeypatch.setattr(extraction, "run_alone", run_alone)
+    monkeypatch.setattr(common, "run_alone", run_alone)
     args = extraction.parse_args(["--graph", "x.pb", "--device", "cpu", "--record", str(tmp_path / "r.json")])
     if agree:
         extraction.main(args)

@@ -6,8 +6,7 @@ import os
 import pytest
 from conftest import run
 
-from benchmarks import metrics_speed
-from benchmarks.common import run_alone
+from benchmarks import common, metrics_speed
 
 
 @pytest.mark.slow
@@ -30,13 +29,13 @@ def test_a_record_holds_what_was_measured(tmp_path):
 
 def test_distances_are_never_held_whole():
     # All distances of 12,000 points to each other are 576 MB in float32, their features 3 MB.
-    figures = run_alone(metrics_speed.measure_precision_recall, "fp32", 3000, 12000, 64)
+    figures = common.run_alone(metrics_speed.measure_precision_recall, "fp32", 3000, 12000, 64)
     assert figures["peak_bytes"] - figures["base_bytes"] < 200e6
 
 
 def test_ways_that_disagree_are_an_error(monkeypatch, capsys):
     values = {"eigh": {"fid": 1.0}, "sqrtm": {"fid": 1.001}}
-    monkeypatch.setattr(metrics_speed, "run_alone", lambda function, *args: values)
+    monkeypatch.setattr(common, "run_alone", lambda function, *args: values)
     with pytest.raises(RuntimeError, match="1.0 from eigenvalues, 1.001"):
         metrics_speed.main(metrics_speed.parse_args([]))
     assert capsys.readouterr().out == ""
