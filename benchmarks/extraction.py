@@ -54,7 +54,7 @@ def measure_backend(backend, path, args):
     from evaluation import inception, inception_tf
     from runtime import devices
 
-    graph = {"torch": inception, "tensorflow": inception_tf}[backend].load_graph(path, devices.pick_device(args.device))
+    graph = {"torch": inception, "tensorflow": inception_tf}[backend].Graph(path, devices.pick_device(args.device))
     shape = args.batch_size, args.image_size, args.image_size, 3
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 

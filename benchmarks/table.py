@@ -148,7 +148,7 @@ def judge(npz):
 
     import numpy as np
 
-    from evaluation.inception import load_graph
+    from evaluation.inception import Graph
 
     report, (reference, graph) = npz.with_suffix(".json"), JUDGES.values()
     common.run_command(sys.executable, "evaluator.py", reference, npz, "--graph", graph, "--json", report)
@@ -158,7 +158,7 @@ def judge(npz):
         "images": len(images),
         "sha256": hashlib.sha256(images).hexdigest(),
         "metrics": json.loads(report.read_text())["metrics"],
-        "class_accuracy": load_graph(common.ROOT / graph).class_accuracy(images, labels),
+        "class_accuracy": Graph(common.ROOT / graph).class_accuracy(images, labels),
     }
 
 

@@ -44,7 +44,7 @@ def main(args):
     from runtime import devices
 
     device = devices.pick_device(args.device)
-    classifier = inception.load_graph(args.classifier, device)
+    classifier = inception.Graph(args.classifier, device)
     spec = model_spec(ckpt=args.ckpt)
     dit, vae = load_dit(spec, device), load_vae(spec, device)
     schedules = {"without router": None}

@@ -105,7 +105,7 @@ def main(args):
     loss = train(loss_of_batch, optimizer, generator, **settings, classifier=classifier)
     save_graph(classifier, args.out)
     held_out, classes = load_split(args.data, "test")
-    share = inception.load_graph(args.out, device).class_accuracy(held_out.permute(0, 2, 3, 1), classes)
+    share = inception.Graph(args.out, device).class_accuracy(held_out.permute(0, 2, 3, 1), classes)
     print(f"final loss {loss}, accuracy on the test images {share:.2%}")
     print(f"wrote {args.out}")
 
