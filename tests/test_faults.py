@@ -43,10 +43,9 @@ class Programs:
 
     def __init__(self, folder, model, images, capfd):
         self.folder, self.model, self.capfd = folder, model, capfd
-        self.images = shutil.copytree(images, folder / "images")
         common = ["--ckpt", model, "--device", "cpu", "--num-sampling-steps", 4]
-        training = ["--global-batch-size", 4, "--draws-per-step", 2, "--num-workers", 0, "--log-every", 1]
-        training += ["--max-steps", 3, "--results-dir", folder / "results", "--data-path", self.images]
+        training = "--global-batch-size 4 --draws-per-step 2 --num-workers 0 --log-every 1 --max-steps 3".split()
+        training += ["--results-dir", folder / "results", "--data-path", shutil.copytree(images, folder / "images")]
         self.flags = {
             "sample.py": [*common, "--repeats", 1, "--out", folder / "out.png"],
             "sample_ddp.py": [*common, "--num-fid-samples", 6, "--per-proc-batch-size", 2, "--sample-dir", folder],
@@ -101,7 +100,7 @@ def programs(tmp_path, model_folder, image_folder, capfd):
 
 def assert_whole(folder):
     """Assert that no file in the folder is half written."""
-    for path in (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size):
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         assert not path.name.endswith(".part"), path
         if path.suffix in (".png", ".gif"):
             with Image.open(path) as image:
@@ -158,10 +157,8 @@ NETWORK = "evaluation.features.Network.extract"
         ("train_router.py", LATENTS, "diffusers.AutoencoderKL.encode", control_c, "interrupted"),
         ("train_router.py", LATENTS, "numpy.save", control_c, "interrupted"),
         ("train_router.py", [], "torch.optim.AdamW.step", control_c, "interrupted"),
-        ("train_router.py", [], "torch.save", control_c, "interrupted"),
         ("evaluator.py", [], NETWORK, control_c, "interrupted"),
         ("evaluator.py", STATISTICS, "evaluation.evaluation_set.write_npz", control_c, "interrupted"),
-        ("evaluator.py", STATISTICS, "runtime.records.write_record", control_c, "interrupted"),
         ("sample.py", [], "models.DiT.denoise", no_memory, "out of memory: pass fewer --class-labels"),
         ("sample.py", [], "models.DiT.denoise", no_memory_on_the_gpu, "out of memory: pass fewer --class-labels"),
         ("sample.py", ROUTER, "torch.load", no_memory_for_numpy, "r.pt needs more memory"),
@@ -202,21 +199,6 @@ def test_weights_that_are_cut_off_after_loading_stay_in_memory(programs, tmp_pat
 
     result = programs.run("sample.py", "--ckpt", tmp_path / "model", place="models.DiT.denoise", harm=cut_all)
     assert result.returncode == 0 and (tmp_path / "out.png").read_bytes() == expected
-
-
-@pytest.mark.slow
-def test_a_batch_beyond_the_memory_of_the_process_is_one_line(tmp_path):
-    flags = ["--ckpt", ROOT / "ckpt" / "fashion_mnist", "--device", "cpu", "--num-sampling-steps", "2"]
-    result = subprocess.run(
-        [sys.executable, ROOT / "sample.py", *flags, "--class-labels", *["0"] * 20000],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (3 << 29, 3 << 29)),  # 1.5 GB
-        capture_output=True,
-        text=True,
-    )
-    assert_refused(result, "out of memory", "fewer --class-labels")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -314,11 +296,9 @@ def test_files_without_the_right_to_read_or_write_are_one_line(programs, user_ri
         for program, more, name in (
             ("sample.py", ["--ckpt", model], "dit.safetensors"),
             ("sample.py", ROUTER, "r.pt"),
-            ("sample.py", ["--out", closed / "x.png"], "closed"),
             ("sample_ddp.py", ["--sample-dir", closed], "closed"),
             ("train_router.py", ["--data-path", closed], "closed"),
             ("train_router.py", ["--results-dir", closed], "closed"),
-            ("train_router.py", ["--resume", file], "r.pt"),
             ("train_router.py", ["--extract-latents", closed / "latents"], "closed"),
             ("evaluator.py", ["--graph", file], "r.pt"),
             ("evaluator.py", ["--save-stats", closed / "s.npz"], "closed"),
