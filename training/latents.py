@@ -1,27 +1,42 @@
-"""Encode a folder of images into latents once, for many trainings."""
+"""Training data from a folder of latents: images encoded once by the VAE, for many trainings.
 
+latents.json        which images, VAE, size, classes; whether mirrored images are there, and all are complete
+labels.npy          int64, a label per image
+NNNNNN.npy          a shard: float16 [images, flips, 2C, h, w], the moments of up to SHARD images, plain and mirrored
+NNNNNN.skipped.json the files of that shard that could not be read
+"""
+
+import functools
 import io
 import json
+import os
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from runtime.errors import UserError
 from runtime.files import atomic_write
-from training.batches import encode, ignore_signals, loaded, names_in
-from training.sources import SHARD, check_skipped
+from training.batches import encode, load_batches, make_loader, skipped_names
+from training.images import check_skipped
+
+SHARD = 1024  # images; 34 MB at 256 pixels with both flips
+
+
+def shard_path(folder, shard):
+    return Path(folder) / f"{shard:06d}.npy"
 
 
 def prepare_latents(images, spec, folder, vae_fingerprint):
-    """Starts or finds the folder in which `extract_latents` puts the latents of `images`.
+    """Make or check the folder that `extract_latents` fills with the latents of `images`, and write the labels.
 
-    Raises UserError where it holds the latents of other images or of another VAE, or cannot be written.
+    Raises UserError if it holds other files or the latents of other images or another VAE, or cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is no folder: name another --extract-latents")
+        raise UserError(f"{folder} is no folder: pass another --extract-latents")
     about = {
         "vae": vae_fingerprint,
         "image_size": spec.image_size,
@@ -33,16 +48,17 @@ def prepare_latents(images, spec, folder, vae_fingerprint):
     manifest = folder / "latents.json"
     if manifest.exists():
         try:
-            there = json.loads(manifest.read_text())
-            different = [name for name in about if there.get(name) != about[name]]
+            existing = json.loads(manifest.read_text())
+            different = [name for name in about if existing.get(name) != about[name]]
         except (OSError, ValueError, AttributeError):
             different = ["the file itself"]
         if different:
             raise UserError(
-                f"{manifest} is of other latents, different in {', '.join(different)}: name another --extract-latents"
+                f"{manifest} describes other latents, different in {', '.join(different)}: pass another "
+                "--extract-latents"
             )
     elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds other files: name an empty or a new folder with --extract-latents")
+        raise UserError(f"{folder} holds other files: pass an empty or new folder with --extract-latents")
     else:
         with atomic_write(manifest) as part:
             part.write_text(json.dumps(about | {"complete": False}, indent=2) + "\n")
@@ -50,62 +66,61 @@ def prepare_latents(images, spec, folder, vae_fingerprint):
         np.save(file, np.array([label for _, label in images.files]))
 
 
-def extract_latents(images, vae, spec, folder, rank=0, world=1, workers=0, batch_size=8):
-    """Encodes `images`, as they are and mirrored where the model wants it, into a folder that was prepared.
+def extract_latents(images, vae, spec, folder, rank=0, world_size=1, workers=0, batch_size=8):
+    """Encode `images`, and their mirror images if the model wants them, into a folder from `prepare_latents`.
 
-    Files of `SHARD` images, float16 [images, flips, 2C, h, w], each whole or not at all; those that are there are
-    kept, so a second start goes on. Each process of `world` makes every world-th file; after all of them comes
-    `finish_latents`. Raises UserError where more than 1 % of the images cannot be read.
+    Each rank writes every world_size-th shard, whole or not at all. Existing shards stay, so the same call continues an
+    extraction. Call `finish_latents` after all ranks. Raises UserError if more than 1 % of the images cannot be read.
     """
     from tqdm import tqdm
 
-    folder = Path(folder)
     device = next(vae.parameters()).device
-    shards = [s for s in range(rank, -(-len(images) // SHARD), world) if not (folder / f"{s:06d}.npy").exists()]
+    shards = [s for s in range(rank, -(-len(images) // SHARD), world_size) if not shard_path(folder, s).exists()]
     batches = [
         range(start, min(start + batch_size, (s + 1) * SHARD, len(images)))
         for s in shards
         for start in range(s * SHARD, min((s + 1) * SHARD, len(images)), batch_size)
     ]
-    loader = DataLoader(_Plain(images), batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals)
-    bar = tqdm(total=sum(map(len, batches)), unit="images", disable=None if rank == 0 else True)
-    parts, unread = [], []
-    for batch, (x, skipped) in zip(batches, loaded(loader)):
-        unread += names_in(skipped)
-        check_skipped(unread, images)
-        x = x.to(device)
-        both = [encode(vae, view) for view in ((x, x.flip(-1)) if spec.horizontal_flip else (x,))]
-        parts.append(torch.stack(both, dim=1).half().cpu().numpy())
-        bar.update(len(batch))
-        if batch.stop % SHARD == 0 or batch.stop == len(images):
-            shard = folder / f"{batch.start // SHARD:06d}.npy"
-            if unread:
-                with atomic_write(shard.with_suffix(".skipped.json")) as part:
-                    part.write_text(json.dumps(unread))
-            content = io.BytesIO()  # of a full disk NumPy would not say that it is full
-            np.save(content, np.concatenate(parts))
-            with atomic_write(shard) as part:
-                part.write_bytes(content.getvalue())  # a view of it crashes Python 3.12.1 where writing fails
-            parts, unread = [], []
-    bar.close()
+    moments, skipped = [], []
+    with tqdm(total=sum(map(len, batches)), unit="images", disable=None if rank == 0 else True) as bar:
+        for batch, (x, skipped_texts) in zip(batches, load_batches(make_loader(_InOrder(images), batches, workers))):
+            skipped += skipped_names(skipped_texts)
+            check_skipped(skipped, len(images))
+            x = x.to(device)
+            views = [encode(vae, view) for view in ((x, x.flip(-1)) if spec.horizontal_flip else (x,))]
+            moments.append(torch.stack(views, dim=1).half().cpu().numpy())
+            bar.update(len(batch))
+            if batch.stop % SHARD == 0 or batch.stop == len(images):
+                _write_shard(shard_path(folder, batch.start // SHARD), np.concatenate(moments), skipped)
+                moments, skipped = [], []
+
+
+def _write_shard(path, moments, skipped):
+    if skipped:
+        with atomic_write(path.with_suffix(".skipped.json")) as part:
+            part.write_text(json.dumps(skipped))
+    content = io.BytesIO()  # np.save to a file does not report a full disk
+    np.save(content, moments)
+    with atomic_write(path) as part:
+        part.write_bytes(content.getvalue())  # a view of the buffer crashes Python 3.12.1 if writing fails
 
 
 def finish_latents(images, folder):
-    """Marks the latents in `folder` as complete. Returns the images whose place others took, a list of str.
+    """Mark the latents in `folder` as complete; return the sorted names of images that others replace.
 
-    Raises UserError where they are more than 1 % of all.
+    Raises UserError if they are more than 1 % of all.
     """
     manifest = Path(folder) / "latents.json"
     skipped = {name for path in Path(folder).glob("*.skipped.json") for name in json.loads(path.read_text())}
-    check_skipped(skipped, images)
+    check_skipped(skipped, len(images))
     with atomic_write(manifest) as part:
         about = json.loads(manifest.read_text()) | {"complete": True, "skipped": sorted(skipped)}
         part.write_text(json.dumps(about, indent=2) + "\n")
     return sorted(skipped)
 
 
-class _Plain(Dataset):
-    """Images in their own order, with what was skipped as a text, for `extract_latents`."""
+class _InOrder(Dataset):
+    """Pairs of an image and its skipped files as a text, by index."""
 
     def __init__(self, images):
         self.images = images
@@ -116,3 +131,83 @@ class _Plain(Dataset):
     def __getitem__(self, index):
         x, _, skipped = self.images.load(index)
         return x, "\n".join(skipped)
+
+
+class LatentSource:
+    """The moments of the VAE's posterior that `extract_latents` wrote: float32 (2C, h, w) per image.
+
+    Raises UserError if the folder is incomplete, has no mirrored images and the model wants them, or belongs to another
+    VAE, image size or number of classes.
+    """
+
+    kind = "moments"
+
+    def __init__(self, folder, spec, vae_fingerprint):
+        self.folder = Path(folder)
+        try:
+            self.about = json.loads((self.folder / "latents.json").read_text())
+            labels = np.load(self.folder / "labels.npy", allow_pickle=False)
+            about = {name: self.about[name] for name in ("vae", "image_size", "num_classes", "flips", "images")}
+            if labels.ndim != 1 or labels.dtype.kind != "i" or not isinstance(about["images"], int):
+                raise ValueError("its labels or their number are no integers")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder} is no folder of latents ({error}): write one with --extract-latents {folder}"
+            ) from error
+        shards = range(-(-about["images"] // SHARD))
+        complete = self.about.get("complete") and all(shard_path(folder, shard).is_file() for shard in shards)
+        if not complete or len(labels) != about["images"]:
+            raise UserError(f"the latents in {folder} are not complete: run --extract-latents {folder} again")
+        for name, wanted in (("image_size", spec.image_size), ("num_classes", spec.num_classes)):
+            if about[name] != wanted:
+                raise UserError(
+                    f"the latents in {folder} have {name} {about[name]}, model {spec.name} {wanted}: "
+                    "extract them for this model"
+                )
+        if about["vae"] != vae_fingerprint:
+            raise UserError(
+                f"the latents in {folder} were made by another VAE than {spec.vae}: extract them with this one"
+            )
+        if spec.horizontal_flip and not about["flips"]:
+            raise UserError(
+                f"the latents in {folder} have no mirrored images, which {spec.name} is trained on: extract them again"
+            )
+        if labels.min(initial=0) < 0 or labels.max(initial=0) >= spec.num_classes:
+            raise UserError(f"{folder} has labels outside 0 to {spec.num_classes - 1}: extract the latents again")
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, index, flip=False):
+        """Return the moments (2C, h, w) of image `index`, mirrored if `flip`, its label, and [] for skipped files.
+
+        Raises UserError if they cannot be read.
+        """
+        path = shard_path(self.folder, index // SHARD)
+        try:
+            file, start, (_, flips, *shape) = _open_shard(path, 1 + self.about["flips"])
+            size = 2 * prod(shape)  # bytes
+            values = os.pread(file.fileno(), size, start + (index % SHARD * flips + flip) * size)
+            moments = np.frombuffer(values, np.float16).reshape(shape)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}): remove it and extract the latents again") from error
+        return torch.from_numpy(moments.astype(np.float32)), int(self.labels[index]), []
+
+    def fingerprint(self):
+        """Return the fingerprint of the images that the latents were made from."""
+        return self.about["files"]
+
+
+# Opening a shard for each sample takes time, and a process may have 1024 open files. Shards are not memory-mapped: if
+# a mapped file is truncated, reading it kills the process.
+@functools.lru_cache(maxsize=256)
+def _open_shard(path, flips):
+    """Return an open shard, the offset of its values, and their shape. Raises ValueError if it is another file."""
+    file = path.open("rb")
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of .npy")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if fortran_order or dtype != np.float16 or len(shape) != 5 or shape[1] != flips:
+        raise ValueError(f"{dtype} {shape}")
+    return file, file.tell(), shape

@@ -1,13 +1,13 @@
-"""Pictures: a heatmap of a router's scores, how it came about as an animation, curves of a table."""
+"""Plots of a router's scores: a heatmap, and an animation of a training."""
 
 from router import Router
 from runtime.files import atomic_write
 
 
 def draw_scores(axis, scores, threshold):
-    """Draws scores [steps, depth, 2] on a matplotlib axis: trained steps in the order they run, layers across.
+    """Draw scores [steps, depth, 2] on a matplotlib axis: trained steps in the order they run, layers across.
 
-    A cross marks a layer that is reused at `threshold`. Returns the image and the crosses, to colour and to change.
+    A cross marks each layer that is reused at `threshold`. Returns the image and the crosses, for `_update`.
     """
     steps, depth, _ = scores.shape
     rows = list(reversed(Router.trained_steps(steps)))
@@ -18,17 +18,17 @@ def draw_scores(axis, scores, threshold):
     axis.set_yticks(range(len(rows)), rows, fontsize=7)
     axis.set_xticks(range(0, 2 * depth, 2), range(depth), fontsize=7 if depth > 16 else None)
     axis.set(xlabel="block (attention, MLP)", ylabel="step i; the odd ones run in full")
-    _mark(image, crosses, scores, threshold)
+    _update(image, crosses, scores, threshold)
     return image, crosses
 
 
-def _mark(image, crosses, scores, threshold):
+def _update(image, crosses, scores, threshold):
     shown = scores[list(reversed(Router.trained_steps(len(scores))))].flatten(1)
     image.set_data(shown.numpy())
     crosses.set_offsets((shown <= threshold).nonzero().flip(1).numpy())
 
 
-def _figure(count=1):
+def _new_figure(count=1):
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,8 +40,8 @@ def _figure(count=1):
 
 
 def save_heatmap(named_scores, threshold, path):
-    """Writes a PNG of scores [steps, depth, 2] under each title of the dict `named_scores`, side by side."""
-    figure, axes = _figure(len(named_scores))
+    """Write a PNG of `named_scores`, a dict of title: scores [steps, depth, 2], side by side."""
+    figure, axes = _new_figure(len(named_scores))
     for axis, (title, scores) in zip(axes, named_scores.items()):
         image, _ = draw_scores(axis, scores, threshold)
         axis.set_title(title)
@@ -51,9 +51,9 @@ def save_heatmap(named_scores, threshold, path):
 
 
 def save_animation(frames, threshold, path, most=100):
-    """Writes a GIF of `frames`, pairs of a title and scores [steps, depth, 2]; evenly chosen ones of more than `most`.
+    """Write a GIF of `frames`, pairs of a title and scores [steps, depth, 2]: at most `most`, evenly chosen.
 
-    It runs for 8 s, holds its last frame, and starts again.
+    It runs for 8 s, holds the last frame, and starts again.
     """
     import numpy as np
     from PIL import Image
@@ -61,18 +61,18 @@ def save_animation(frames, threshold, path, most=100):
     frames = list(frames)
     if len(frames) > most:
         frames = [frames[round(k * (len(frames) - 1) / (most - 1))] for k in range(most)]
-    figure, (axis,) = _figure()
+    figure, (axis,) = _new_figure()
     figure.set_dpi(80)
     image, crosses = draw_scores(axis, frames[0][1], threshold)
     figure.colorbar(image, ax=axis, label=f"score; x: reused at threshold {threshold:g}")
     axis.set_title(frames[0][0])
-    for _ in range(2):  # the second time settles the layout, which then holds for all frames
+    for _ in range(2):  # the second drawing settles the layout, which then stays the same for all frames
         figure.draw_without_rendering()
     figure.set_layout_engine("none")
     pictures = []
     for title, scores in frames:
         axis.set_title(title)
-        _mark(image, crosses, scores, threshold)
+        _update(image, crosses, scores, threshold)
         figure.canvas.draw()
         pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
         pictures.append(pixels.convert("RGB").quantize(64, dither=Image.Dither.NONE))
@@ -81,22 +81,3 @@ def save_animation(frames, threshold, path, most=100):
         pictures[0].save(
             part, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True
         )
-
-
-def save_curves(curves, xlabel, ylabel, path):
-    """Writes a PNG of `curves`, {label: [(x, y, text), ...]}: points with texts, joined by a line; y logarithmic."""
-    from matplotlib.ticker import StrMethodFormatter
-
-    figure, (axis,) = _figure()
-    for (label, points), marker in zip(curves.items(), "os^v<>DPX*" * len(curves)):
-        x, y, texts = zip(*sorted(points))
-        axis.plot(x, y, marker=marker, markersize=5, linewidth=0.8, label=label)
-        for place in zip(x, y, texts):
-            axis.annotate(place[2], place[:2], (4, 3), textcoords="offset points", fontsize=7)
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.legend()
-    with atomic_write(path) as part:
-        figure.savefig(part, format="png", metadata={"Software": None})

@@ -1,11 +1,13 @@
-"""A training's folder: checkpoints, log and pictures, and finding it again after whatever stopped it.
+"""The folder of a training run: checkpoints, log and pictures, and how to find and continue it.
 
-NNN-MODEL/args.json                 the flags and versions of the last start
+NNN-MODEL/args.json                 flags and versions of the last launch
 NNN-MODEL/metrics.jsonl             a line of figures every --log-every updates
-NNN-MODEL/checkpoints/NNNNNNN.pt    a router file that can be continued, with a heatmap .png; last.pt is the newest
-NNN-MODEL/router.png, router.gif    the final scores, and how they came about
+NNN-MODEL/checkpoints/NNNNNNN.pt    a router file from which training can continue, and a heatmap .png;
+                                    last.pt is a copy of the newest
+NNN-MODEL/router.png, router.gif    the final scores, and how they developed
 """
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -19,10 +21,10 @@ from training.plots import save_animation, save_heatmap
 
 
 class RunFolder:
-    """The folder of one training, held by this process until it ends, however it ends.
+    """The folder of one training run, locked until this process ends.
 
-    Raises UserError where another process holds it, for longer than the data loading processes of one that was
-    killed live on (they look for it every 5 s, and may have inherited its lock).
+    Raises UserError if another process holds the lock for longer than PATIENCE: data loading workers of a killed
+    training may have inherited it, and notice only after up to 5 s that their parent is gone.
     """
 
     PATIENCE = 10.0  # seconds
@@ -43,23 +45,21 @@ class RunFolder:
 
     @classmethod
     def new(cls, results_dir, name):
-        """Makes results_dir/NNN-name with the first free number. Raises UserError where that cannot be written."""
+        """Make results_dir/NNN-name with the first free number. Raises UserError if it cannot be written."""
         try:
             Path(results_dir).mkdir(parents=True, exist_ok=True)
             number = max(map(_number, Path(results_dir).iterdir()), default=-1) + 1
             while (folder := Path(results_dir) / f"{number:03d}-{name.replace('/', '-')}").exists():
-                number += 1  # another start was faster
+                number += 1  # another launch has just made it
             (folder / "checkpoints").mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"cannot write into {results_dir}: {error.strerror}; name another --results-dir") from error
+            raise UserError(f"cannot write into {results_dir}: {error.strerror}; pass another --results-dir") from error
         return cls(folder)
 
     @classmethod
     def newest(cls, results_dir, accepts):
-        """The newest run of results_dir that nobody holds and whose last checkpoint `accepts`, and that checkpoint.
-
-        None, None where there is none.
-        """
+        """Return the newest run of results_dir that is not in use and whose last checkpoint `accepts`, and that
+        checkpoint; None, None if there is none."""
         folders = [p for p in Path(results_dir).glob("*-*/") if _number(p) >= 0]
         for folder in sorted(folders, key=_number, reverse=True):
             try:
@@ -70,51 +70,114 @@ class RunFolder:
                 continue
         return None, None
 
-    def save(self, router, keep, threshold, *, step, **state):
-        """Writes the checkpoint of `step` and last.pt, each whole or not at all; keeps the newest `keep` (None: all).
+    def save(self, router, state, threshold, keep=None):
+        """Write a checkpoint of `router` and `state`, and last.pt; delete all but the newest `keep`; return its path.
 
-        Returns its path. The heatmap beside it marks what is reused at `threshold`. Step 0 is last.pt alone.
+        The heatmap beside it marks the layers that are reused at `threshold`. Update 0 is written as last.pt alone.
         """
-        path = self.checkpoints / f"{step:07d}.pt" if step else self.last
-        for place in dict.fromkeys((path, self.last)):
-            router.save(place, step=step, **state)
-        if step:
-            save_heatmap({f"{self.folder.name}, update {step}": router.scores()}, threshold, path.with_suffix(".png"))
+        update = state["step"]
+        path = self.checkpoints / f"{update:07d}.pt" if update else self.last
+        for destination in dict.fromkeys((path, self.last)):
+            router.save(destination, **state)
+        if update:
+            title = f"{self.folder.name}, update {update}"
+            save_heatmap({title: router.scores()}, threshold, path.with_suffix(".png"))
         for old in self.numbered()[: -keep if keep else 0]:
             old.with_suffix(".png").unlink(missing_ok=True)
             old.unlink()
         return path
 
     def numbered(self):
-        """The checkpoints by number, the newest last; without last.pt."""
+        """Return the paths of the numbered checkpoints, the newest last."""
         return sorted(p for p in self.checkpoints.glob("*.pt") if p.stem.isdecimal())
 
     def save_pictures(self, router, threshold):
-        """Writes router.png, the scores of `router`, and router.gif, from the first line of the log to the last."""
+        """Write router.png, the scores of `router`, and router.gif, the scores in the log."""
         save_heatmap({self.folder.name: router.scores()}, threshold, self.folder / "router.png")
-        history = frames(self.history(math.inf), router.steps)
-        save_animation(history or [("final", router.scores())], threshold, self.folder / "router.gif")
+        logged = frames(read_log(self.folder), router.steps)
+        save_animation(logged or [("final", router.scores())], threshold, self.folder / "router.gif")
 
-    def history(self, step):
-        """`read_history` of this run."""
-        return read_history(self.folder, step)
-
-    def set_history(self, lines):
-        """Makes `lines` all of metrics.jsonl."""
+    def set_log(self, lines):
+        """Replace metrics.jsonl by `lines`."""
         with atomic_write(self.metrics) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def log(self, line):
-        """Adds a dict to metrics.jsonl. Raises UserError where that cannot be written."""
+        """Append a dict to metrics.jsonl. Raises UserError if that cannot be written."""
         try:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.metrics}: {error.strerror}; the same with --resume goes on") from error
+            raise UserError(
+                f"cannot write {self.metrics}: {error.strerror}; the same command with --resume continues"
+            ) from error
+
+
+def open_run(results_dir, name, resume, accepts, check, launch=None):
+    """Return the `RunFolder` to write into, its log cut to the checkpoint to continue, and the checkpoint or None.
+
+    resume: None makes a new run; "auto" continues the newest run whose checkpoint `accepts`, if any; a run's folder or
+    newest checkpoint continues there; an older checkpoint, or one from elsewhere, continues in a new folder, so that
+    nothing is overwritten. check: raises UserError if the named checkpoint does not fit.
+    launch: of `Processes`; a run that this launch began is continued after a restart, whatever `resume` is.
+    """
+    run = saved = None
+    if launch:
+        run, saved = RunFolder.newest(results_dir, lambda saved: saved["launch"] == launch and accepts(saved))
+    if run is None and resume == "auto":
+        run, saved = RunFolder.newest(results_dir, accepts)
+    if run is not None:
+        lines = read_log(run.folder, saved["step"])
+    elif resume in (None, "auto"):
+        run, lines = RunFolder.new(results_dir, name), []
+    else:
+        run, saved, lines = _open_named(results_dir, name, Path(resume), check)
+    run.set_log(lines)
+    return run, saved
+
+
+def _open_named(results_dir, name, path, check):
+    if path.is_dir():
+        path = path / "checkpoints" / "last.pt"
+    saved = read_checkpoint(path)
+    check(saved)
+    folder, last = path.parent.parent, path.parent / "last.pt"
+    in_run = path.parent.name == "checkpoints" and last.is_file()
+    if in_run and saved["step"] >= _update_of(last):
+        run = RunFolder(folder)
+        if _update_of(run.last) > saved["step"]:  # the process that held the lock has just saved again
+            saved = read_checkpoint(run.last)
+        return run, saved, read_log(folder, saved["step"])
+    run = RunFolder.new(results_dir, name)
+    # A branch is a separate run for Weights & Biases too.
+    return run, saved | {"wandb": None}, read_log(folder, saved["step"]) if in_run else []
+
+
+def read_checkpoint(path):
+    """Load what `RunFolder.save` wrote. Raises UserError if the file is missing, damaged, or a bare router file."""
+    saved = load_tensors(path, allow=[argparse.Namespace])
+    needed = {"routers", "opt", "step", "l1_weight", "window", "skipped", "args", "identity", "launch", "wandb"}
+    dicts = ("routers", "opt", "window", "args", "identity")
+    fits = isinstance(saved, dict) and needed <= saved.keys() and all(isinstance(saved[name], dict) for name in dicts)
+    if not (fits and isinstance(saved["step"], int)):
+        raise UserError(f"{path} is no checkpoint to continue from: pass one of train_router.py, or a run's folder")
+    Router.from_state(path, saved["routers"])
+    return saved
+
+
+def read_log(folder, last_update=math.inf):
+    """Return the lines of a run's metrics.jsonl up to `last_update`, as dicts, without a half-written one."""
+    metrics, lines = Path(folder) / "metrics.jsonl", []
+    for text in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return [line for line in lines if line["step"] <= last_update]
 
 
 def frames(lines, steps):
-    """What `save_animation` shows of lines of a log: titles and scores [steps, depth, 2] of a router for `steps`."""
+    """Turn lines of a log into frames for `save_animation`: titles and scores [steps, depth, 2]."""
     pairs = []
     for line in lines:
         trained = torch.tensor(line["scores"]).unflatten(1, (-1, 2))
@@ -124,69 +187,15 @@ def frames(lines, steps):
     return pairs
 
 
-def _number(path):
-    number, dash, _ = path.name.partition("-")
-    return int(number) if dash and number.isdecimal() else -1
-
-
-def read_checkpoint(path):
-    """What `Run.save` wrote. Raises UserError where the file is missing, damaged, or a router that cannot go on."""
-    import argparse
-
-    saved = load_tensors(path, allow=[argparse.Namespace])
-    needed = {"routers", "opt", "step", "l1_weight", "window", "skipped", "args", "identity", "launch", "wandb"}
-    dicts = ("routers", "opt", "window", "args", "identity")
-    fits = isinstance(saved, dict) and needed <= saved.keys() and all(isinstance(saved[name], dict) for name in dicts)
-    if not (fits and isinstance(saved["step"], int)):
-        raise UserError(f"{path} cannot be continued: name a checkpoint of this program, or a run's folder")
-    Router.from_state(path, saved["routers"])
-    return saved
-
-
-def open_run(results_dir, name, resume, accepts, check):
-    """The `RunFolder` to write into, the checkpoint to continue from or None, and the lines of its log so far.
-
-    resume: None starts anew; "auto" continues the newest run whose checkpoint `accepts`, if there is one;
-    a run's folder continues there; so does its newest checkpoint, while an older one, or one from elsewhere, starts
-    a new folder: nothing is overwritten. check: raises UserError where a checkpoint that was named does not fit.
-    """
-    if resume is None:
-        return RunFolder.new(results_dir, name), None, []
-    if resume == "auto":
-        run, saved = RunFolder.newest(results_dir, accepts)
-        return (run, saved, run.history(saved["step"])) if run else (RunFolder.new(results_dir, name), None, [])
-    path = Path(resume)
-    if path.is_dir():
-        path = path / "checkpoints" / "last.pt"
-    saved = read_checkpoint(path)
-    check(saved)
-    beside = path.parent / "last.pt"
-    of_a_run = path.parent.name == "checkpoints" and beside.is_file()
-    if of_a_run and saved["step"] >= _last_step(beside):
-        run = RunFolder(path.parent.parent)
-        # Whoever held the folder a moment ago may have saved once more.
-        if _last_step(run.last) > saved["step"]:
-            saved = read_checkpoint(run.last)
-        return run, saved, run.history(saved["step"])
-    run = RunFolder.new(results_dir, name)
-    # A branch is a run of its own for Weights & Biases too.
-    return run, saved | {"wandb": None}, read_history(path.parent.parent, saved["step"]) if of_a_run else []
-
-
-def _last_step(path):
-    """The step of the checkpoint at `path`; -1 where it is damaged."""
+def _update_of(path):
+    """Return the number of updates of a checkpoint; -1 if it is damaged."""
     try:
         return read_checkpoint(path)["step"]
     except UserError:
         return -1
 
 
-def read_history(folder, step):
-    """The lines of a run's metrics.jsonl up to `step`, as dicts; what a kill left half written is no line."""
-    metrics, lines = Path(folder) / "metrics.jsonl", []
-    for text in metrics.read_text().splitlines() if metrics.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return [line for line in lines if line["step"] <= step]
+def _number(folder):
+    """Return the number NNN of a run's folder, -1 if it has none."""
+    number, dash, _ = folder.name.partition("-")
+    return int(number) if dash and number.isdecimal() else -1

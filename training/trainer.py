@@ -1,6 +1,7 @@
-"""Updates of a router, the same on any number of processes, and all that a checkpoint must bring back of them."""
+"""Updates of a router, the same on any number of processes, and the state that a checkpoint must restore."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -9,8 +10,30 @@ from router import Router, router_loss
 from training.batches import clean_latents, draw_steps
 
 
-def pieces(part, draw_size):
-    """Cuts a process's `part` (a range) of the batch where another draw begins: [(draw, slice of the part)]."""
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What determines the updates of a `Trainer`, apart from the model and the data.
+
+    updates: how many there are in all. batch_size: images per update, on all ranks.
+    draws: sampling steps drawn per update, each for its own part of the batch. seed: of the initial scores and draws.
+    l1_weight: weight of the sum of scores; larger caches more layers; with target_cached its first value.
+    threshold: layers with at most this score count as cached. ste_threshold: see `router_loss`.
+    target_cached: share of all layers to cache; None keeps the l1_weight.
+    """
+
+    updates: int
+    batch_size: int
+    draws: int
+    seed: int
+    lr: float
+    l1_weight: float
+    threshold: float
+    ste_threshold: float | None = None
+    target_cached: float | None = None
+
+
+def slices_per_draw(part, draw_size):
+    """Split a rank's `part` (a range) of the batch where the next draw begins: [(draw, slice of the part)]."""
     return [
         (d, slice(max(part.start, d * draw_size) - part.start, min(part.stop, (d + 1) * draw_size) - part.start))
         for d in range(part.start // draw_size, (part.stop - 1) // draw_size + 1)
@@ -18,10 +41,10 @@ def pieces(part, draw_size):
 
 
 def reduce_gradients(router, rows, values, processes):
-    """Sums the gradients of the drawn `rows` and `values` (V,) over all processes, in one message from CPU to CPU.
+    """Sum the gradients of the drawn `rows` and `values` (V,) over all ranks, in one message from CPU to CPU.
 
-    What a process did not draw counts as 0. Returns the sum of `values`, and the bytes of the message.
-    Raises UserError where another process is gone.
+    A row that a rank did not draw counts as 0. Returns the summed values, and the size of the message in bytes.
+    Raises UserError if another rank has ended.
     """
     parameters = [router.routers[i].prob for i in rows]
     message = torch.cat([*(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters), values]).cpu()
@@ -36,137 +59,139 @@ def reduce_gradients(router, rows, values, processes):
 class TargetShare:
     """Adjusts the weight of the L1 term until a wanted share of all layers is cached: an integral controller.
 
-    The logarithm of the weight moves by how far the share is from `target`, at most by 6 in a response time. The share
-    it is shown is the one that the scores are heading for (`Training.heading`): they follow the weight so late that
-    the present share would make it swing. response: updates that a score needs to follow (`response_time`).
+    The logarithm of the weight moves in proportion to the share that is missing, by at most 6 per response time. The
+    share must be that of the scores some time ahead (`Trainer.predict_scores`): scores follow the weight so slowly that
+    their present share would make the weight oscillate.
+    response: updates that a score needs to follow the weight (`response_time`).
     """
 
-    GAIN, MOST = 60.0, 0.1  # a gain in a response time; the largest difference that counts
+    GAIN, MAX_DIFFERENCE = 60.0, 0.1  # gain per response time; the largest missing share that counts
 
     def __init__(self, target, response):
         self.target, self.response = target, response
 
     def adjust(self, l1_weight, share):
-        """The weight for the next update, from this one's and the share of all layers that it left heading for 0."""
-        missing = min(self.MOST, max(-self.MOST, self.target - share))
+        """Return the weight for the next update, from the present weight and the share that it leads to."""
+        missing = min(self.MAX_DIFFERENCE, max(-self.MAX_DIFFERENCE, self.target - share))
         return l1_weight * math.exp(self.GAIN / self.response * missing)
 
 
 def response_time(lr, draws, rows):
-    """Updates in which AdamW can move a score of one of `rows` steps by 2 logits, `draws` of them drawn at a time."""
+    """Return the updates in which AdamW can move a score by 2 logits, if each draws `draws` times from `rows` steps."""
     return 2 / lr / (1 - (1 - 1 / rows) ** draws)
 
 
 class Trainer:
-    """A router in training: its scores, Adam's moments, the weight of the L1 term, and what was seen since a report.
+    """A router in training: scores, Adam's moments, the L1 weight, and the figures collected for the next report.
 
-    Every process of the job holds one, and they stay equal. args: the flags of train_router.py; updates: how many there
-    will be; part: this process's range of the batch, as `data.BatchSampler` gives it.
+    All ranks hold equal ones. diffusion: of the sampler. part: this rank's range of the batch (`BatchSampler.part`).
     """
 
-    def __init__(self, dit, vae, diffusion, args, updates, processes, part):
-        self.dit, self.vae, self.diffusion, self.args, self.processes = dit, vae, diffusion, args, processes
-        self.updates = updates
+    def __init__(self, dit, vae, diffusion, config, processes, part):
+        self.dit, self.vae, self.diffusion, self.config, self.processes = dit, vae, diffusion, config, processes
         self.device = next(dit.parameters()).device
-        self.draw_size = args.global_batch_size // args.draws_per_step
-        self.pieces = pieces(part, self.draw_size)
-        generator = torch.Generator().manual_seed(args.global_seed)  # the same initial scores everywhere
+        self.draw_size = config.batch_size // config.draws  # images
+        self.slices = slices_per_draw(part, self.draw_size)
+        generator = torch.Generator().manual_seed(config.seed)  # the same initial scores on all ranks
         self.router = Router(diffusion.steps, dit.depth, generator).to(self.device)
-        self.trained = list(self.router.trained_steps(diffusion.steps))
-        self.layers = diffusion.steps * 2 * dit.depth
-        self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=args.lr, weight_decay=0)
-        self.control = None
-        self.l1_weight = args.l1
-        if args.target_cached:
-            response = response_time(args.lr, args.draws_per_step, len(self.trained))
-            self.control = TargetShare(args.target_cached, response)
-        self.step = 0
+        self.trained_steps = list(self.router.trained_steps(diffusion.steps))
+        self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=config.lr, weight_decay=0)
+        self.l1_weight, self.target_share = config.l1_weight, None
+        if config.target_cached:
+            response = response_time(config.lr, config.draws, len(self.trained_steps))
+            self.target_share = TargetShare(config.target_cached, response)
+        self.updates_done = 0
         self.skipped = set()  # images that could not be read
         self.reduced_bytes = 0
-        self.new_window()
+        self.start_window()
 
-    def new_window(self):
-        """Forgets what was seen since the last report."""
-        # Per step the sum of its draws' errors, and their number; the sum of the L1 terms; the updates.
+    def start_window(self):
+        """Start collecting figures for the next report: per step its errors and draws; the L1 terms; the updates."""
         steps = self.diffusion.steps
         self.window = {"mse": [0.0] * steps, "draws": [0] * steps, "l1": 0.0, "updates": 0}
 
     def state_dict(self):
-        """What belongs into a router file beside its scores (`Router.save`): tensors and plain types."""
+        """Return what a checkpoint holds beside the scores: tensors and plain types."""
         return {
             "opt": self.optimizer.state_dict(),
-            "step": self.step,
+            "step": self.updates_done,
             "l1_weight": self.l1_weight,
             "window": self.window,
             "skipped": sorted(self.skipped),
         }
 
     def load_state_dict(self, state):
-        """Continues from a router file with what `state_dict` gave. The learning rate stays the flag's."""
+        """Continue from a checkpoint. The learning rate stays that of the config, and so does a fixed L1 weight."""
         self.router.routers.load_state_dict(state["routers"])
         self.optimizer.load_state_dict(state["opt"])
         for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr
-        self.step, self.window, self.skipped = state["step"], state["window"], set(state["skipped"])
-        if self.control:
+            group["lr"] = self.config.lr
+        self.updates_done, self.window, self.skipped = state["step"], state["window"], set(state["skipped"])
+        if self.target_share:
             self.l1_weight = state["l1_weight"]
 
     def update(self, batch, stop=False):
-        """One update from this process's part of the batch, as `data.TrainingSamples` and a loader make it.
+        """Make one update from this rank's part of the batch; return whether any rank passed `stop`.
 
-        Returns whether any process was told to `stop`.
-
-        The loss is the mean over the draws; a draw's is its images' mean error plus the weighted sum of its scores.
-        Raises UserError where it is not finite; nothing has changed then.
+        The loss is the mean over the draws of: mean error of the draw's images + l1_weight * sum of its scores.
+        batch: from a DataLoader of `TrainingSamples`. Raises UserError if the loss is not finite; nothing has changed.
         """
-        args = self.args
-        rows = [
-            self.trained[k] for k in draw_steps(args.global_seed, self.step, args.draws_per_step, len(self.trained))
-        ]
-        drawn = sorted(set(rows))
-        # What the processes tell each other beside the gradients: each draw's error, the L1 term, a wish to stop.
+        config = self.config
+        draws = draw_steps(config.seed, self.updates_done, config.draws, len(self.trained_steps))
+        rows = [self.trained_steps[k] for k in draws]
+        # Summed over the ranks beside the gradients: the error of each draw, the L1 term, the wish to stop.
         values = torch.zeros(len(rows) + 2, device=self.device)
         values[-1] = stop
         self.optimizer.zero_grad(set_to_none=True)
-        for d, piece in self.pieces:
+        for d, part in self.slices:
             scores = self.router(rows[d])
-            part = {name: values[piece] for name, values in batch.items()}
-            x_start, y, noise = clean_latents(part, self.vae, self.device)
-            mse = router_loss(self.dit, self.diffusion, scores, rows[d] + 1, x_start, y, noise, args.ste_threshold)
-            share = len(mse) / args.global_batch_size
+            x_start, y, noise = clean_latents({name: v[part] for name, v in batch.items()}, self.vae, self.device)
+            mse = router_loss(self.dit, self.diffusion, scores, rows[d] + 1, x_start, y, noise, config.ste_threshold)
+            share = len(mse) / config.batch_size
             (share * (mse.mean() + self.l1_weight * scores.sum())).backward()
             values[d] += mse.detach().sum() / self.draw_size
             values[-2] += share * scores.detach().sum()
+        drawn = sorted(set(rows))
         if self.processes.size > 1:
             values, self.reduced_bytes = reduce_gradients(self.router, drawn, values, self.processes)
         norm = torch.stack([self.router.routers[i].prob.grad.norm() for i in drawn]).sum()
-        *errors, l1, told, norm = torch.cat([values, norm[None]]).tolist()  # waits for the device
-        for d, error in enumerate([*errors, norm]):
-            if not math.isfinite(error):
-                where = f"of draw {d}, step {rows[d] + 1}," if d < len(rows) else "or its gradient"
-                raise self.processes.error(
-                    f"the loss {where} in update {self.step + 1} is not finite ({error}): try --dtype fp32 or a lower "
-                    "--lr, and look at the weights; the router of before is kept"
-                )
+        *errors, l1, stops, norm = torch.cat([values, norm[None]]).tolist()  # waits for the device
+        self._check_finite(errors, norm, rows)
         self.optimizer.step()
         self.router.clamp_()
-        self.step += 1
-        if self.control:
-            ahead = min(2, (self.updates - self.step) / self.control.response)
-            share = (self.heading(ahead) <= args.thres).sum().item() / self.layers
-            self.l1_weight = self.control.adjust(self.l1_weight, share)
+        self.updates_done += 1
+        if self.target_share:
+            self._adjust_l1_weight()
         for row, error in zip(rows, errors):
             self.window["mse"][row] += error
             self.window["draws"][row] += 1
         self.window["l1"] += l1
         self.window["updates"] += 1
-        return told > 0
+        return stops > 0
+
+    def _check_finite(self, errors, norm, rows):
+        names = [f"of draw {d}, step {row + 1}," for d, row in enumerate(rows)] + ["or its gradient"]
+        for name, value in zip(names, [*errors, norm]):
+            if not math.isfinite(value):
+                raise self.processes.error(
+                    f"the loss {name} in update {self.updates_done + 1} is not finite ({value}): try --dtype fp32 or a "
+                    "lower --lr, and check the weights; the router before this update is saved"
+                )
+
+    def _adjust_l1_weight(self):
+        ahead = min(2, (self.config.updates - self.updates_done) / self.target_share.response)
+        layers = self.diffusion.steps * 2 * self.dit.depth
+        share = (self.predict_scores(ahead) <= self.config.threshold).sum().item() / layers
+        self.l1_weight = self.target_share.adjust(self.l1_weight, share)
 
     @torch.no_grad()
-    def heading(self, ahead):
-        """The scores of the trained steps, float32 [rows, 2*depth], so many response times ahead at Adam's pace."""
+    def predict_scores(self, ahead):
+        """Return the scores of the trained steps `ahead` response times from now, at Adam's present pace.
+
+        float32 [trained steps, 2*depth].
+        """
         scores = []
-        for i in self.trained:
+        for i in self.trained_steps:
             logits = self.router.routers[i].prob
             state, (beta1, beta2) = self.optimizer.state.get(logits), self.optimizer.defaults["betas"]
             if state:
@@ -178,16 +203,15 @@ class Trainer:
         return torch.stack(scores)
 
     def report(self):
-        """What the log says of the updates since `new_window`, and of the router as it stands: a dict for JSON."""
-        seen, window, trained = self.window["updates"], self.window, self.trained
-        schedule = self.router.schedule(self.args.thres)
+        """Return the figures since `start_window`, and of the present router: a dict for JSON, a line of the log."""
+        window, trained, schedule = self.window, self.trained_steps, self.router.schedule(self.config.threshold)
         costs = self.dit.multiply_adds()
-        mse, l1 = sum(window["mse"]) / sum(window["draws"]), window["l1"] / seen
+        mse, l1 = sum(window["mse"]) / sum(window["draws"]), window["l1"] / window["updates"]
         drawn = [i for i in trained if window["draws"][i]]
         moments = {i: self.optimizer.state.get(self.router.routers[i].prob) for i in trained}
         cached = int((~schedule.compute).sum())
         return {
-            "step": self.step,
+            "step": self.updates_done,
             "loss": mse + self.l1_weight * l1,
             "mse": mse,
             "l1": l1,
