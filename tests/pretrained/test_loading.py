@@ -1,43 +1,40 @@
-"""DiTs and VAEs from specs."""
+"""DiTs and VAEs from specs; weights from the files of others and from the Hugging Face Hub."""
 
+import argparse
+import fnmatch
 import json
-import math
+import os
 import shutil
 from functools import partial
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import random_dit
 from safetensors.torch import load_file
-from small_models import edit_json, fixed_dit, load, refusal, same, save_pipeline
+from small_models import edit_json, fixed_dit, load, random_transformer, refusal, same, save_pipeline
 
-import sampling
 from models import DiT, DiT_models
 from pretrained.diffusers_layout import WEIGHTS, to_diffusers
 from pretrained.loading import load_dit, load_vae
 from pretrained.spec import model_spec
+from pretrained.weights import find_model_folder, load_state_dict_of
 
 SAFE, PICKLED = WEIGHTS
-
-
-def test_a_model_folder_loads_with_its_vae(model_folder):
-    spec = model_spec(ckpt=str(model_folder))
-    assert same(load_dit(spec, "cpu").state_dict(), random_dit().state_dict())
-    images = sampling.decode(load_vae(spec, "cpu"), torch.randn(3, 4, 4, 4))
-    assert images.shape == (3, 8, 8, 3)
+STATE = {"x_embedder.weight": torch.arange(6.0).reshape(2, 3), "y": torch.ones(2, dtype=torch.float16)}
+OTHER = {"y": torch.zeros(1)}
 
 
 def test_random_weights_follow_the_seed_and_do_not_output_zero(model_folder):
     spec = model_spec(ckpt=str(model_folder))
     a, b, c = (load_dit(spec, "cpu", random_seed=seed) for seed in (1, 1, 2))
-    x, t, y = torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.tensor([0])
-    assert a(x, t, y).any()
-    assert torch.equal(a(x, t, y), b(x, t, y))
-    assert not torch.allclose(a(x, t, y), c(x, t, y))
+    assert same(a.state_dict(), b.state_dict()) and not same(a.state_dict(), c.state_dict())
+    assert a(torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.tensor([0])).any()
 
 
 def test_a_registered_model_loads_any_file_of_its_weights(tmp_path, monkeypatch):
-    """Weights with positions, without the fixed positions, and in the layout of diffusers."""
+    """With positions, without the fixed positions, and in the layout of diffusers."""
     monkeypatch.setitem(DiT_models, "DiT-S/8", partial(DiT, patch_size=8, hidden_size=24, depth=3, num_heads=2))
     dit = fixed_dit(input_size=32, patch_size=8)
     state = dit.state_dict()
@@ -49,46 +46,104 @@ def test_a_registered_model_loads_any_file_of_its_weights(tmp_path, monkeypatch)
         assert same(loaded.state_dict(), state) and loaded.t_embedder.frequency_shift == 0
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"depht": 3}, "depht"),
-        ({"depth": 4}, "does not fit"),
-        ({"patch_size": 3}, "multiple"),
-        ({"num_heads": 0}, "num_heads 0 is not a positive"),
-        ({"frequency_shift": 128}, "frequency_shift 128 is neither 0 nor 1"),
-        ({"mlp_norm_eps": math.inf}, "mlp_norm_eps inf is not a positive number"),
-    ],
-    ids=str,
-)
-def test_arguments_that_no_dit_or_not_these_weights_have_are_refused(model_folder, tmp_path, change, words):
-    config = json.loads((model_folder / "config.json").read_text())
-    shutil.copy(model_folder / "dit.safetensors", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model": config["model"] | change}))
-    assert words in refusal(load, tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["channels", "blocks", "cut off", "of another model"])
-def test_a_damaged_vae_or_the_vae_of_another_model_is_refused(model_folder, tmp_path, damage):
+@pytest.mark.parametrize(("change", "words"), [({"depht": 3}, "depht"), ({"depth": 4}, "does not fit")])
+def test_arguments_that_do_not_fit_dit_or_the_weights_are_refused(model_folder, tmp_path, change, words):
+    assert same(load(model_folder).state_dict(), random_dit().state_dict())
     folder = shutil.copytree(model_folder, tmp_path / "model")
-    weights, words = folder / "vae" / SAFE, "cannot be read"
-    if damage == "channels":
-        edit_json(folder / "vae" / "config.json", latent_channels=3)
-    elif damage == "blocks":
-        edit_json(folder / "vae" / "config.json", block_out_channels=3)
-    elif damage == "cut off":
-        weights.write_bytes(weights.read_bytes()[:-50])
+    sizes = json.loads((folder / "config.json").read_text())["model"]
+    edit_json(folder / "config.json", model=sizes | change)
+    assert words in refusal(load, folder)
+
+
+@pytest.mark.parametrize("damaged", ["latent_channels", "block_out_channels", "weights"])
+def test_a_damaged_vae_is_refused(model_folder, tmp_path, damaged):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    if damaged == "weights":
+        os.truncate(folder / "vae" / SAFE, 50000)
     else:
-        edit_json(folder / "config.json", image_size=16)
-        words = "2 pixels to a cell"
-    assert words in refusal(load_vae, model_spec(ckpt=str(folder)), "cpu")
+        edit_json(folder / "vae" / "config.json", **{damaged: 3})
+    assert "cannot be read" in refusal(load_vae, model_spec(ckpt=str(folder)), "cpu")
 
 
-def test_pickled_weights_of_diffusers_load_if_there_are_no_safetensors(tmp_path):
-    folder = save_pipeline(tmp_path)
-    expected, vae = load(folder).state_dict(), load_vae(model_spec(ckpt=str(folder)), "cpu").state_dict()
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        STATE,
+        {"model": OTHER, "ema": STATE, "opt": {"lr": 1e-4}, "args": argparse.Namespace(model="DiT-XL/2")},
+        {"model": STATE, "ema": None},
+        {"ema": {f"module.{name}": STATE[name] for name in STATE}, "model": OTHER},
+        {"model": {f"_orig_mod.module.{name}": STATE[name] for name in STATE}},
+    ],
+    ids=lambda checkpoint: " ".join(checkpoint),
+)
+def test_a_checkpoint_gives_its_averaged_weights_without_prefixes(tmp_path, checkpoint):
+    torch.save(checkpoint, tmp_path / "x.pt")
+    assert same(load_state_dict_of(str(tmp_path / "x.pt")), STATE)
+
+
+def test_a_compiled_and_distributed_model_gives_its_weights(tmp_path):
+    module = torch.nn.Module()  # as DistributedDataParallel holds a model
+    module.module = torch.compile(random_dit())
+    torch.save(module.state_dict(), tmp_path / "x.pt")
+    assert same(load_state_dict_of(tmp_path / "x.pt"), random_dit().state_dict())
+
+
+@pytest.mark.parametrize("content", [{}, torch.ones(2), {"ema": {}}, {1: OTHER["y"]}, {"model": {"y": "z"}}], ids=str)
+def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    message = refusal(load_state_dict_of, tmp_path / "x.pt")
+    assert str(tmp_path / "x.pt") in message and "state_dict()" in message
+
+
+def test_tensors_of_diffusers_that_no_dit_has_are_refused(tmp_path):
+    state = random_transformer().state_dict()
+    classes = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
+    keys = "transformer_blocks.1.attn1.to_k.weight"
+    wrong = {"more": torch.ones(1), classes: state[classes] + 1, keys: torch.ones(24, 23)}
+    for name, words in zip(wrong, ("missing or unknown, more", f"{classes} differs", "Sizes of tensors")):
+        torch.save(state | {name: wrong[name]}, tmp_path / "x.pt")
+        assert words in refusal(load_state_dict_of, tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_only_the_needed_files_of_a_hub_model_are_fetched(tmp_path, monkeypatch, weights):
+    """Pickles are fetched and read only if there are no safetensors."""
+    hub, cache = save_pipeline(tmp_path / "hub"), tmp_path / "cache"
+    expected, expected_vae = load(hub).state_dict(), load_file(hub / "vae" / SAFE)
     for part in ("transformer", "vae"):
-        torch.save(load_file(folder / part / SAFE), folder / part / PICKLED)
-        (folder / part / SAFE).unlink()
-    assert same(load(folder).state_dict(), expected)
-    assert same(load_vae(model_spec(ckpt=str(folder)), "cpu").state_dict(), vae)
+        torch.save(load_file(hub / part / SAFE), hub / part / PICKLED)
+        if weights == PICKLED:
+            (hub / part / SAFE).unlink()
+
+    def snapshot_download(name, allow_patterns):
+        for file in (str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()):
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (cache / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(hub / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    spec = model_spec(ckpt="someone/theirs")
+    assert spec.name == "theirs" and same(load_dit(spec, "cpu").state_dict(), expected)
+    assert same(load_vae(spec, "cpu").state_dict(), expected_vae)
+    assert sorted(path.name for path in cache.rglob("*") if path.is_file()) == sorted(
+        ["model_index.json", *["config.json", weights] * 2]
+    )
+
+
+def test_a_hub_model_is_read_from_the_cache_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model = tmp_path / "models--someone--theirs"
+    folder = model / "snapshots" / ("0" * 40)
+    for place in (folder, model / "refs"):
+        place.mkdir(parents=True)
+    (model / "refs" / "main").write_text(folder.name)
+    assert find_model_folder("someone/theirs") == folder
+    message = refusal(find_model_folder, "someone/missing")
+    assert "someone/missing" in message and "download it elsewhere" in message
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "gone.pt", "ckpt/gone.safetensors", "../gone"])
+def test_a_path_that_is_no_hub_name_is_not_looked_up_on_the_hub(name):
+    assert find_model_folder(name) == Path(name)
