@@ -1,24 +1,19 @@
-"""Every file that comes from outside: where it is, how large, which SHA-256, under which licence.
+"""Download the released files: weights, routers, VAEs, and what the evaluator needs.
 
-    python download.py                          fetches all that is not there yet (5.5 GB and two of unknown size)
+    python download.py                          download all that is missing (5.5 GB and two files of unknown size)
     python download.py DiT-XL-2-256x256.pt sd-vae-ft-ema
-    python download.py --list                   what is there
-    python download.py --check                  hashes all that is there
+    python download.py --list                   show which files exist
+    python download.py --check                  hash the files that exist
 
-A file gets its name once its size and SHA-256 are right. A download that was stopped goes on from where it was; what
-came and is another file is kept beside, as `<file>.rejected` (fetching.py has the rules).
-The VAEs lie in the cache of the Hugging Face Hub, whose client fetches them: checked before use, and refused if wrong.
-A file that is there and is wrong is refused and left alone: it is the user's.
-
-A file that is there is hashed before its first use, and again once its size or time is another: a change that keeps
-both is seen by --check only. Where no SHA-256 is published, that of the first use is kept in `<file>.sha256` and
-compared from then on.
+The other programs download what they need, too. A stopped download resumes. A file gets its name only when its size and
+SHA-256 are right; a wrong file that exists already is refused and left alone. If no SHA-256 is published, that of the
+first use is kept in NAME.sha256 and required from then on. Only --check hashes files again that have not changed.
 """
 
-from runtime import cli, fetching, released
+from runtime import cli, released
 from runtime.errors import UserError
 from runtime.fetching import amount
-from runtime.released import FILES, MIRROR, MIRROR_RULE, names
+from runtime.released import MIRROR, MIRROR_RULE, names
 
 
 def parse_args(argv=None):
@@ -28,19 +23,18 @@ def parse_args(argv=None):
         epilog=f"""NAME is one of: {", ".join(names())}.
 
 Environment, for all programs:
-  L2C_MIRROR        what --mirror is here
-  HF_HOME           the folder with the cache of the Hugging Face Hub, where the VAEs lie
-  HF_ENDPOINT       the Hub's mirror
-  HF_HUB_OFFLINE=1  nobody is asked: a file that is not there is an error""",
+  L2C_MIRROR        default of --mirror
+  HF_HOME           folder with the cache of the Hugging Face Hub
+  HF_ENDPOINT       mirror of the Hub
+  HF_HUB_OFFLINE=1  no network: a missing file is an error""",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", default="all", help="files to fetch, list or check")
+    parser.add_argument("names", nargs="*", metavar="NAME", default="all", help="files to download, list or check")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--list", action="store_true", help="show each file, and whether it is there; fetch nothing")
-    action.add_argument("--check", action="store_true", help="hash the files that are there; fetch nothing")
-    parser.add_argument("--mirror", metavar="URL", help="fetch each file from URL/NAME; not the VAEs")
+    action.add_argument("--list", action="store_true", help="show each file and whether it exists; no download")
+    action.add_argument("--check", action="store_true", help="hash the files that exist; no download")
+    mirror = cli.number(str, MIRROR.fullmatch, MIRROR_RULE)
+    parser.add_argument("--mirror", metavar="URL", type=mirror, help="download URL/NAME instead; not for the VAEs")
     args = parser.parse_args(argv)
-    if args.mirror is not None and not MIRROR.fullmatch(args.mirror):
-        parser.error(f"--mirror is {args.mirror}: {MIRROR_RULE}")
     args.names = names() if args.names == "all" else list(dict.fromkeys(args.names))
     unknown = [name for name in args.names if name not in names()]
     if unknown:
@@ -49,56 +43,39 @@ Environment, for all programs:
 
 
 def main(args):
-    chosen = [file for file in FILES if file.name in args.names]
+    files = [file for file in released.FILES if file.name in args.names]
     if args.list:
-        print_list(chosen)
+        print_list(files)
     elif args.check:
-        check_all(chosen)
+        check_all(files)
     else:
-        absent = [file for file in chosen if not released.is_there(file)]
-        known = sum(map(released.to_come, absent))
-        unknown = sum(file.size is None for file in absent)
-        text = f"to fetch: {len(absent)} of {len(chosen)} files, {amount(known)}"
-        if unknown:
-            text += f" and {unknown} of unknown size (see --list)"
-        for folder, free in fetching.room({file.path: released.to_come(file) for file in absent}).items():
-            text += f"; {amount(free)} free in {folder}"
-        print(text, flush=True)
         for name in args.names:
-            print(f"{name}: {released.shown(released.fetch(name, args.mirror))}", flush=True)
+            print(f"{name}: {released.fetch(name, args.mirror)}", flush=True)
 
 
-def print_list(chosen):
-    """Prints a table of the files; looks at their sizes only."""
-    rows = [("name", "size", "there", "licence", "destination")]
-    for file in chosen:
-        there = "no"
-        if released.is_there(file):
+def print_list(files):
+    """Print a line for each file; looks only at its size."""
+    for file in files:
+        state = "missing"
+        if file.exists():
             right = file.path.is_file() and file.size in (None, file.path.stat().st_size)
-            there = "yes" if right else "wrong"
-        rows.append((file.name, amount(file.size), there, file.licence, str(released.shown(file.path))))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            state = "exists" if right else "wrong"
+        print(f"{file.name:<32}{amount(file.size):>12}  {state:<8}  {file.licence:<12}  {file.path}")
 
 
-def check_all(chosen):
-    """Hashes the files that are there, one line each. Raises UserError where any is wrong, after all were seen."""
+def check_all(files):
+    """Hash the files that exist, one line each; after all of them raise UserError if any is wrong."""
     faults = []
-    for file in chosen:
-        shown = released.shown(file.path)
-        if not released.is_there(file):
-            print(f"{shown}: not there")
+    for file in files:
+        if not file.exists():
+            print(f"{file.path}: missing")
             continue
         try:
-            compared = released.expected_sha256(file)
-            actual = released.check(file, hashed=True)
+            verdict = "right" if file.expected_sha256() else "no SHA-256 known to compare with until now"
+            print(f"{file.path}: {verdict}, SHA-256 {released.check(file, force=True)}", flush=True)
         except UserError as error:
             faults.append(str(error))
-            print(f"{shown}: wrong", flush=True)
-        else:
-            verdict = "right" if compared else "no SHA-256 known to compare with until now"
-            print(f"{shown}: {verdict}, SHA-256 {actual}", flush=True)
+            print(f"{file.path}: wrong", flush=True)
     if faults:
         raise UserError("; ".join(faults))
 

@@ -1,338 +1,210 @@
-"""How one file arrives: gone on with where it was cut, tried again, hashed on the way, and by one process for all.
+"""Download one file: resume, retry, verify, once for all processes.
 
-Until it is whole and right it lies in `.NAME.part`, beside what is known of it (`.NAME.part.json`) and the lock of who
-fetches it (`.NAME.lock`). What came whole and is another file is kept as `NAME.rejected`, one at a time.
+httpx makes the requests, filelock locks. The rest is by hand, because no library here does all of it for a plain URL:
+torch.hub.download_url_to_file checks a hash but never resumes; huggingface_hub's http_get resumes within one call, but
+without If-Range, so that two versions of a file may mix, and checks no hash. pooch checks a hash and does not resume.
 
-The client of the Hugging Face Hub does this for its own cache. For an address of our own it offers nothing: its inner
-function resumes without asking whether the file is still the same one, believes any range, and takes no hash.
+An incomplete file is `.NAME.part`. `.NAME.part.version` holds its ETag or date: only the same version is resumed.
 """
 
 import contextlib
-import hashlib
-import http.client
-import json
 import os
 import shutil
-import ssl
 import sys
 import time
-import urllib.error
-import urllib.request
 import uuid
 
-from runtime.errors import UserError
+import httpx
+from tqdm import tqdm
+
+from runtime.errors import UserError, first_line
 from runtime.files import lock_file
+from runtime.hashes import sha256_of_file
 
-TIMEOUT = 60  # seconds without a byte
-TRIES = 5  # in a row that bring less than a block
-DELAY = 1.0  # seconds before the second try; before each further one twice as long
-LONGEST_DELAY = 60.0  # seconds, even where a server asks for more
-BLOCK = 1 << 20  # bytes read, hashed and written at a time
+TIMEOUT = 60.0  # seconds without a byte
+TRIES = 5  # failures in a row
+DELAY = 1.0  # seconds before the first retry, doubled for each further one
+UNREACHABLE = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 
 
-class Failed(Exception):
-    """The file did not come, for the reason in the text.
+class DownloadError(Exception):
+    """The file could not be downloaded; the text is the reason, in one line."""
 
-    again: the same request may succeed later; delay: seconds that the server asks to wait until then.
-    unreached: no server was; where one was before, it may be again.
+
+def fetch(url, path, size=None, sha256=None):
+    """Download `url` to `path` and return its SHA-256; None if somebody else put a file there meanwhile.
+
+    size: bytes, None if unknown. sha256: 64 hex digits, None accepts any.
+    Raises DownloadError if the download fails or the file is wrong, UserError if it cannot be written.
     """
-
-    def __init__(self, reason, again=False, delay=0.0, unreached=False):
-        super().__init__(reason)
-        self.again, self.delay, self.unreached = again, delay, unreached
-
-
-class Rejected(Failed):
-    """All of a file came, and it is another one; the text says where it is kept."""
-
-
-class _Unrelated(Exception):
-    """What is in the part and what the server sends do not belong together, for the reason in the text."""
-
-
-@contextlib.contextmanager
-def alone(path):
-    """In this block no other process fetches `path`, for whose end it waits; yields the path of the part."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        place = path.with_name(f".{path.name}.lock")
-        lock = lock_file(place, 0)
-        if not lock:
-            _say(path, "another process fetches it; waiting")
-            lock = lock_file(place, -1)
-    except OSError:
-        lock = None
-    if lock:
-        try:
-            yield _part(path)
-        finally:
-            lock.release()
-    else:
-        # Without locks, as on some network file systems, each process fetches for itself; the first to end wins.
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            yield part
-        finally:
+        with _locked_part(path) as part:
+            if os.path.lexists(path):  # another process has downloaded it
+                return None
+            actual = _receive_with_retries(url, path.name, part, size, sha256)
+            arrived = not os.path.lexists(path)  # else the user has put a file there, which stays
+            if arrived:
+                part.replace(path)
             _discard(part)
-
-
-def fetch(url, path, part, size=None, sha256=None):
-    """Brings what `url` sends to `path` by way of `part`, which may hold the beginning. Returns its SHA-256.
-
-    size: bytes; None: as many as the server says. sha256: 64 hex digits; None: any.
-    None is returned where something appeared at `path` meanwhile: it is left alone.
-    Raises Failed where the file does not come, Rejected where it is another; UserError where it cannot be written.
-    """
-    try:
-        actual = _fetch(url, path, part, size, sha256)
-        with part.open("rb+") as whole:
-            os.fsync(whole.fileno())
-        if os.path.lexists(path):
-            actual = None
-        else:
-            part.replace(path)
-        _discard(part)
-        return actual
-    except OSError as error:  # those of the network are Failed
+            return actual if arrived else None
+    except OSError as error:
         raise UserError(
-            f"cannot write {error.filename2 or error.filename or part}: {error.strerror or error}; make room, or make "
-            "it writable; then the same command goes on"
+            f"cannot write {error.filename or path}: {error.strerror or error}; make room or make it writable, then "
+            "repeat the command: it resumes"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            if not part.stat().st_size:
-                _discard(part)
 
 
-def room(wanted):
-    """{folder: bytes free}, one folder for each file system on which files are to be; wanted: {path: bytes to come}.
+def call_hub(download, *args, **kwargs):
+    """Call a download function of huggingface_hub and return its result, without the log of its retries.
 
-    Raises UserError where they do not fit.
+    Raises DownloadError with the last reason, UserError if the disk is at fault.
     """
-    systems = {}  # by number: a folder that is there, the bytes to come, the folder they are for
-    for path, size in wanted.items():
-        folder = next(folder for folder in path.parents if folder.exists())
-        place = systems.setdefault(folder.stat().st_dev, [folder, 0, path.parent])
-        place[1] += size
-    free = {}
-    for folder, size, destination in systems.values():
-        usage = shutil.disk_usage(folder)
-        free[folder] = usage.free
-        if usage.total and size > usage.free:  # a total of 0 is one that the file system does not tell
-            raise UserError(
-                f"{amount(size)} are to come to {destination}, and {amount(usage.free)} are free there: make room, or "
-                "make that folder a link to one on a larger disk"
-            )
-    return free
+    from huggingface_hub.utils import logging
 
-
-def begun(path):
-    """Bytes of `path` that came before and can be gone on from."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        return _part(path).stat().st_size
-    except OSError:
-        return 0
+        return download(*args, **kwargs)
+    except Exception as error:  # the client passes on errors of its transports, which have no common class
+        if isinstance(error, OSError) and error.strerror:
+            place = error.filename or "the cache of the Hugging Face Hub"
+            raise UserError(f"cannot write {place}: {error.strerror}; make room, or set HF_HOME elsewhere") from error
+        raise DownloadError(first_line(error.__cause__ or error)) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def check_room(path, size):
+    """Raise UserError if the disk of `path` has less than `size` bytes free."""
+    usage = shutil.disk_usage(next(folder for folder in path.parents if folder.exists()))
+    if usage.total and size > usage.free:  # a file system that does not know reports a total of 0
+        raise UserError(
+            f"{path} needs {amount(size)}, but only {amount(usage.free)} are free there: make room, or make "
+            f"{path.parent} a link to a folder on a larger disk"
+        )
 
 
 def amount(size):
-    """Bytes as a person reads them, in powers of 1000."""
-    if size is None:
-        return "size unknown"
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size} B"
-
-
-def _fetch(url, path, part, size, sha256):
-    """`fetch` until the part is whole and right: asks until it is, or until there is no use in it."""
-    failures, from_zero, came = 0, False, False
-    farthest = before = part.stat().st_size if part.exists() else 0
-    while True:
-        try:
-            actual, continued = _receive(url, path, part, size, sha256)
-            if sha256 in (None, actual):
-                return actual
-            if from_zero or not continued:
-                aside = path.with_name(path.name + ".rejected")
-                part.replace(aside)
-                _discard(part)
-                raise Rejected(f"what came has SHA-256 {actual} and not {sha256}; it is kept as {aside}")
-            raise _Unrelated(f"the parts of it make a file with SHA-256 {actual}")
-        except _Unrelated as error:
-            if from_zero:
-                raise Failed(str(error)) from error
-            from_zero, farthest = True, 0
-            _discard(part)
-            _say(path, f"{error}; starting again from its beginning")
-        except Failed as error:
-            reached = part.stat().st_size if part.exists() else 0
-            if reached >= farthest + BLOCK:  # so that this ends even if a server never gets to the end
-                failures, farthest = 0, reached
-            failures, came, before = failures + 1, came or reached > before, reached
-            again = error.again or (error.unreached and came)
-            if not again and not reached:
-                raise
-            if not again or failures >= TRIES:
-                times = f", {failures} times in a row" if again else ""
-                kept = f"; {amount(reached)} are kept, the same command goes on from there" if reached else ""
-                raise Failed(f"{error}{times}{kept}") from error
-            delay = min(max(DELAY * 2 ** (failures - 1), error.delay), LONGEST_DELAY)
-            _say(path, f"{error}; trying again in {delay:.3g} s ({failures} of {TRIES - 1})")
-            time.sleep(delay)
-
-
-def _receive(url, path, part, size, sha256):
-    """Asks once for what `part` lacks, and appends it.
-
-    Returns the SHA-256 of the whole, and whether it came by more than one answer.
-    Raises Failed where that is not all, _Unrelated where the answer does not continue the part.
-    """
-    from tqdm import tqdm
-
-    start, digest = 0, hashlib.sha256()
-    known = _known(part, url, size, sha256)
-    if known:
-        with part.open("rb") as begun:
-            while block := begun.read(BLOCK):
-                digest.update(block)
-                start += len(block)
-        if start == known["size"]:  # it was killed between the last byte and the name
-            return digest.hexdigest(), True
-    with part.open("ab") as written:  # before asking, so that a disk at fault is known first
-        with _ask(url, start, known) as response:
-            if start and response.status == 206:
-                size = known["size"]
-                _check_range(response, start, known)
-            else:  # the whole file, from servers that know no ranges or have another version by now
-                start, digest = 0, hashlib.sha256()
-                size = _size_of_all(response, size)
-                # In this order, so that bytes of one version never lie beside the mark of another.
-                written.truncate(0)
-                known = {"url": url, "mark": _mark(response), "size": size}
-                _beside(part).write_text(json.dumps(known))
-            room({path: size - start})
-            # disable=None: a bar on a terminal, nothing in a log
-            bar = tqdm(total=size, initial=start, desc=path.name, unit="B", unit_scale=True, disable=None)
-            received = start
-            with bar:
-                while received < size:
-                    with _network():
-                        block = response.read1(min(BLOCK, size - received))
-                    if not block:
-                        raise Failed(f"the connection ended after {received} of {size} bytes", again=True)
-                    written.write(block)
-                    digest.update(block)
-                    received += len(block)
-                    bar.update(len(block))
-    return digest.hexdigest(), start > 0
-
-
-def _ask(url, start, known):
-    """The response to a request for `url` from byte `start` on, if it is still the file that is `known`."""
-    with _network():
-        request = urllib.request.Request(url, headers={"User-Agent": "learning-to-cache-dit"})
-    if start:
-        request.add_header("Range", f"bytes={start}-")
-        if known["mark"]:
-            request.add_header("If-Range", known["mark"])
-    try:
-        with _network():
-            return urllib.request.urlopen(request, timeout=TIMEOUT)
-    except Failed as error:
-        if start and getattr(error.__cause__, "code", None) == 416:
-            raise _Unrelated(f"the server has nothing after the {start} bytes that are there") from error
-        raise
-
-
-def _size_of_all(response, size):
-    """The bytes that the response to a request for all of a file brings; size: the right number, where it is known."""
-    if response.status != 200:
-        raise Failed(f"the server answers with status {response.status} where 200 belongs")
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise Failed(f"the server sends it packed ({response.headers['Content-Encoding']}), which was not asked for")
-    offered = response.length  # None where the server does not say
-    if size is None and offered is None:
-        raise Failed("the server does not say how large it is, so a cut would go unseen")
-    if size is None and offered == 0:
-        raise Failed("the server sends an empty file")
-    if size is not None and offered not in (None, size):
-        raise Failed(f"the server offers {offered} bytes, the released file has {size}")
-    return offered if size is None else size
-
-
-def _check_range(response, start, known):
-    """Raises _Unrelated where a partial response is not the rest, from byte `start`, of the file that is `known`."""
-    size = known["size"]
-    ranged = response.headers.get("Content-Range")
-    if ranged != f"bytes {start}-{size - 1}/{size}" or response.length not in (None, size - start):
-        length = "" if response.length is None else f" with {response.length} bytes"
-        raise _Unrelated(f"asked for bytes {start} to {size - 1} of {size}, the server sends {ranged}{length}")
-    if known["mark"] and _mark(response) not in (None, known["mark"]):
-        raise _Unrelated("the server has another version by now")
-
-
-def _mark(response):
-    """What tells one version of the file from another, as If-Range takes it; None where the server says nothing."""
-    etag = response.headers.get("ETag", "")
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified")  # W/"..." promises no equal bytes
-
-
-def _known(part, url, size, sha256):
-    """What is known of the file whose beginning lies in `part`: its url, mark and size. None: `part` is of no use.
-
-    Without a hash to be right in the end, the server has to tell that the file is still the same one. With one, it may
-    also come from another address, whose marks are others.
-    """
-    try:
-        known = json.loads(_beside(part).read_text())
-        if known["url"] != url:
-            known["mark"] = None
-        usable = size in (None, known["size"]) and (known["mark"] or sha256)
-        return known if usable and part.stat().st_size <= known["size"] else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def _part(path):
-    return path.with_name(f".{path.name}.part")
-
-
-def _beside(part):
-    return part.with_name(part.name + ".json")
-
-
-def _discard(part):
-    for path in (_beside(part), part):
-        with contextlib.suppress(OSError):
-            path.unlink()
+    """Bytes as a short text, in powers of 1000."""
+    return "size unknown" if size is None else f"{tqdm.format_sizeof(size)}B"
 
 
 @contextlib.contextmanager
-def _network():
-    """Turns faults of the network into Failed, so that an OSError is one of the disk."""
-    try:
-        yield
-    except urllib.error.HTTPError as error:
-        error.close()
-        asked = error.headers.get("Retry-After", "")  # the other form, a date, is rare: then our own delays do
-        passing = error.code in (408, 429) or error.code >= 500
-        raise Failed(str(error), passing, float(asked) if asked.isdecimal() else 0.0) from error
-    except urllib.error.URLError as error:
-        # There was no connection: nobody is there, or a firewall is. One that broke on the way may work next time.
-        broken = isinstance(error.reason, ConnectionError) and not isinstance(error.reason, ConnectionRefusedError)
-        unreached = not isinstance(error.reason, ssl.SSLCertVerificationError)
-        raise Failed(reason(error.reason), broken, unreached=unreached) from error
-    except (ValueError, http.client.InvalidURL) as error:  # a redirection to what is no address
-        raise Failed(reason(error)) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise Failed(reason(error), again=True) from error
+def _locked_part(path):
+    """Yield the path of the incomplete file while no other process downloads `path`; wait for one that does."""
+    lock_path = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = lock_file(lock_path, 0)
+            if not lock:
+                _say(path.name, "another process is downloading it; waiting")
+                lock = lock_file(lock_path, -1)
+            stack.callback(lock.release)
+            part = path.with_name(f".{path.name}.part")
+        except OSError:  # no locks, as on some network file systems: each process downloads for itself
+            part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+            stack.callback(_discard, part)
+        yield part
 
 
-def reason(error):
-    """The first line of what an error says, or its name where it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _receive_with_retries(url, name, part, size, sha256):
+    """Complete `part` and return its SHA-256. Raises DownloadError at a lasting fault or TRIES failures in a row."""
+    failures, farthest = 0, _size(part)
+    while True:
+        try:
+            return _receive(url, name, part, size, sha256)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            reached = _size(part)
+            if reached > farthest:  # only then, else it might never end
+                failures, farthest = 0, reached
+            failures += 1
+            reason, transient = first_line(error), isinstance(error, httpx.TransportError)
+            if isinstance(error, httpx.HTTPStatusError):
+                status = error.response.status_code
+                reason = f"HTTP {status} {error.response.reason_phrase}"
+                transient = status in (408, 429) or status >= 500
+            elif isinstance(error, UNREACHABLE):
+                transient = reached > 0  # if it never worked, the host is wrong or there is no network
+            if not transient or failures == TRIES:
+                times = f", {failures} times in a row" if transient else ""
+                kept = f"; {amount(reached)} are kept, repeat the command to resume" if reached else ""
+                raise DownloadError(f"{reason}{times}{kept}") from error
+            delay = DELAY * 2 ** (failures - 1)
+            _say(name, f"{reason}; retry {failures} of {TRIES - 1} in {delay:.3g} s")
+            time.sleep(delay)
 
 
-def _say(path, text):
-    print(f"{path.name}: {text}", file=sys.stderr, flush=True)
+def _receive(url, name, part, size, sha256):
+    """Append what `part` lacks, with one request, and return the SHA-256 of the complete file.
+
+    Raises an httpx error if it is incomplete, DownloadError if it is wrong.
+    """
+    start = _size(part)
+    if start != size:  # else the process was killed between the last byte and the renaming
+        start = _append(url, name, part, size)
+    actual = sha256_of_file(part)
+    if sha256 in (None, actual):
+        return actual
+    _discard(part)
+    if start:
+        raise httpx.RemoteProtocolError(f"the resumed file is wrong (SHA-256 {actual}), starting again")
+    raise DownloadError(f"wrong SHA-256 {actual}, expected {sha256}; the file was discarded")
+
+
+def _append(url, name, part, size):
+    """Complete `part` with one request; return the number of bytes that it resumed after."""
+    start, version_file = _size(part), _version_file(part)
+    version = version_file.read_text() if version_file.exists() else ""
+    resume = {"Range": f"bytes={start}-", "If-Range": version} if start and version else {}
+    headers = {"Accept-Encoding": "identity"} | resume
+    with httpx.stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
+        resumed = response.status_code == 206
+        rest = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        if response.status_code == 416 or resumed and not (rest and _version(response) in ("", version)):
+            _discard(part)
+            raise httpx.RemoteProtocolError("the server does not send the rest of this file, starting again")
+        response.raise_for_status()
+        start = start if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else size
+        if not total:
+            raise DownloadError("the server does not state a size, so that a cut would go unnoticed")
+        if size not in (None, total):
+            raise DownloadError(f"the server offers {total} bytes, the released file has {size}")
+        check_room(part, total - start)
+        if not resumed:
+            _discard(part)  # in this order, so that no bytes ever lie beside another file's version
+            version_file.write_text(_version(response))
+        bar = tqdm(total=total, initial=start, desc=name, unit="B", unit_scale=True, disable=None)
+        with bar, part.open("ab") as file:
+            for chunk in response.iter_bytes():
+                file.write(chunk)
+                bar.update(len(chunk))
+            os.fsync(file.fileno())
+    if _size(part) != total:
+        raise httpx.RemoteProtocolError(f"the connection ended after {_size(part)} of {total} bytes")
+    return start
+
+
+def _version(response):
+    """A strong ETag, else the date, else "": what If-Range takes."""
+    etag = response.headers.get("ETag", "")
+    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+
+
+def _version_file(part):
+    return part.with_name(f"{part.name}.version")
+
+
+def _size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def _discard(part):
+    part.unlink(missing_ok=True)
+    _version_file(part).unlink(missing_ok=True)
+
+
+def _say(name, text):
+    print(f"{name}: {text}", file=sys.stderr, flush=True)
