@@ -35,10 +35,7 @@ def fixed_dit(**config):
 def save_pipeline(folder):
     """Save a DiTPipeline of 8x8 pixels and five classes as facebook/DiT-XL-2-256 is saved; return its folder."""
     random_transformer().save_pretrained(folder / "transformer")
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    del config["norm_eps"]
-    config |= {"_class_name": "Transformer2DModel", "use_linear_projection": False, "num_vector_embeds": None}
-    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "transformer" / "config.json", _class_name="Transformer2DModel", use_linear_projection=False)
     random_vae().save_pretrained(folder / "vae")
     names = {str(k): f"{name}, another word" for k, name in enumerate(["tench", "hen", "ox", "cat", "fly"])}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": names}))
@@ -58,6 +55,11 @@ def refusal(call, *args, **kwargs):
     with pytest.raises(UserError, match=r"^[^\n]+$") as caught:
         call(*args, **kwargs)
     return str(caught.value)
+
+
+def difference(actual, expected):
+    assert actual.shape == expected.shape
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def same(state, other):

@@ -2,7 +2,6 @@
 
 import argparse
 import fnmatch
-import json
 import os
 import shutil
 from functools import partial
@@ -26,10 +25,11 @@ STATE = {"x_embedder.weight": torch.arange(6.0).reshape(2, 3), "y": torch.ones(2
 OTHER = {"y": torch.zeros(1)}
 
 
-def test_random_weights_follow_the_seed_and_do_not_output_zero(model_folder):
+def test_a_model_folder_loads_and_random_weights_follow_the_seed_and_do_not_output_zero(model_folder):
     spec = model_spec(ckpt=str(model_folder))
     a, b, c = (load_dit(spec, "cpu", random_seed=seed) for seed in (1, 1, 2))
     assert same(a.state_dict(), b.state_dict()) and not same(a.state_dict(), c.state_dict())
+    assert same(load(model_folder).state_dict(), random_dit().state_dict())
     assert a(torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.tensor([0])).any()
 
 
@@ -44,15 +44,6 @@ def test_a_registered_model_loads_any_file_of_its_weights(tmp_path, monkeypatch)
     for name in ("released.pt", "short.pt", SAFE):
         loaded = load_dit(model_spec("DiT-S/8", 256, num_classes=5, ckpt=str(tmp_path / name)), "cpu")
         assert same(loaded.state_dict(), state) and loaded.t_embedder.frequency_shift == 0
-
-
-@pytest.mark.parametrize(("change", "words"), [({"depht": 3}, "depht"), ({"depth": 4}, "does not fit")])
-def test_arguments_that_do_not_fit_dit_or_the_weights_are_refused(model_folder, tmp_path, change, words):
-    assert same(load(model_folder).state_dict(), random_dit().state_dict())
-    folder = shutil.copytree(model_folder, tmp_path / "model")
-    sizes = json.loads((folder / "config.json").read_text())["model"]
-    edit_json(folder / "config.json", model=sizes | change)
-    assert words in refusal(load, folder)
 
 
 @pytest.mark.parametrize("damaged", ["latent_channels", "block_out_channels", "weights"])
@@ -73,19 +64,13 @@ def test_a_damaged_vae_is_refused(model_folder, tmp_path, damaged):
         {"model": STATE, "ema": None},
         {"ema": {f"module.{name}": STATE[name] for name in STATE}, "model": OTHER},
         {"model": {f"_orig_mod.module.{name}": STATE[name] for name in STATE}},
+        {f"module._orig_mod.{name}": STATE[name] for name in STATE},  # compiled before it was distributed
     ],
     ids=lambda checkpoint: " ".join(checkpoint),
 )
 def test_a_checkpoint_gives_its_averaged_weights_without_prefixes(tmp_path, checkpoint):
     torch.save(checkpoint, tmp_path / "x.pt")
     assert same(load_state_dict_of(str(tmp_path / "x.pt")), STATE)
-
-
-def test_a_compiled_and_distributed_model_gives_its_weights(tmp_path):
-    module = torch.nn.Module()  # as DistributedDataParallel holds a model
-    module.module = torch.compile(random_dit())
-    torch.save(module.state_dict(), tmp_path / "x.pt")
-    assert same(load_state_dict_of(tmp_path / "x.pt"), random_dit().state_dict())
 
 
 @pytest.mark.parametrize("content", [{}, torch.ones(2), {"ema": {}}, {1: OTHER["y"]}, {"model": {"y": "z"}}], ids=str)
@@ -126,20 +111,11 @@ def test_only_the_needed_files_of_a_hub_model_are_fetched(tmp_path, monkeypatch,
     spec = model_spec(ckpt="someone/theirs")
     assert spec.name == "theirs" and same(load_dit(spec, "cpu").state_dict(), expected)
     assert same(load_vae(spec, "cpu").state_dict(), expected_vae)
-    assert sorted(path.name for path in cache.rglob("*") if path.is_file()) == sorted(
-        ["model_index.json", *["config.json", weights] * 2]
-    )
+    assert {path.name for path in cache.rglob("*.*")} == {"model_index.json", "config.json", weights}
 
 
-def test_a_hub_model_is_read_from_the_cache_without_a_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+def test_a_hub_model_that_cannot_be_fetched_is_refused(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    model = tmp_path / "models--someone--theirs"
-    folder = model / "snapshots" / ("0" * 40)
-    for place in (folder, model / "refs"):
-        place.mkdir(parents=True)
-    (model / "refs" / "main").write_text(folder.name)
-    assert find_model_folder("someone/theirs") == folder
     message = refusal(find_model_folder, "someone/missing")
     assert "someone/missing" in message and "download it elsewhere" in message
 

@@ -15,14 +15,11 @@ def pipeline(tmp_path):
     return save_pipeline(tmp_path / "theirs")
 
 
-def test_the_released_model_shows_the_eight_published_classes():
+def test_a_registered_name_has_released_weights_or_asks_for_a_checkpoint():
     spec = model_spec()
     assert spec.default_labels == [207, 992, 387, 974, 142, 979, 417, 279]
     assert (spec.weights, spec.registered) == ("DiT-XL-2-256x256.pt", True)
     assert model_spec(image_size=512).config["input_size"] == 64
-
-
-def test_models_without_released_weights_ask_for_a_checkpoint():
     for spec in (model_spec("DiT-S/2"), model_spec(num_classes=7)):
         assert "--ckpt" in refusal(load_dit, spec, "cpu")
     assert "unknown model" in refusal(model_spec, "DiT-XXL/2")
@@ -40,8 +37,6 @@ def test_a_model_folder_needs_no_other_flag(model_folder):
     ("config", "words"),
     [
         ("{", "cannot be read"),
-        ("[]", "cannot be read"),
-        ("{}", "'model'"),
         ('{"model": {}, "image_size": 8}', "'vae'"),
         ('{"model": {}, "cfg_scale": NaN}', "cfg_scale nan is not finite"),
         ('{"model": {"num_classes": "10"}}', "num_classes '10' is not a positive"),
@@ -83,7 +78,6 @@ def test_sample_takes_a_pipeline_folder(pipeline, tmp_path, capfd):
         ({"out_channels": 5}, "out_channels is 5"),
         ({"num_attention_heads": "two"}, "num_attention_heads is 'two'"),
         ({"attention_head_dim": 7}, "hidden_size 14"),
-        ({"norm_eps": "small"}, "norm_eps 'small'"),
         ({"frequency_shift": 256}, "frequency_shift 256"),
         ({"num_embeds_ada_norm": 10**12}, "does not fit"),
         ({"_class_name": "UNet2DModel"}, "holds a UNet2DModel"),
