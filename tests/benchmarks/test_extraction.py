@@ -6,11 +6,11 @@ import os
 import numpy as np
 import pytest
 import torch
+from backends import needs_tensorflow
 from conftest import run
 
 from benchmarks import common, extraction
-from benchmarks.inception_graph import inception_v3, needs_tensorflow
-from evaluation import inception
+from benchmarks.inception_graph import inception_v3
 
 PROGRAM = "benchmarks/extraction.py"
 SMALL = ["--image-size", 16, "--batch-size", 3, "--batches", 2, "--device", "cpu"]
@@ -35,20 +35,6 @@ def test_a_record_holds_what_was_measured(graph, tmp_path):
     assert saved["measurements"]["torch"][0]["version"] == saved["torch"] == torch.__version__
     assert 0 < saved["distance"] < 1e-5
     assert "| narrow.pb | 16 | 3 |" in result.stdout
-
-
-def test_the_first_batch_is_not_timed_and_a_few_features_are_kept(graph, monkeypatch):
-    sizes, features = [], inception.Graph.features
-
-    def counted(self, images):
-        sizes.append(images.shape)
-        return features(self, images)
-
-    monkeypatch.setattr(inception.Graph, "features", counted)
-    args = extraction.parse_args(list(map(str, [*SMALL, "--batch-size", 5])))
-    figures, (pool, spatial) = extraction.measure_backend("torch", graph, args)
-    assert sizes == [(5, 16, 16, 3)] * 3 and figures["seconds"] > 0
-    assert len(pool) == len(spatial) == 4
 
 
 @pytest.mark.parametrize("value, agree", [(1.000001, True), (1.0001, False), (np.nan, False)])

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import assert_refused, call, random_dit
+from conftest import call, random_dit
 
 import sampling
 from benchmarks.original import original_latents
@@ -50,20 +50,6 @@ def test_a_record_holds_every_row(model_folder, tmp_path, capfd):
         assert row["error"] == 0 if (mode, dtype) == ("eager", "fp32") else 0 < row["error"] < 0.1
         assert mode != "reference" or row["error"] < 1e-5
     assert len([line for line in result.stdout.splitlines() if line.startswith("|")]) == 2 + len(rows)
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--modes", "graphs"], ["CUDA graphs need a CUDA device", "cpu"]),
-        (["--reference", "--dtypes", "bf16"], ["--reference", "fp32", "--dtypes"]),
-        (["--path", "router5.pt"], ["5 steps", "--num-sampling-steps 5"]),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(flags, words, model_folder, monkeypatch, capfd):
-    monkeypatch.chdir(model_folder)
-    flags = ["--ckpt", model_folder, "--device", "cpu", "--num-sampling-steps", 4, *flags]
-    assert_refused(call(PROGRAM, *flags, capfd=capfd), *words)
 
 
 @pytest.mark.parametrize("steps", [2, 4])

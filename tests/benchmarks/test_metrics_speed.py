@@ -31,11 +31,3 @@ def test_distances_are_never_held_whole():
     # All distances of 12,000 points to each other are 576 MB in float32, their features 3 MB.
     figures = common.run_alone(metrics_speed.measure_precision_recall, "fp32", 3000, 12000, 64)
     assert figures["peak_bytes"] - figures["base_bytes"] < 200e6
-
-
-def test_ways_that_disagree_are_an_error(monkeypatch, capsys):
-    values = {"eigh": {"fid": 1.0}, "sqrtm": {"fid": 1.001}}
-    monkeypatch.setattr(common, "run_alone", lambda function, *args: values)
-    with pytest.raises(RuntimeError, match="1.0 from eigenvalues, 1.001"):
-        metrics_speed.main(metrics_speed.parse_args([]))
-    assert capsys.readouterr().out == ""

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, call
+from conftest import ROOT, call
 from PIL import Image
 
 from benchmarks import table
@@ -46,13 +46,6 @@ def test_the_committed_records_are_complete_and_made_by_todays_flags_and_plans()
         assert record["schedule"]["sha256"] == table.plan(row, 12).sha256()
     shown = (ROOT / "docs" / "results.md").read_text()
     assert all(line in shown for text in table.tables(records, timing).values() for line in text.splitlines())
-
-
-def test_other_counts_of_images_are_a_trial_in_another_folder():
-    args, trial = table.parse_args([]), table.parse_args(["--samples", "60"])
-    assert (args.folder, args.results) == ("samples/table", ROOT / "benchmarks" / "results" / "table")
-    assert args.picture == ROOT / "assets" / "table.png"
-    assert all(ROOT / "samples/table-60" in path.parents for path in (trial.results, trial.picture))
 
 
 @pytest.fixture
@@ -143,17 +136,6 @@ def test_only_what_is_missing_or_outdated_is_made(made, small, capfd):
     assert len(fills()[1]) == 9
 
 
-def test_times_are_of_all_rows(made, small, capfd):
-    fill("--rows", "ddim-3", "--timing", capfd=capfd)
-    record = json.loads((small / "samples-12" / "results" / "timing.json").read_text())
-    assert list(record["rows"]) == ["ddim-4", "router-4", "first-4", "fora2-4", "ddim-3"]
-    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in record["rows"].values())
-    assert (record["batch"], record["cfg_scale"], record["torch"]) == (6, 2.0, torch.__version__)
-    pairs = zip(record["rows"]["ddim-4"]["seconds"], record["rows"]["fora2-4"]["seconds"])
-    assert record["rows"]["fora2-4"]["speedup"] == pytest.approx(np.median([plain / fora for plain, fora in pairs]))
-    assert made == [("ddim-3", 0)]
-
-
 @pytest.mark.slow
 def test_a_row_is_sampled_and_judged_by_the_programs(small, capfd):
     """Nothing is stubbed: a schedule file, torchrun, the evaluator, which fails at first."""
@@ -182,13 +164,6 @@ def test_a_row_is_sampled_and_judged_by_the_programs(small, capfd):
     assert set(result["metrics"]) == {"inception_score", "fid", "sfid", "precision", "recall"}
     guesses = (np.maximum(images @ KERNEL[0, 0], 0).mean((1, 2)) @ WEIGHTS).argmax(1)
     assert result["class_accuracy"] == pytest.approx((guesses == labels).mean())
-
-
-def test_a_missing_judge_is_refused_before_anything_is_sampled(made, small, capfd):
-    (small / "tiny" / "classifier.pb").unlink()
-    result = call(PROGRAM, "--samples", "12", "--rows", "ddim-3", capfd=capfd)
-    assert_refused(result, "no such file", "classifier.pb")
-    assert not made
 
 
 def test_the_tables_and_the_picture(small, capfd):

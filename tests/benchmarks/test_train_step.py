@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import assert_refused, call, random_dit
+from conftest import call, random_dit
 
 from benchmarks import train_step
 from benchmarks.original import original_loss
@@ -62,16 +62,6 @@ def test_an_update_moves_the_drawn_row_alone_and_the_variants_move_it_alike(make
     assert grads and all(p.grad is None for p in updates.models["bf16"].parameters())
 
 
-def test_gradients_of_the_original_add_up_over_its_updates(make_updates, monkeypatch):
-    monkeypatch.setattr(train_step, "LR", 0.0)  # so that every update has the same gradient
-    updates = make_updates(["original"])
-    weight = updates.models["original"].blocks[0].mlp.fc1.weight
-    updates.run("original")
-    once = weight.grad.clone()
-    updates.run("original")
-    torch.testing.assert_close(weight.grad, 2 * once)
-
-
 @pytest.mark.slow
 def test_a_record_holds_what_was_measured(tmp_path, monkeypatch, capfd):
     for name in ("bf16", "checkpointing"):  # the memory of each variant takes a process of seconds
@@ -88,7 +78,3 @@ def test_a_record_holds_what_was_measured(tmp_path, monkeypatch, capfd):
     assert saved["above_base_ratio"]["ours"] < 0.9
     assert saved["device"] and saved["torch"] == torch.__version__ and saved["flags"]["model"] == "DiT-S/8"
     assert [line.split(" | ")[1] for line in result.stdout.splitlines()[2:4]] == list(train_step.VARIANTS.values())[:2]
-
-
-def test_an_unknown_model_is_refused(capfd):
-    assert_refused(call("benchmarks/train_step.py", "--model", "DiT-M/2", capfd=capfd), "unknown model")
