@@ -2,18 +2,18 @@
 
     python evaluator.py VIRTUAL_imagenet256_labeled.npz SAMPLES.npz
     python evaluator.py ckpt/fashion_mnist/reference.npz SAMPLES.npz --graph ckpt/fashion_mnist/classifier.pb
-    python evaluator.py IMAGES --save-stats STATISTICS.npz       # once, and then STATISTICS.npz in place of IMAGES
+    python evaluator.py IMAGES --save-stats STATISTICS.npz       # once; then use STATISTICS.npz instead of IMAGES
 
-Either is an .npz of images (arr_0 uint8 (N, H, W, 3)), a folder of PNGs, or an .npz of statistics. The graph and the
-ImageNet reference are fetched where they are missing.
+Each set is an .npz of images (arr_0 uint8 (N, H, W, 3)), a folder of PNGs, or an .npz of statistics. The graph and the
+ImageNet reference are downloaded if they are missing.
 """
 
 import argparse
 
 from runtime import cli
 
-PUBLISHED_SAMPLES = 50000  # that published values are of
-# By the name to ask for it: what is printed; what it needs of both sets.
+PUBLISHED_SAMPLES = 50000  # that published values are computed from
+# By the name for --metrics: the printed name, and the arrays that the metric needs from both sets.
 METRICS = {
     "is": ("Inception Score", ()),
     "fid": ("FID", ("mu", "sigma")),
@@ -24,7 +24,7 @@ METRICS = {
 
 
 def metric_names(text):
-    """An argparse type: names of METRICS with commas between them."""
+    """An argparse type: names of METRICS, separated by commas."""
     names = text.split(",")
     for name in names:
         if name not in METRICS:
@@ -34,74 +34,69 @@ def metric_names(text):
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description=__doc__, positional="REFERENCE [SAMPLES]")
-    parser.add_argument("reference", metavar="REFERENCE", help="images or statistics to compare with")
-    parser.add_argument(
-        "sample", metavar="SAMPLES", nargs="?", help="images or statistics to judge; only --save-stats does without"
-    )
+    add = parser.add_argument
+    add("reference", metavar="REFERENCE", help="images or statistics to compare with")
+    add("sample", metavar="SAMPLES", nargs="?", help="images or statistics to judge; optional with --save-stats")
     network = parser.add_argument_group("network")
-    network.add_argument(
-        "--graph",
-        metavar="FILE",
-        help="network of the features, a frozen TensorFlow graph; without it Inception v3",
-    )
-    network.add_argument(
-        "--backend",
-        choices=["auto", "torch", "tensorflow"],
-        default="auto",
-        help="what runs the graph; auto is torch, the faster one (benchmarks/README.md)",
-    )
+    add = network.add_argument
+    add("--graph", metavar="FILE", help="network for the features, a frozen TensorFlow graph; without it Inception v3")
+    backends = ["auto", "torch", "tensorflow"]
+    add("--backend", choices=backends, default="auto", help="library that runs the graph; auto is torch, the faster")
     cli.add_device_argument(network)
-    network.add_argument(
-        "--batch-size", metavar="N", type=cli.positive, default=64, help="images in the network at a time"
-    )
+    add("--batch-size", metavar="N", type=cli.positive, default=64, help="images in the network at a time")
     results = parser.add_argument_group("results")
-    results.add_argument(
-        "--metrics",
-        metavar="NAMES",
-        type=metric_names,
-        default=",".join(METRICS),
-        help="which to compute, with commas between them",
-    )
-    results.add_argument(
+    add = results.add_argument
+    add("--metrics", metavar="NAMES", type=metric_names, default=",".join(METRICS), help="metrics, separated by commas")
+    add(
         "--distance",
         choices=["fp16", "fp32"],
         default="fp16",
-        help="precision of the distances behind precision and recall: fp16 is the published one",
+        help="precision of the distances for precision and recall; published values use fp16",
     )
-    results.add_argument(
+    add(
         "--save-stats",
         metavar="NPZ",
-        help="write the sample's statistics and pool features (without a sample, the reference's) to this file",
+        help="file for the statistics and pool features of the samples, or of the reference if there are no samples",
     )
-    results.add_argument(
+    add(
         "--keep-features",
         metavar="N",
         type=cli.positive,
-        help="with --save-stats: pool features of N images, evenly spaced; without it of all",
+        help="with --save-stats: keep pool features of N images, evenly spaced; without it of all",
     )
     cli.add_record_argument(results, also=["--json"])
     args = parser.parse_args(argv)
     if args.sample is None and not args.save_stats:
-        parser.error("there is nothing to compare with the reference: name the sample, or add --save-stats")
+        parser.error("there are no samples to compare with the reference: name them, or add --save-stats")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         parser.error(f"--save-stats {args.save_stats} does not end in .npz")
     if args.keep_features and not args.save_stats:
-        parser.error("--keep-features says what --save-stats writes: add that")
+        parser.error("--keep-features is about the file of --save-stats: add that")
     return args
 
 
-def requirements(args, sets):
-    """The names of the arrays that each set has to provide, by its role.
+def open_sets(reference, sample):
+    """{"reference": EvaluationSet, "sample": EvaluationSet}; without "sample" if that is None."""
+    from evaluation.evaluation_set import open_evaluation_set
+    from runtime import released
 
-    Raises UserError where a set neither stores them nor holds images to make them from.
+    # Samples first: if they are missing, the gigabytes of the reference are not downloaded in vain.
+    samples = {"sample": open_evaluation_set(released.find(sample))} if sample else {}
+    return {"reference": open_evaluation_set(released.find(reference))} | samples
+
+
+def needed_arrays(sets, metrics, save_stats):
+    """Names of the arrays that each set must provide, {role: set of names}; save_stats: whether the last set is saved.
+
+    Raises UserError if a set has neither the arrays nor images to compute them from.
     """
     from evaluation.evaluation_set import STATISTICS
     from runtime.errors import UserError
 
-    needed = {role: {array for name in args.metrics for array in METRICS[name][1]} for role in sets}
-    if "is" in args.metrics and "sample" in sets:
+    needed = {role: {array for name in metrics for array in METRICS[name][1]} for role in sets}
+    if "is" in metrics and "sample" in sets:
         needed["sample"].add("pool")
-    if args.save_stats:
+    if save_stats:
         needed[list(sets)[-1]] = {*STATISTICS, "pool"}
     for role, images in sets.items():
         missing = sorted(needed[role] - images.stored.keys())
@@ -114,129 +109,134 @@ def requirements(args, sets):
 
 
 def check_graphs(sets, network):
-    """Raises UserError where what is stored in the sets was made by another graph than the network, or each other's."""
+    """Raise UserError if stored statistics come from different graphs, or from another graph than the network's."""
     from runtime.errors import UserError
 
-    for images in sets.values():
+    for images in sets:
         if network:
-            network.check(images)
-    graphs = {images.about.get("graph") for images in sets.values()} - {None}
+            network.check_stored(images)
+    graphs = {images.about.get("graph") for images in sets} - {None}
     if len(graphs) > 1:
-        raise UserError(
-            f"{' and '.join(map(str, sets.values()))} are statistics by different graphs: make both with the same"
-        )
+        raise UserError(f"{' and '.join(map(str, sets))} are statistics by different graphs: make both with the same")
 
 
-def doubts(sets, network):
-    """Yields what looks like a mistake about two sets that are to be compared."""
+def find_doubts(sets, network):
+    """Yield a line for each thing that looks like a mistake in a comparison of two sets."""
     reference, sample = sets["reference"], sets["sample"]
     if reference.is_same(sample):
         yield f"{reference} and {sample} are the same: a set is compared with itself"
     sizes = [images.size or images.about.get("image_size") for images in (reference, sample)]
     if all(sizes) and tuple(sizes[0]) != tuple(sizes[1]):
-        told = (f"{images} has {w}x{h} pixels" for images, (h, w) in zip((reference, sample), sizes))
-        yield f"{', '.join(told)}: the network sees both at one size, but differently blurred"
+        pixels = (f"{images} has {w}x{h} pixels" for images, (h, w) in zip((reference, sample), sizes))
+        yield f"{', '.join(pixels)}: the network resizes both to one size, which blurs them differently"
     count = sample.count or sample.about.get("images")
     if network and network.is_published and count and count < PUBLISHED_SAMPLES:
-        yield f"{count} samples: published values are of {PUBLISHED_SAMPLES}, with fewer FID and sFID are higher"
+        yield f"{count} samples: published values use {PUBLISHED_SAMPLES}, with fewer FID and sFID are higher"
     elif network and 1 < (count or 0) <= network.sizes[0]:
         yield f"{count} samples for {network.sizes[0]} features: FID and sFID mean little"
 
 
-def compute(args, arrays, network, device):
-    """Yields the name and the value of each metric that is asked for, in the order of METRICS.
+def collect(images, needed, network, role):
+    """The arrays `needed` of a set, {name: array}: stored ones, and the others computed by the network."""
+    from tqdm import tqdm
 
-    Raises UserError where what was stored cannot be used.
+    arrays = {name: images.stored[name] for name in needed & images.stored.keys()}
+    missing = needed - arrays.keys()
+    if missing:
+        with tqdm(total=images.count, desc=role, unit="image", disable=None) as bar:
+            arrays |= network.extract(images, missing, bar.update)
+    return arrays
+
+
+def compute_metrics(arrays, network, names, distance, device):
+    """Yield (name, value) of the metrics `names` in the order of METRICS; arrays: {role: {name: array}}.
+
+    Raises ValueError if stored arrays cannot be used.
     """
     from tqdm import tqdm
 
     from evaluation import metrics
-    from runtime.errors import UserError
 
     reference, sample = arrays["reference"], arrays["sample"]
-    try:
-        if "is" in args.metrics:
-            yield "is", metrics.inception_score(network.probabilities(sample["pool"]))
-        for name in ("fid", "sfid"):
-            if name in args.metrics:
-                mu, sigma = METRICS[name][1]
-                yield name, metrics.frechet_distance(reference[mu], reference[sigma], sample[mu], sample[sigma])
-        if "precision" in args.metrics or "recall" in args.metrics:
-            with tqdm(desc="precision and recall", unit="block", disable=None, leave=False) as bar:
+    if "is" in names:
+        yield "is", metrics.inception_score(network.probabilities(sample["pool"]))
+    for name in ("fid", "sfid"):
+        if name in names:
+            mu, sigma = METRICS[name][1]
+            yield name, metrics.frechet_distance(reference[mu], reference[sigma], sample[mu], sample[sigma])
+    if "precision" in names or "recall" in names:
+        with tqdm(desc="precision and recall", unit="tile", disable=None, leave=False) as bar:
 
-                def progress(done, total):
-                    bar.total = total
-                    bar.update(done - bar.n)
+            def progress(done, total):
+                bar.total = total
+                bar.update(done - bar.n)
 
-                both = metrics.precision_recall(
-                    reference["pool"], sample["pool"], dtype=args.distance, device=device, progress=progress
-                )
-            yield from ((name, value) for name, value in zip(("precision", "recall"), both) if name in args.metrics)
-    except ValueError as error:
-        raise UserError(f"{args.reference} and {args.sample} cannot be compared: {error}") from error
+            pools = reference["pool"], sample["pool"]
+            values = metrics.precision_recall(*pools, dtype=distance, device=device, progress=progress)
+        yield from ((name, value) for name, value in zip(("precision", "recall"), values) if name in names)
+
+
+def set_figures(images, arrays):
+    """What a record says about a set, and which of the `arrays` used were stored in it."""
+    return {
+        "sha256": images.sha256(),
+        "images": images.count or images.about.get("images"),
+        "pool_features": len(arrays.get("pool", ())),
+        "stored": sorted(arrays.keys() & images.stored.keys()),
+    }
 
 
 def main(args):
     import time
     import warnings
 
-    from tqdm import tqdm
-
-    from evaluation.evaluation_set import open_evaluation_set, save_statistics
-    from runtime import devices, records, released
+    from evaluation.evaluation_set import save_statistics
+    from runtime import devices, records
+    from runtime.errors import UserError
     from runtime.files import check_writable
 
     device = devices.pick_device(args.device)
-    for place in filter(None, (args.save_stats, args.record)):
-        check_writable(place)
-    paths = {"reference": args.reference} | ({"sample": args.sample} if args.sample else {})
-    # The sample first: where it is missing, the reference's gigabytes are not fetched for nothing.
-    opened = {role: open_evaluation_set(released.find(paths[role])) for role in reversed(paths)}
-    sets = {role: opened[role] for role in paths}
-    needed = requirements(args, sets)
-    missing = {role: needed[role] - images.stored.keys() for role, images in sets.items()}
-    with cli.one_line_warnings() as said:
+    for path in filter(None, (args.save_stats, args.record)):
+        check_writable(path)
+    sets = open_sets(args.reference, args.sample)
+    needed = needed_arrays(sets, args.metrics, args.save_stats)
+    with cli.one_line_warnings() as warned:
         network = None
-        if any(missing.values()) or "is" in args.metrics and args.sample:
+        all_stored = all(needed[role] <= images.stored.keys() for role, images in sets.items())
+        if not all_stored or "is" in args.metrics and args.sample:
             from evaluation.features import Network
 
             network = Network(args.graph, args.backend, device, args.batch_size)
-        check_graphs(sets, network)
-        if args.sample:
-            for text in doubts(sets, network):
-                warnings.warn(text, RuntimeWarning, stacklevel=1)
+        check_graphs(sets.values(), network)
+        for doubt in find_doubts(sets, network) if args.sample else ():
+            warnings.warn(doubt, RuntimeWarning, stacklevel=1)
 
-        arrays, seconds, since = {}, {}, time.perf_counter()
+        arrays, seconds, values = {}, {}, {}
         for role, images in sets.items():
-            arrays[role] = {name: images.stored[name] for name in needed[role] - missing[role]}
-            if missing[role]:
-                with tqdm(total=images.count, desc=role, unit="image", disable=None) as bar:
-                    arrays[role] |= network.extract(images, missing[role], bar.update)
-            seconds[role] = time.perf_counter() - since - sum(seconds.values())
-        if args.save_stats:
-            # Of the last one, which is the sample if there are two.
+            start = time.perf_counter()
+            arrays[role] = collect(images, needed[role], network, role)
+            seconds[role] = time.perf_counter() - start
+        if args.save_stats:  # of the last set
             made = {"graph": network.sha256, "images": images.count, "image_size": images.size} if network else {}
             save_statistics(args.save_stats, arrays[role], images.about or made, args.keep_features)
             print(f"Statistics: {args.save_stats}")
         if not args.sample:
             return
 
-        values = {}
-        for name, value in compute(args, arrays, network, device):
-            values[name] = value
-            print(f"{METRICS[name][0]}: {value:.6g}", flush=True)
-        seconds["metrics"] = time.perf_counter() - since - sum(seconds.values())
+        start = time.perf_counter()
+        try:
+            for name, value in compute_metrics(arrays, network, args.metrics, args.distance, device):
+                values[name] = value
+                print(f"{METRICS[name][0]}: {value:.6g}", flush=True)
+        except ValueError as error:
+            raise UserError(f"{args.reference} and {args.sample} cannot be compared: {error}") from error
+        seconds["metrics"] = time.perf_counter() - start
     if args.record:
         figures = {"metrics": {METRICS[name][0].lower().replace(" ", "_"): value for name, value in values.items()}}
-        for role, images in sets.items():
-            figures[role] = {
-                "sha256": images.sha256(),
-                "images": images.count or images.about.get("images"),
-                "pool_features": len(arrays[role].get("pool", ())),
-                "stored": sorted(needed[role] - missing[role]),
-            }
+        figures |= {role: set_figures(images, arrays[role]) for role, images in sets.items()}
         backend = network and {"name": network.backend, "graph_sha256": network.sha256, "versions": network.versions}
-        records.write_record(args.record, vars(args), device, figures | {"backend": backend, "seconds": seconds, "warnings": said})
+        figures |= {"backend": backend, "seconds": seconds, "warnings": warned}
+        records.write_record(args.record, vars(args), device, figures)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""TensorFlow's frozen graph files, read and written with `protobuf` alone: their messages and nodes.
+"""TensorFlow's frozen graph files, read and written without TensorFlow.
 
-The file holds a GraphDef: nodes with a name, an operation, inputs and attributes; the weights are nodes too.
+The file holds a GraphDef: nodes with a name, an operation, inputs and attributes. Weights are nodes too.
 """
 
 import functools
@@ -14,12 +14,12 @@ from google.protobuf.message import DecodeError
 from runtime.errors import UserError
 from runtime.files import atomic_write
 
-# TensorFlow's messages as far as a frozen graph needs them: field, number, type; "*" marks repeated fields.
+# The parts of TensorFlow's messages that a frozen graph needs: field, number, type; "*" marks repeated fields.
 MESSAGES = {
     "GraphDef": "node 1 NodeDef*, versions 4 VersionDef",
     "VersionDef": "producer 1 int32",
     "NodeDef": "name 1 string, op 2 string, input 3 string*, attr 5 Attr*",
-    "Attr": "key 1 string, value 2 AttrValue",  # a map is such pairs
+    "Attr": "key 1 string, value 2 AttrValue",  # protobuf stores a map as such pairs
     "AttrValue": "list 1 List, s 2 bytes, i 3 int64, f 4 float, b 5 bool, type 6 int32, shape 7 Shape, tensor 8 Tensor",
     "List": "s 2 bytes*, i 3 int64*, f 4 float*, b 5 bool*, type 6 int32*",
     "Shape": "dim 2 Dim*, unknown_rank 3 bool",
@@ -27,7 +27,7 @@ MESSAGES = {
     "Tensor": "dtype 1 int32, tensor_shape 2 Shape, tensor_content 4 bytes, float_val 5 float*, double_val 6 double*, "
     "int_val 7 int32*, int64_val 10 int64*, bool_val 11 bool*",
 }
-# The numbers of TensorFlow's types: NumPy's name, and the field that holds values which are not in `tensor_content`.
+# TensorFlow's number of a type: NumPy's name, and the field of values that are not in `tensor_content`.
 DTYPES = {
     1: ("float32", "float_val"),
     2: ("float64", "double_val"),
@@ -36,17 +36,17 @@ DTYPES = {
     9: ("int64", "int64_val"),
     10: ("bool", "bool_val"),
 }
-FLOAT, INT = 1, 3  # those that are written
+FLOAT, INT = 1, 3  # the types that `GraphWriter` writes
 
 
 @functools.cache
 def message_classes():
-    """The classes of `MESSAGES`, name to class. They know nothing of TensorFlow's own, and may live beside them."""
+    """{name: class} of `MESSAGES`, in a pool of their own so that they do not clash with TensorFlow's."""
     kinds = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="graph.proto", package="graph", syntax="proto3")
     for name, fields in MESSAGES.items():
         message = file.message_type.add(name=name)
-        if name == "AttrValue":  # one of its fields is set; being one of several, it is written even where it is 0
+        if name == "AttrValue":  # as a member of a oneof, a field is written even if it is 0
             message.oneof_decl.add(name="value")
         for text in fields.split(", "):
             field, number, kind = text.split()
@@ -65,7 +65,7 @@ def message_classes():
 
 
 def read_bytes(path):
-    """The bytes of a file. Raises UserError where it cannot be read."""
+    """The bytes of a file. Raises UserError if it cannot be read."""
     try:
         return Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -75,40 +75,40 @@ def read_bytes(path):
 
 
 def read_nodes(path):
-    """The nodes of the GraphDef in the file at `path`, name to `Node`. Raises UserError where it is no such file."""
-    refused = UserError(f"{path} is not a TensorFlow graph, or is cut off: fetch it again")
+    """{name: Node} of the graph file at `path`. Raises UserError if it is not a graph file."""
+    not_a_graph = UserError(f"{path} is not a TensorFlow graph, or is cut off: fetch it again")
     try:
         graph = message_classes()["GraphDef"].FromString(read_bytes(path))
     except DecodeError as error:
-        raise refused from error
+        raise not_a_graph from error
     nodes = {message.name: Node(message, path) for message in graph.node}
-    # Other files may pass for a message of fields that we do not know.
+    # Other files may parse as a message of unknown fields.
     if not nodes or len(nodes) < len(graph.node) or not all(node.name and node.op for node in nodes.values()):
-        raise refused
+        raise not_a_graph
     return nodes
 
 
 class Node:
-    """A node of the graph: name, op, the names of the nodes it reads, attributes."""
+    """A node of the graph: name, op, inputs (names of the nodes that it reads), attrs."""
 
     def __init__(self, message, path):
         self.name, self.op, self._path = message.name, message.op, path
-        # "name:0" is a node's first output; "^name" asks that a node runs before, and hands over nothing.
+        # "name:0" is a node's first output; "^name" only demands that a node runs before this one.
         self.inputs = [source.removesuffix(":0") for source in message.input if not source.startswith("^")]
         self.attrs = {attr.key: attr.value for attr in message.attr}
 
     def fault(self, text):
-        """The UserError that says `text` of this node."""
+        """A UserError about this node; text: continues a sentence that starts with the node."""
         return UserError(f"{self._path}: node {self.name} ({self.op}) {text}")
 
-    def read(self, count):
-        """The names of its `count` inputs. Raises UserError where there are fewer or more."""
+    def take_inputs(self, count):
+        """The names of its inputs. Raises UserError if there are not `count` of them."""
         if len(self.inputs) != count:
             raise self.fault(f"has {len(self.inputs)} inputs, not {count}: the file is damaged")
         return self.inputs
 
     def attr(self, name, field, default=None):
-        """The attribute's `field` (as in AttrValue); the default where there is none. Raises UserError without both."""
+        """The attribute's `field` of AttrValue, or the default. Raises UserError if there is neither."""
         if name in self.attrs and self.attrs[name].HasField(field):
             return getattr(self.attrs[name], field)
         if default is None:
@@ -116,26 +116,27 @@ class Node:
         return default
 
     def sides(self, name):
-        """Height and width of an attribute [1, height, width, 1]."""
+        """Height and width of an attribute [1, height, width, 1]. Raises UserError for other values."""
         values = list(self.attr(name, "list").i)
         if len(values) != 4 or values[0] != 1 or values[3] != 1 or min(values) < 1:
-            raise self.fault(f"has {name} {values}: only [1, height, width, 1] is known")
+            raise self.fault(f"has {name} {values}: only [1, height, width, 1] is supported")
         return values[1:3]
 
-    def is_same(self):
-        """Whether its padding is SAME, and not VALID. Raises UserError for another one, or channels before rows."""
+    def has_same_padding(self):
+        """True for padding SAME, False for VALID. Raises UserError for other paddings, and for channels before rows."""
         padding, layout = self.attr("padding", "s"), self.attr("data_format", "s", b"NHWC")
         if padding not in (b"SAME", b"VALID") or layout != b"NHWC":
-            raise self.fault(f"has padding {padding!r} and layout {layout!r}: only SAME or VALID of NHWC is known")
+            raise self.fault(f"has padding {padding!r} and layout {layout!r}: only SAME or VALID of NHWC is supported")
         return padding == b"SAME"
 
     def constant(self):
-        """The array of a Const node. Raises UserError where it is another node, or its values are not all there."""
+        """The array of a Const node. Raises UserError for other nodes, and if values are missing."""
         if self.op != "Const":
-            raise self.fault("is not a constant, where only constants are known")
+            raise self.fault("is not a constant, and must be one here")
         tensor = self.attr("value", "tensor")
         if tensor.dtype not in DTYPES:
-            raise self.fault(f"has values of type {tensor.dtype}: known are {', '.join(t for t, _ in DTYPES.values())}")
+            names = ", ".join(name for name, _ in DTYPES.values())
+            raise self.fault(f"has values of type {tensor.dtype}: only {names} are supported")
         dtype, field = DTYPES[tensor.dtype]
         shape = [dim.size for dim in tensor.tensor_shape.dim]
         try:
@@ -143,9 +144,9 @@ class Node:
                 values = np.frombuffer(tensor.tensor_content, np.dtype(dtype).newbyteorder("<")).astype(dtype)
             else:
                 values = np.array(getattr(tensor, field), dtype)
-                if len(values) < prod(shape):  # the last one stands for all that follow
+                if len(values) < prod(shape):  # the last value is repeated
                     values = np.pad(values, (0, prod(shape) - len(values)), "edge" if len(values) else "constant")
-            if min(shape, default=1) < 0:  # NumPy would find out which number was meant
+            if min(shape, default=1) < 0:  # reshape would infer it
                 raise ValueError
             return values.reshape(shape)
         except ValueError as error:
@@ -153,23 +154,23 @@ class Node:
 
 
 class GraphWriter:
-    """A graph in the making: each method adds nodes, and returns the name of the last one. No random numbers here.
+    """Builds a graph file: each method adds nodes and returns the name of the last one.
 
-    A node reads others by their names. Attributes are given as the fields of AttrValue: T={"type": FLOAT}.
-    producer: the version that the file names; newer ones than 8 have no BatchNormWithGlobalNormalization.
+    Nodes refer to others by name. Attributes are fields of AttrValue: T={"type": FLOAT}.
+    producer: version number in the file; above 8, TensorFlow refuses BatchNormWithGlobalNormalization.
     """
 
     def __init__(self, producer=8):
         self.message = message_classes()["GraphDef"](versions={"producer": producer})
 
     def node(self, name, op, *inputs, **attrs):
-        """Adds any node."""
+        """Add any node."""
         pairs = [{"key": key, "value": value} for key, value in attrs.items()]
         self.message.node.add(name=name, op=op, input=inputs, attr=pairs)
         return name
 
     def constant(self, name, values):
-        """Adds an array of any shape: float32, or int32 where it holds whole numbers."""
+        """Add an array of any shape, as int32 if it holds whole numbers, else as float32."""
         values = np.asarray(values)
         number, dtype = {"f": (FLOAT, "<f4"), "i": (INT, "<i4")}[values.dtype.kind]
         shape = {"dim": [{"size": size} for size in values.shape]}
@@ -177,7 +178,7 @@ class GraphWriter:
         return self.node(name, "Const", dtype={"type": number}, value={"tensor": tensor})
 
     def resize(self, x, side, shift, scale):
-        """Adds ResizeBilinear of x (N, H, W, C) to `side` pixels, minus `shift`, times `scale`: the node is Mul."""
+        """Add ResizeBilinear of x (N, H, W, C) to `side` x `side` pixels, minus `shift`, times `scale`."""
         floats = {"T": {"type": FLOAT}}
         size = self.constant("ResizeBilinear/size", np.array([side, side]))
         x = self.node("ResizeBilinear", "ResizeBilinear", x, size, align_corners={"b": False}, **floats)
@@ -187,10 +188,10 @@ class GraphWriter:
     def convolution(
         self, name, x, kernel, beta, gamma, mean, variance, *, stride=1, padding=b"SAME", epsilon=1e-3, scaled=True
     ):
-        """Adds Conv2D, batch norm, the check for NaN and Relu, named as in the graph of 2015.
+        """Add Conv2D, batch norm, the check for NaN and Relu, named as in the graph of 2015.
 
-        kernel: (height, width, C_in, C_out); the batch norm's four arrays: (C_out,).
-        epsilon: what is added to the variance. scaled: whether gamma is used.
+        kernel: (height, width, C_in, C_out); beta to variance: the batch norm's arrays (C_out,); epsilon is added to
+        the variance, and gamma is used if `scaled`.
         """
         floats = {"T": {"type": FLOAT}}
         kernel = self.constant(f"{name}/conv2d_params", kernel)
@@ -206,26 +207,26 @@ class GraphWriter:
         return self.node(name, "Relu", x, **floats)
 
     def pool(self, name, op, x, size=3, stride=1, padding=b"SAME"):
-        """Adds AvgPool or MaxPool of x (N, H, W, C) over windows of size x size; returns the node's name."""
+        """Add the pooling `op`, AvgPool or MaxPool, of x (N, H, W, C) over windows of size x size."""
         sides = {key: {"list": {"i": [1, side, side, 1]}} for key, side in (("ksize", size), ("strides", stride))}
         return self.node(name, op, x, **sides, padding={"s": padding}, T={"type": FLOAT})
 
     def classes(self, x, weights, biases=None, images=-1):
-        """Adds the classes' probabilities behind pooled features x (N, 1, 1, C): the node is softmax.
+        """Add the class probabilities of pooled features x (N, 1, 1, C).
 
         weights: (C, classes); biases: (classes,). images: the N that the graph is declared for, -1 for any.
         """
-        floats, turns = {"T": {"type": FLOAT}}, {"transpose_a": {"b": False}, "transpose_b": {"b": False}}
+        floats, transpose = {"T": {"type": FLOAT}}, {f"transpose_{side}": {"b": False} for side in "ab"}
         shape = self.constant("pool_3/_reshape/shape", np.array([images, len(weights)]))
         x = self.node("pool_3/_reshape", "Reshape", x, shape, Tshape={"type": INT}, **floats)
         weights = self.constant("softmax/weights", weights)
-        x = self.node("softmax/logits/MatMul", "MatMul", x, weights, **turns, **floats)
+        x = self.node("softmax/logits/MatMul", "MatMul", x, weights, **transpose, **floats)
         if biases is not None:
             x = self.node("softmax/logits", "BiasAdd", x, self.constant("softmax/biases", biases), **floats)
         return self.node("softmax", "Softmax", x, **floats)
 
     def save(self, path):
-        """Writes the file, whole or not at all; returns its path. Raises UserError where it cannot be written."""
+        """Write the file, whole or not at all; return its path. Raises UserError if it cannot be written."""
         with atomic_write(path) as part:
             part.write_bytes(self.message.SerializeToString())
         return Path(path)

@@ -1,6 +1,6 @@
-"""The metrics of the ADM evaluator as functions of arrays of features and probabilities; knows no network and no files.
+"""Metrics of the ADM evaluator, as functions of arrays of features and probabilities.
 
-Source: evaluator.py of openai/guided-diffusion; the papers are named at the functions.
+Source: evaluator.py of openai/guided-diffusion; each function names its paper.
 """
 
 import warnings
@@ -8,17 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
+from runtime.devices import exact_float32
 from runtime.memory import out_of_memory
 
-BLOCK = 2048  # points; larger blocks are hardly faster and take more memory
+TILE = 2048  # rows processed at a time; more are hardly faster and take more memory
 
 
 class Moments:
-    """Mean and covariance of features that come in batches and are not kept, in float64.
+    """Mean and covariance in float64 of features that arrive in batches and are not kept.
 
-    Each batch is centred on its own mean and its sums are merged into those of all before, so that features far from
-    zero lose no digits. Source: Chan, Golub and LeVeque 1979, "Updating formulae ... for computing sample variances".
+    Each batch is centred on its own mean before it is merged, so that features far from zero lose no digits.
+    Source: Chan, Golub and LeVeque 1979, "Updating formulae ... for computing sample variances".
     """
 
     def __init__(self) -> None:
@@ -27,9 +29,9 @@ class Moments:
         self._scatter: Any = None
 
     def add(self, features):
-        """Takes in features (N, D) of any float type; holds a copy of them in float64 and a few (D, D) meanwhile.
+        """Add features (N, D) of any float type; needs memory for a float64 copy of them and a few (D, D).
 
-        Raises ValueError, and takes in none of them, where one is not finite or D is not that of the batches before.
+        Raises ValueError, and adds none of them, if a value is not finite or D differs from earlier batches.
         """
         features = np.asarray(features)
         if features.ndim != 2 or self.count and features.shape[1] != len(self._mean):
@@ -38,47 +40,44 @@ class Moments:
         count = len(features)
         if not count:
             return
-        with np.errstate(invalid="ignore"):  # of infinities of both signs
+        with np.errstate(invalid="ignore"):  # infinities of both signs add up to NaN
             mean = features.mean(0, dtype=np.float64)
         if not np.isfinite(mean).all():
             raise ValueError("features are not finite")
         centred = features - mean
         scatter = centred.T @ centred
         if self.count:
-            step = mean - self._mean
+            shift = mean - self._mean
             scatter += self._scatter
-            scatter += np.outer(step, step) * (self.count * count / (self.count + count))
-            mean = self._mean + step * (count / (self.count + count))
+            scatter += np.outer(shift, shift) * (self.count * count / (self.count + count))
+            mean = self._mean + shift * (count / (self.count + count))
         self.count, self._mean, self._scatter = self.count + count, mean, scatter
 
     def statistics(self):
-        """(mu, sigma) of all features so far, float64 (D,) and (D, D): the mean, and the covariance with ddof 1.
-
-        Raises ValueError where they are fewer than two.
-        """
+        """Mean (D,) and covariance (D, D) with ddof 1. Raises ValueError for fewer than two features."""
         if self.count < 2:
             raise ValueError(f"{self.count} features have no covariance: two are needed")
         return self._mean.copy(), self._scatter / (self.count - 1)
 
 
 def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mu, sigma) of features (N, D), float64 (D,) and (D, D): the mean, and the covariance with ddof 1.
+    """Mean (D,) and covariance (D, D) with ddof 1 of features (N, D), in float64.
 
-    Raises ValueError where the features are fewer than two or not finite.
+    Raises ValueError if the features are fewer than two or not finite.
     """
     features, moments = np.asarray(features), Moments()
-    for start in range(0, len(features), BLOCK):
-        moments.add(features[start : start + BLOCK])
+    for start in range(0, len(features), TILE):
+        moments.add(features[start : start + TILE])
     return moments.statistics()
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """The squared Fréchet distance of two normal distributions: FID of pool features, sFID of spatial ones. A float.
+    """Squared Fréchet distance of two normal distributions: FID of pool features, sFID of spatial features.
 
     |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2)); means (D,), covariances (D, D), in float64.
-    Exact to some 1e-8 of the traces, also with fewer samples than dimensions; so near to 0 it may be below.
-    Raises ValueError where shapes do not fit, a value is not finite, or a covariance is none (not symmetric, or with a
-    negative eigenvalue). Source: Heusel et al. 2017, eq. 6.
+    The error is about 1e-8 of the traces, so that a distance near 0 may be negative. Fewer samples than D are fine.
+    Raises ValueError if shapes do not fit, a value is not finite, or a covariance is not symmetric or has a negative
+    eigenvalue. Source: Heusel et al. 2017, eq. 6.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(value, np.float64) for value in (mu1, sigma1, mu2, sigma2))
     shapes = [value.shape for value in (mu1, sigma1, mu2, sigma2)]
@@ -88,7 +87,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     values, vectors = np.linalg.eigh(sigma1)
     kept = _above_rounding("sigma1", values, np.abs(values).max())
     root = vectors[:, kept] * np.sqrt(values[kept])  # (D, rank of sigma1): root root' is sigma1
-    # root' sigma2 root has the eigenvalues of sigma1 sigma2 that are not 0, and it is symmetric.
+    # root' sigma2 root is symmetric and has the non-zero eigenvalues of sigma1 sigma2.
     product = root.T @ sigma2 @ root
     squares = np.linalg.eigvalsh((product + product.T) / 2)
     kept = _above_rounding("sigma2", squares, np.abs(values).max() * np.linalg.norm(sigma2))
@@ -100,49 +99,49 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 
 def _symmetric(name, sigma):
-    """The covariance `sigma` without what rounding left between its two halves."""
+    """The mean of the covariance `sigma` and its transpose, which differ by rounding."""
     largest = np.abs(sigma).max()
     if not np.isfinite(largest):
         raise ValueError(f"{name} is not finite")
-    if np.abs(sigma - sigma.T).max() > 1e-5 * largest:  # float32 leaves less
-        raise ValueError(f"{name} is not symmetric: it is no covariance")
+    if np.abs(sigma - sigma.T).max() > 1e-5 * largest:  # rounding to float32 leaves less
+        raise ValueError(f"{name} is not symmetric: it is not a covariance")
     return (sigma + sigma.T) / 2
 
 
 def _above_rounding(name, values, scale):
-    """Which eigenvalues of a covariance are not 0 but for rounding; `scale` is what rounding is relative to.
+    """Mask of the eigenvalues of a covariance that are more than rounding errors, which are relative to `scale`.
 
-    Fewer samples than dimensions have many of those, on both sides of 0. A root would make 1e-8 of each 1e-16, so what
-    is not well above the lowest of them counts as 0.
+    With fewer samples than dimensions, many eigenvalues are 0 up to rounding, on both sides of 0. The square root would
+    turn each 1e-16 into 1e-8, so values that are not well above the size of the lowest count as 0.
     """
     lowest = values.min(initial=0)
     if lowest < -1e-5 * scale:
-        raise ValueError(f"{name} has a negative eigenvalue: it is no covariance")
+        raise ValueError(f"{name} has a negative eigenvalue: it is not a covariance")
     return values > -3 * lowest
 
 
 def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
-    """The Inception Score of class probabilities (N, classes), a float from 1 to the number of classes.
+    """Inception Score of class probabilities (N, classes), from 1 to the number of classes.
 
-    The exponential of the mean KL divergence of the rows from their mean, in each block of `split` rows in their order;
-    then the mean over blocks, in which a last block of fewer rows counts as the others do. In float64.
-    A probability of 0 adds 0, the limit of p log p (the original gives NaN).
-    Raises ValueError where there are no rows, a value is negative or not finite, or a row's sum is not 1.
+    In each run of `split` consecutive rows: the exponential of the mean KL divergence of the rows from their mean, in
+    float64. The score is the mean over the runs; a shorter last run counts in full. A probability of 0 adds 0, the
+    limit of p log p (the original returns NaN).
+    Raises ValueError if there are no rows, a value is negative or not finite, or a row does not add up to 1.
     Source: Salimans et al. 2016, sec. 4.
     """
     probabilities = np.asarray(probabilities)
     if probabilities.ndim != 2 or not probabilities.size:
         raise ValueError(f"probabilities are {probabilities.shape}, not (N, classes)")
     if split < 1:
-        raise ValueError(f"blocks have {split} rows: at least 1 is needed")
+        raise ValueError(f"split is {split}: at least 1 row is needed")
     scores = []
     for start in range(0, len(probabilities), split):
-        block = probabilities[start : start + split].astype(np.float64)
-        # Written so that NaN fails too. Half precision leaves sums that are 1 to a few thousandths.
-        if not (block.min() >= 0 and np.abs(block.sum(1) - 1).max() < 0.01):
+        rows = probabilities[start : start + split].astype(np.float64)
+        # Written so that NaN fails too. In half precision, rows add up to 1 within a few thousandths.
+        if not (rows.min() >= 0 and np.abs(rows.sum(1) - 1).max() < 0.01):
             raise ValueError("probabilities are negative, not finite, or do not add up to 1 in a row")
-        # The sum over classes of p (log p - log mean), averaged over rows: the second part is the mean's alone.
-        scores.append(np.exp(_p_log_p(block).sum() / len(block) - _p_log_p(block.mean(0)).sum()))
+        # The mean over rows of sum p (log p - log mean); the second term depends on the mean row only.
+        scores.append(np.exp(_p_log_p(rows).sum() / len(rows) - _p_log_p(rows.mean(0)).sum()))
     return float(np.mean(scores))
 
 
@@ -156,136 +155,122 @@ def precision_recall(
     k: int = 3,
     dtype: str = "fp16",
     device: Any = "cpu",
-    block: int = BLOCK,
+    tile: int = TILE,
     progress: Callable[[int, int], object] | None = None,
 ) -> tuple[float, float]:
-    """(precision, recall) of features sample (N, D) against reference (M, D), floats from 0 to 1.
+    """Precision and recall of features sample (N, D) against reference (M, D), from 0 to 1.
 
-    Each point has a ball that reaches to the k-th nearest other point of its own set. Precision is the share of samples
-    in any ball of the reference, recall the share of the reference in any ball of the samples.
-    dtype: of the squared distances. "fp16" is the published way: rounded where float16 rounds, a block of distances
-    again in float32 where float16 overflows. "fp32" differs from published values by up to 0.0024.
-    device: a torch.device or its name. block: points a side of the distances that are computed at a time; where memory
-    does not suffice half as many are tried, with a warning. They change at most the last bits of a distance.
-    progress: called with the number of blocks of distances that are done, and of all, after each of them.
-    Raises ValueError where shapes or values do not fit, or a set has no k other points.
+    Each point has a ball that reaches to the k-th nearest other point of its set. Precision is the share of samples in
+    any ball of the reference; recall is the share of the reference in any ball of the samples.
+    dtype: of the squared distances. "fp16" is the published way: it rounds as float16 does and computes a tile again
+    in float32 if float16 overflows. "fp32" differs from published values by up to 0.0024.
+    device: a torch.device or its name. tile: points per side of a tile of distances, which changes at most the last
+    bits of a distance; halved, with a warning, if memory runs out.
+    progress: called with the numbers of finished and of all tiles after each tile.
+    Raises ValueError if shapes or values do not fit, or a set has at most k points.
     Source: Kynkäänniemi et al. 2019, algorithm 1.
     """
-    import torch
-
-    reference, sample = (_checked(*named, k) for named in (("reference", reference), ("sample", sample)))
+    reference, sample = _checked("reference", reference, k), _checked("sample", sample, k)
     if reference.shape[1] != sample.shape[1]:
         raise ValueError(f"reference has {reference.shape[1]} features a point, sample {sample.shape[1]}")
     if dtype not in ("fp16", "fp32"):
         raise ValueError(f"dtype {dtype!r} is neither 'fp16' nor 'fp32'")
-    if k < 1 or block < 1:
-        raise ValueError(f"k is {k}, block {block}: at least 1 is needed")
-    device, block = torch.device(device), min(block, max(len(reference), len(sample)))
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False  # its products have the digits of float16
-    try:
-        while True:
-            try:
-                return _precision_recall(reference, sample, k, dtype == "fp16", device, block, progress)
-            except (MemoryError, RuntimeError) as error:
-                if block == 1 or not out_of_memory(error):
-                    raise
-            # Here the error, which holds what was computed, is gone.
-            block //= 2
-            warnings.warn(f"out of memory: going on with blocks of {block} points", RuntimeWarning, stacklevel=2)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+    if k < 1 or tile < 1:
+        raise ValueError(f"k is {k}, tile {tile}: at least 1 is needed")
+    device, tile = torch.device(device), min(tile, max(len(reference), len(sample)))
+    while True:
+        try:
+            with exact_float32():  # TF32 has only the digits of float16
+                return _precision_recall(reference, sample, k, dtype == "fp16", device, tile, progress)
+        except (MemoryError, RuntimeError) as error:
+            if tile == 1 or not out_of_memory(error):
+                raise
+        # Outside the handler, because the error keeps the tensors of the failed attempt alive.
+        tile //= 2
+        warnings.warn(f"out of memory: going on with tiles of {tile} points", RuntimeWarning, stacklevel=2)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _checked(name, features, k):
-    """`features` as an array, where they can be used."""
+    """`features` as an array. Raises ValueError if it cannot be used."""
     features = np.asarray(features)
     if features.ndim != 2 or len(features) <= k or not features.shape[1]:
         raise ValueError(f"{name} is {features.shape}: (N, D) is needed, N above k = {k}")
-    # Both are NaN where any value is; neither takes memory.
+    # Both are NaN if any value is; neither needs memory.
     if not np.isfinite([features.min(), features.max()]).all():
         raise ValueError(f"{name} is not finite")
     return features
 
 
-def _precision_recall(reference, sample, k, half, device, block, progress):
-    """What `precision_recall` returns, computed on `device` in blocks of `block` points a side."""
-    import torch
-
-    m, n = (-(-len(features) // block) for features in (reference, sample))
+def _precision_recall(reference, sample, k, half, device, tile, progress):
+    """Precision and recall, computed on `device` in tiles of `tile` points per side."""
+    m, n = (-(-len(features) // tile) for features in (reference, sample))
     total, done = m * (m + 1) // 2 + n * (n + 1) // 2 + m * n, 0
 
-    def show():
+    def finish_tile():
         nonlocal done
         done += 1
         if progress:
             progress(done, total)
 
-    reference_radii, sample_radii = (_radii(features, k, half, device, block, show) for features in (reference, sample))
+    reference_radii = _squared_radii(reference, k, half, device, tile, finish_tile)
+    sample_radii = _squared_radii(sample, k, half, device, tile, finish_tile)
     inside_sample = torch.zeros(len(reference), dtype=torch.bool, device=device)
     inside_reference = torch.zeros(len(sample), dtype=torch.bool, device=device)
-    for rows, u in _blocks(reference, device, block):
-        for columns, v in _blocks(sample, device, block):
+    for rows, u in _tiles(reference, device, tile):
+        for columns, v in _tiles(sample, device, tile):
             (distances,) = _squared_distances(u, v, half)
             inside_reference[columns] |= (distances <= reference_radii[rows, None]).any(0)
             inside_sample[rows] |= (distances <= sample_radii[columns]).any(1)
-            show()
+            finish_tile()
     return inside_reference.double().mean().item(), inside_sample.double().mean().item()
 
 
-def _radii(features, k, half, device, block, show):
-    """The squared distance of each point to the k-th nearest other one, float32 (N,) on `device`; show() per block.
+def _squared_radii(features, k, half, device, tile, finish_tile):
+    """Squared distance of each point to its k-th nearest other point, float32 (N,) on `device`.
 
-    That is order statistic k of its distances to all points, itself, order statistic 0, included.
+    This is order statistic k of its distances to all points, if the point itself is order statistic 0.
     """
-    import torch
-
     nearest = torch.full((len(features), k + 1), torch.inf, device=device)
 
-    def take_in(rows, distances):
+    def merge(rows, distances):
         found = distances.topk(min(k + 1, distances.shape[1]), largest=False).values
         nearest[rows] = torch.cat([nearest[rows], found], 1).topk(k + 1, largest=False).values
 
-    for rows, u in _blocks(features, device, block):
-        # The products of a pair of blocks serve both: those before this one were done with it.
-        for columns, v in _blocks(features, device, block, rows.start):
+    for rows, u in _tiles(features, device, tile):
+        # One product serves both directions of a pair of tiles, so earlier columns are done already.
+        for columns, v in _tiles(features, device, tile, rows.start):
             distances, *transposed = _squared_distances(u, v, half, both=columns.start > rows.start)
-            take_in(rows, distances)
+            merge(rows, distances)
             for distances in transposed:
-                take_in(columns, distances)
-            show()
+                merge(columns, distances)
+            finish_tile()
     return nearest.amax(1)
 
 
-def _blocks(features, device, block, start=0):
-    """Yields (slice, points) of `features` from point `start` on, `block` at a time as float32 on `device`."""
-    import torch
-
-    for first in range(start, len(features), block):
-        some = slice(first, min(first + block, len(features)))
-        yield some, torch.tensor(features[some], dtype=torch.float32, device=device)
+def _tiles(features, device, tile, start=0):
+    """Yield (slice, points) of `features` from point `start` on, `tile` points at a time, as float32 on `device`."""
+    for first in range(start, len(features), tile):
+        rows = slice(first, min(first + tile, len(features)))
+        yield rows, torch.tensor(features[rows], dtype=torch.float32, device=device)
 
 
 def _squared_distances(u, v, half, both=False):
-    """[squared Euclidean distances of points u (M, D) and v (N, D)], float32 (M, N); `both`: [those, (N, M)] too.
+    """Squared Euclidean distances of points u (M, D) and v (N, D): [float32 (M, N)], with `both` also (N, M).
 
-    half: with the values, norms, products and sums rounded to float16, unless one of them overflows. The products add
-    up in float32, as they do where hardware multiplies float16; on a CPU that is also many times faster.
+    half: round values, norms, products and sums to float16, unless one of them overflows. Products add up in float32,
+    as in hardware that multiplies float16; on a CPU this is also many times faster.
     """
-    import torch
-
     for dtype in (torch.float16, torch.float32) if half else (torch.float32,):
-        # No copies in float32.
-        u_values, v_values = (points.to(dtype).float() for points in (u, v))
+        u_values, v_values = (points.to(dtype).float() for points in (u, v))  # no copies in float32
         u_norms, v_norms = (values.square().sum(1).to(dtype) for values in (u_values, v_values))
         products = (u_values @ v_values.T).to(dtype)
         # From left to right: |u|^2 - 2 u.v is rounded before |v|^2 is added.
         distances = [torch.sub(u_norms[:, None], products, alpha=2).add_(v_norms)]
         if both:
             distances.append(torch.sub(v_norms[:, None], products.T.contiguous(), alpha=2).add_(u_norms))
-        # Before the clamp, which would make 0 of minus infinity. Extremes, NaN among them, are found without a copy.
-        if dtype == torch.float32 or all(torch.stack(one.aminmax()).isfinite().all() for one in distances):
+        # Check before the clamp, which would turn minus infinity into 0. aminmax finds NaN and makes no copy.
+        if dtype == torch.float32 or all(torch.stack(d.aminmax()).isfinite().all() for d in distances):
             break
-    return [one.clamp_(min=0).float() for one in distances]
+    return [d.clamp_(min=0).float() for d in distances]

@@ -1,10 +1,11 @@
 """Devices and precision: choosing them, compiling for them, naming and measuring them."""
 
+import contextlib
 import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,24 @@ def set_precision(module: nn.Module, dtype: str) -> Any:
     """Convert the weights of `module` to a precision of `DTYPES`, and switch TF32 of the GPU on or off; return it."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
     return module.to(DTYPES[dtype])
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """In this block, products and convolutions of float32 use neither TF32 nor bf16, whatever was allowed before."""
+    backends, name, exact = [torch.backends.cudnn, torch.backends.cuda.matmul], "allow_tf32", False
+    if hasattr(torch.backends.cudnn, "conv"):  # since 2.9, which refuses to read the older flags once these were set
+        backends = [getattr(torch.backends, path).conv for path in ("cudnn", "mkldnn")]
+        backends += [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        name, exact = "fp32_precision", "ieee"
+    before = [getattr(backend, name) for backend in backends]
+    try:
+        for backend in backends:
+            setattr(backend, name, exact)
+        yield
+    finally:
+        for backend, value in zip(backends, before):
+            setattr(backend, name, value)
 
 
 def speed_up_vae(vae: Any, device: torch.device, dtype: str) -> Any:

@@ -9,11 +9,11 @@ import struct
 import numpy as np
 import pytest
 import torch
+from backends import BACKENDS, TOLERANCE, relative
 from conftest import DATA, ROOT, assert_refused, call, run
 from PIL import Image
 
 import sampling
-from benchmarks.inception_graph import BACKENDS, TOLERANCE, relative
 from diffusion import create_diffusion
 from pretrained.loading import load_dit, load_vae
 from pretrained.spec import model_spec

@@ -1,4 +1,4 @@
-"""image_sets.py: what is read equals what NumPy and Pillow wrote; what cannot be used is refused in one line."""
+"""Evaluation sets against what NumPy and Pillow wrote; damaged sets are refused in one line."""
 
 import zipfile
 
@@ -24,7 +24,7 @@ def write_pngs(folder, images):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize("rows", [1, 4, 9])
-def test_images_come_in_batches_and_in_their_order(tmp_path, save, dtype, rows):
+def test_images_come_in_batches_and_in_order(tmp_path, save, dtype, rows):
     given = pixels(9, dtype=dtype)
     save(tmp_path / "a.npz", arr_0=given, labels=np.arange(9))
     images = open_evaluation_set(tmp_path / "a.npz")
@@ -34,7 +34,7 @@ def test_images_come_in_batches_and_in_their_order(tmp_path, save, dtype, rows):
     assert np.array_equal(np.concatenate(batches), given)
 
 
-def test_a_folder_of_pngs_is_read_by_name_through_all_its_folders(tmp_path):
+def test_a_folder_of_pngs_is_sorted_by_path(tmp_path):
     given = pixels(5)
     write_pngs(tmp_path / "set", given)
     (tmp_path / "set" / "notes.txt").write_text("not an image")
@@ -43,14 +43,14 @@ def test_a_folder_of_pngs_is_read_by_name_through_all_its_folders(tmp_path):
     assert np.array_equal(np.concatenate(list(images.batches(2))), given[[0, 2, 4, 1, 3]])
 
 
-def test_grey_pngs_and_such_with_transparency_become_rgb(tmp_path):
+def test_grey_and_transparent_pngs_become_rgb(tmp_path):
     Image.new("L", (4, 4), 7).save(tmp_path / "a.png")
     Image.new("RGBA", (4, 4), (1, 2, 3, 0)).save(tmp_path / "b.png")
     (batch,) = open_evaluation_set(tmp_path).batches(2)
     assert batch[:, 0, 0].tolist() == [[7, 7, 7], [1, 2, 3]]
 
 
-def test_statistics_are_stored_and_found_beside_images_or_alone(tmp_path):
+def test_statistics_are_read_alone_and_beside_images(tmp_path):
     random = np.random.default_rng(0)
     shapes = {"mu": (3,), "sigma": (3, 3), "mu_s": (2,), "sigma_s": (2, 2), "pool": (7, 3)}
     arrays = {name: random.standard_normal(shape) for name, shape in shapes.items()}
@@ -59,17 +59,17 @@ def test_statistics_are_stored_and_found_beside_images_or_alone(tmp_path):
     assert images.count is None and images.about == {"graph": "f00", "images": 70, "image_size": [8, 8]}
     assert images.stored.keys() == arrays.keys()
     assert all(np.array_equal(images.stored[name], array) for name, array in arrays.items())
-    # As the published reference has them.
+    # The layout of the published reference.
     np.savez(tmp_path / "b.npz", mu=arrays["mu"], sigma=arrays["sigma"], mu_clip=np.zeros(5), arr_0=pixels(4))
     images = open_evaluation_set(tmp_path / "b.npz")
     assert images.count == 4 and images.stored.keys() == {"mu", "sigma"} and images.about == {}
 
 
-def test_features_of_some_images_are_kept_evenly_spaced(tmp_path):
+@pytest.mark.parametrize("keep, expected", [(4, [0, 3, 6, 9]), (11, range(10)), (None, range(10)), (1, [0])])
+def test_kept_features_are_evenly_spaced(tmp_path, keep, expected):
     arrays = dict.fromkeys(("mu", "sigma", "mu_s", "sigma_s"), np.zeros(1)) | {"pool": np.arange(10)[:, None]}
-    for keep, expected in ((4, [0, 3, 6, 9]), (10, range(10)), (11, range(10)), (None, range(10)), (1, [0])):
-        save_statistics(tmp_path / "a.npz", arrays, {}, keep)
-        assert np.load(tmp_path / "a.npz")["pool"][:, 0].tolist() == list(expected)
+    save_statistics(tmp_path / "a.npz", arrays, {}, keep)
+    assert np.load(tmp_path / "a.npz")["pool"][:, 0].tolist() == list(expected)
 
 
 def test_copies_are_the_same_set_and_other_images_are_not(tmp_path):
@@ -83,7 +83,7 @@ def test_copies_are_the_same_set_and_other_images_are_not(tmp_path):
     assert a.sha256() == b.sha256() != c.sha256()
 
 
-def refused(path, *words):
+def assert_refused(path, *words):
     with pytest.raises(UserError) as error:
         for _ in open_evaluation_set(path).batches(2):
             pass
@@ -92,26 +92,23 @@ def refused(path, *words):
         assert word in str(error.value)
 
 
-def test_what_is_no_set_of_images_is_refused(tmp_path):
+def test_files_without_images_are_refused(tmp_path):
     path = tmp_path / "a.npz"
-    refused(tmp_path / "none.npz", "No such file")
-    path.write_bytes(b"")
-    refused(path, "no .npz")
-    path.write_text("text")
-    refused(path, "no .npz")
+    assert_refused(tmp_path / "none.npz", "No such file")
+    for content in (b"", b"text"):
+        path.write_bytes(content)
+        assert_refused(path, "not an .npz")
     np.save(tmp_path / "b.npy", pixels(3))
-    refused(tmp_path / "b.npy", "no .npz")
+    assert_refused(tmp_path / "b.npy", "not an .npz")
     np.savez(path, images=pixels(3))
-    refused(path, "arr_0", "it has images")
-    np.savez(path)
-    refused(path, "it has nothing")
+    assert_refused(path, "arr_0", "it has images")
     for wrong in (pixels(3)[0], pixels(3)[..., :1], pixels(3).transpose(0, 3, 1, 2), pixels(3)[:0], np.uint8(3)):
         np.savez(path, arr_0=wrong)
-        refused(path, "arr_0")
+        assert_refused(path, "arr_0")
     np.savez(path, arr_0=pixels(3, dtype=np.int64))
-    refused(path, "int64", "uint8")
+    assert_refused(path, "int64", "uint8")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no .png")
+    assert_refused(tmp_path / "empty", "no .png")
 
 
 def test_objects_are_not_unpickled(tmp_path):
@@ -121,7 +118,7 @@ def test_objects_are_not_unpickled(tmp_path):
 
     for name in ("arr_0", "mu", "about"):
         np.savez(tmp_path / "a.npz", **{"arr_0": pixels(2), name: np.array([Hostile()])})
-        refused(tmp_path / "a.npz")
+        assert_refused(tmp_path / "a.npz")
     assert not (tmp_path / "ran").exists()
 
 
@@ -131,21 +128,21 @@ def test_a_cut_or_changed_npz_is_refused(tmp_path):
     whole = path.read_bytes()
     for length in (10, len(whole) // 2, len(whole) - 5):
         path.write_bytes(whole[:length])
-        refused(path, "cut off")
+        assert_refused(path, "cut off")
     path.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
-    refused(path, "CRC")
+    assert_refused(path, "CRC")
     np.save(tmp_path / "b.npy", pixels(5))
-    with zipfile.ZipFile(path, "w") as archive:  # which is whole, where the array is not
+    with zipfile.ZipFile(path, "w") as archive:  # a complete archive of an incomplete array
         archive.writestr("arr_0.npy", (tmp_path / "b.npy").read_bytes()[:-7])
-    refused(path, "cut off")
+    assert_refused(path, "cut off")
 
 
-def test_pngs_that_are_damaged_or_of_another_size_are_named(tmp_path):
+def test_damaged_pngs_and_other_sizes_are_named(tmp_path):
     write_pngs(tmp_path / "set", pixels(4))
     path = tmp_path / "set" / "1" / "003.png"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="003.png is no picture"):
+    with pytest.raises(UserError, match="003.png is not a picture"):
         list(open_evaluation_set(tmp_path / "set").batches(3))
     Image.new("RGB", (5, 7)).save(path)
     with pytest.raises(UserError, match=r"003.png is 5x7 pixels, 000.png is 5x6"):
@@ -155,34 +152,26 @@ def test_pngs_that_are_damaged_or_of_another_size_are_named(tmp_path):
 def doubts(folder, images):
     np.savez(folder / "a.npz", arr_0=images)
     opened = open_evaluation_set(folder / "a.npz")
-    found = ImageChecks(opened)
+    checks = ImageChecks(opened)
     for batch in opened.batches(2):
-        found.look(batch)
-    return found.texts()
+        checks.add(batch)
+    return checks.doubts()
 
 
-def test_ordinary_images_raise_no_doubt(tmp_path):
-    assert doubts(tmp_path, pixels(5)) == []
-
-
-def test_images_of_one_colour_are_counted_and_the_first_is_named(tmp_path):
+def test_images_of_a_single_colour_are_counted(tmp_path):
     images = pixels(5)
+    assert doubts(tmp_path, images) == []
     images[[1, 4]] = [1, 2, 3]
     (text,) = doubts(tmp_path, images)
-    assert "2 of 5" in text and "number 1 first" in text
+    assert "2 of 5" in text and "number 1" in text
 
 
-@pytest.mark.parametrize("change, expected", [(lambda x: x / 255, "from 0"), (lambda x: x / 127.5 - 1, "mean nothing")])
-def test_float_images_in_another_range_are_doubted(tmp_path, change, expected):
-    images = pixels(5)
-    images[0, 0, 0] = 0
-    (text,) = doubts(tmp_path, change(images.astype(np.float32)))
-    assert "float32" in text and "mean nothing" in text and expected in text
-
-
-def test_float_images_from_0_to_255_are_mentioned(tmp_path):
-    (text,) = doubts(tmp_path, pixels(5).astype(np.float64))
-    assert "float64" in text and "uint8" in text and "mean nothing" not in text
+@pytest.mark.parametrize(
+    "change, meaningless", [(lambda x: x / 255, True), (lambda x: x / 127.5 - 1, True), (lambda x: x, False)]
+)
+def test_float_images_are_doubted_by_their_range(tmp_path, change, meaningless):
+    (text,) = doubts(tmp_path, change(pixels(5).astype(np.float32)))
+    assert "float32" in text and "uint8" in text and ("mean nothing" in text) == meaningless
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
