@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 class Act:
     """How the server answers one request.
 
-    status: an error without content. headers: changed ones; None leaves one out. content: other bytes. ranges,
-    if_range: False ignores these headers. cut: bytes after which the connection ends, with `reset` by a reset, after
-    `stall` seconds of silence; if nothing is cut, they come before the answer.
+    status: an error without content. headers: changed ones; None leaves one out. content: other bytes. ranges:
+    False ignores Range. cut: bytes after which the connection ends, with `reset` by a reset, after `stall` seconds of
+    silence; if nothing is cut, they come before the answer.
     """
 
     status: int | None = None
@@ -24,7 +24,6 @@ class Act:
     reset: bool = False
     stall: float = 0.0
     ranges: bool = True
-    if_range: bool = True
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -59,7 +58,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             server.unstall.wait(act.stall)
         content = server.content if act.content is None else act.content
         status, body, headers = 200, content, {"ETag": server.etag}
-        same = condition in (None, server.etag, act.headers.get("Last-Modified")) or not act.if_range
+        same = condition in (None, server.etag, act.headers.get("Last-Modified"))
         if asked and act.ranges and same:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
             status, body = (206, content[start:]) if start < len(content) else (416, b"")
