@@ -1,4 +1,4 @@
-"""Mutated routers, .npz files, model configs and graphs are used or refused; none takes much memory or time.
+"""Mutated routers, .npz files, model configs and graph files are used or refused, in little memory.
 
     python tests/test_fuzz.py 1 routers
 
@@ -10,11 +10,9 @@ import io
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 import zipfile
@@ -25,7 +23,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 1 << 30  # bytes of the process
-SECONDS = 120  # for one file; the slowest takes a tenth of a second
 HUGE = [0, 1, 2, -1, 3, 7, 255, 65536, 2**31 - 1, 2**31, 2**40, 2**63 - 1, 2**63, 2**64, 10**30]
 
 
@@ -77,14 +74,10 @@ def other_member(random, content):
 
 def lying(random, content):
     """A zip archive whose directory gives other sizes, places or checksums of a member."""
-    content = bytearray(content)
     entry = content.find(b"PK\1\2", random.integers(len(content) // 2, len(content)))
-    local = content.find(b"PK\3\4", random.integers(len(content)))
-    at = entry + pick(random, [10, 16, 20, 24, 28, 30, 42]) if random.random() < 0.7 else local + 18
-    if entry >= 0 and 0 <= at < len(content) - 4:
-        number = pick(random, [0, 1, 100, 2**20, 2**31, 2**32 - 2, 2**32 - 1])
-        content[at : at + 4] = number.to_bytes(4, "little")
-    return bytes(content)
+    at = entry + pick(random, [10, 16, 20, 24, 28, 30, 42])
+    number = pick(random, [0, 1, 100, 2**20, 2**31, 2**32 - 2, 2**32 - 1]).to_bytes(4, "little")
+    return content[:at] + number + content[at + 4 :] if entry >= 0 else content
 
 
 def strange_state(random):
@@ -282,13 +275,10 @@ def fuzz(kind, every, folder):
     make, count = KINDS[kind]
     ways, write, read = make(folder)
     limit_memory()
-    figures = {"kind": kind, "used": 0, "refused": 0, "slowest": 0.0, "faults": []}
-    begin = time.perf_counter()
+    figures = {"kind": kind, "used": 0, "refused": 0, "faults": []}
     for number in range(0, count, every):
         random = np.random.default_rng([list(KINDS).index(kind), number])
         write(pick(random, ways)(random))
-        start = time.perf_counter()
-        signal.alarm(SECONDS)  # ends the process
         try:
             read()
             figures["used"] += 1
@@ -296,14 +286,12 @@ def fuzz(kind, every, folder):
             figures["refused"] += 1
         except BaseException:
             figures["faults"] = [f"{number}: {traceback.format_exc()}"]
-        signal.alarm(0)
-        figures["slowest"] = max(figures["slowest"], round(time.perf_counter() - start, 2))
-    return figures | {"seconds": round(time.perf_counter() - begin, 1), "peak_bytes": peak_resident()}
+    return figures | {"peak_bytes": peak_resident()}
 
 
 @pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_mutated_file_is_used_or_refused(every):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, __file__, str(every)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stderr
@@ -317,7 +305,6 @@ def test_a_mutated_file_is_used_or_refused(every):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # NumPy's, about old headers
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     every, *kinds = sys.argv[1:]
     for kind in kinds or KINDS:
         with tempfile.TemporaryDirectory() as folder:
