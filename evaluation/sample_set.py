@@ -1,12 +1,12 @@
-"""A set of sampled images on disk: finished parts, whatever process made them, until they become one .npz.
+"""A set of sampled images on disk: finished shards, made by any process, that become one .npz.
 
 SAMPLE_DIR/NAME.npz                        the set: arr_0 uint8 (N, H, W, 3), labels int64 (N,), manifest (JSON)
-SAMPLE_DIR/NAME/NNNNNN.png                 its images one by one, where they are wanted
-SAMPLE_DIR/NAME/shards/START-STOP.npz      images START to STOP-1, finished; gone when the set is complete
+SAMPLE_DIR/NAME/NNNNNN.png                 its images one by one, on request
+SAMPLE_DIR/NAME/shards/START-STOP.npz      the finished images START to STOP-1; removed when the set is complete
 SAMPLE_DIR/NAME/shards/manifest.json       everything that determines the images
-SAMPLE_DIR/NAME/shards/process-R.lock      held by process R while it lives
+SAMPLE_DIR/NAME/shards/process-R.lock      held by rank R while it lives
 
-Knows no model, and no torch.
+Knows no model, and imports no torch.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,17 +29,40 @@ ROWS = 64  # images read at a time: 12.6 MB at 256 pixels
 
 
 class Damaged(ValueError):
-    """A shard that is not what was written."""
+    """A shard that does not hold what was written."""
+
+
+def set_name(spec, manifest, ckpt, path):
+    """The name of a set: what the original puts into it, and what else distinguishes sets.
+
+    spec: the `ModelSpec`; ckpt, path: the flags --ckpt and --path, or None. Paths may hold any characters.
+    """
+    parts = [spec.name]
+    parts += [Path(ckpt).stem if ckpt else "pretrained"] if spec.registered else []
+    parts += [f"size-{manifest['image_size']}"]
+    parts += [f"vae-{spec.vae}"] if spec.vae in ("ema", "mse") else []
+    parts += [f"cfg-{manifest['cfg_scale']}", f"seed-{manifest['seed']}"]
+    parts += [f"{manifest['sampler']}-{manifest['steps']}"]
+    if path:
+        # The checkpoints of all trainings have the same names, so the hash is needed.
+        router, schedule = manifest["router"], manifest["schedule"]
+        parts += ["dynamiclayer" if router else "schedule", Path(path).stem, (router or schedule)[:8]]
+        parts += [f"thres-{manifest['threshold']}"] if router else []
+    parts += ["balanced"] if manifest["labels"] == "balanced" else []
+    parts += [manifest["dtype"]] if manifest["dtype"] else []
+    parts += ["deterministic"] if manifest["deterministic"] else []
+    parts += [f"n-{manifest['images']}"]
+    return "-".join(re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII)[:40].strip("-") for part in parts)
 
 
 class SampleSet:
     """The set of `manifest["images"]` square images of `manifest["image_size"]` pixels that `manifest` determines.
 
-    name: of the set, unique in the folder sample_dir. manifest: JSON types; the images follow from it alone.
-    pngs: whether each image is written as NNNNNN.png too; keep_shards: whether the shards stay beside the .npz.
+    name: of the set, unique in the folder sample_dir. manifest: everything that determines the images, as JSON types.
+    pngs: whether to also write each image as NNNNNN.png; keep_shards: whether to keep the shards beside the .npz.
     """
 
-    PATIENCE = 10.0  # seconds: until the processes of a start that was just killed are gone
+    PATIENCE = 10.0  # seconds until the processes of a launch that was just killed are gone
 
     def __init__(self, sample_dir, name, manifest, pngs=False, keep_shards=False):
         self.folder, self.npz = Path(sample_dir) / name, Path(sample_dir) / f"{name}.npz"
@@ -48,130 +72,118 @@ class SampleSet:
         self._lock = None
 
     def open(self):
-        """Finds or begins the set, for the first process of a start. Returns whether it is complete.
+        """Open or create the set, on rank 0; return whether it is complete.
 
-        Raises UserError where another start is at work on it, what is there was made otherwise, or nothing can be
-        written there.
+        Raises UserError if another launch writes it, if files there have another manifest, or if it cannot be written.
         """
         if self._is_complete() and not self.shards.exists():
             return True
         try:
             self.hold(0)
         except UserError:
-            if self._is_complete():  # by the start that we waited for, which removed the folder
+            if self._is_complete():  # the launch that we waited for has completed it and removed the folder
                 return True
             raise
         for path in self.shards.glob("process-*.lock"):
-            if path != self._lock_path(0) and not self._is_free(path, self.PATIENCE):
-                raise self._in_use()
-        if self._is_complete():  # by the start that we waited for, or by one that was killed right after
+            if path != self._lock_path(0):
+                self._acquire(path).release()
+        if self._is_complete():  # by the launch that we waited for, or by one that was killed right after
             if not self.keep_shards:
                 self._clear()
             return True
         manifest = self.shards / "manifest.json"
         if manifest.exists():
-            self._compare_shards()
+            self._check_manifest(manifest, manifest.read_text, f"remove {self.shards}")
         else:
             with atomic_write(manifest) as part:
                 part.write_text(json.dumps(self.manifest, indent=2) + "\n")
-        # What a killed process was writing.
-        for folder, pattern in (
-            (self.shards, ".*.part"),
-            (self.folder, ".*.part"),
-            (self.npz.parent, f".{self.npz.name}.*.part"),
-        ):
-            for part in folder.glob(pattern):
-                part.unlink(missing_ok=True)
+        # Remove what a killed process was writing.
+        shard_parts, png_parts = self.shards.glob(".*.part"), self.folder.glob(".*.part")
+        for part in (*shard_parts, *png_parts, *self.npz.parent.glob(f".{self.npz.name}.*.part")):
+            part.unlink(missing_ok=True)
         return False
 
-    def _is_complete(self):
-        if not self.npz.exists():
-            return False
-        try:
-            arrays, _ = read_arrays(self.npz, ["manifest"])
-            there = dict(json.loads(str(arrays["manifest"])))
-        except OSError as error:
-            raise UserError(f"cannot read {self.npz}: {error.strerror}") from error
-        except Exception as error:  # as in _unreadable
+    def hold(self, rank):
+        """Lock the set for `rank` until this process ends. Raises UserError if another process holds that rank."""
+        if rank and not (self.shards / "manifest.json").exists():
             raise UserError(
-                f"{self.npz} is there and was not made by this program, or is damaged: move it away, or name another "
-                "--sample-dir"
-            ) from error
-        self._compare(self.npz, there)
-        return True
-
-    def _compare_shards(self):
-        """Raises UserError where the shards were made otherwise, or their manifest cannot be read."""
-        manifest = self.shards / "manifest.json"
-        try:
-            there = dict(json.loads(manifest.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{manifest} is damaged: remove {self.shards}, or name another --sample-dir") from error
-        self._compare(manifest, there)
-
-    def _compare(self, path, there):
-        """Raises UserError where the manifest `there`, found in `path`, is not this one."""
-        told = [
-            f"{name} was {_short(there.get(name))}, now it is {_short(self.manifest.get(name))}"
-            for name in sorted(there.keys() | self.manifest.keys())
-            if there.get(name) != self.manifest.get(name)
-        ]
-        if told:
-            raise UserError(
-                f"{path} was made otherwise: {'; '.join(told)}; use the same again, or name another --sample-dir"
+                f"process {rank} does not see what process 0 wrote into {self.shards.resolve()}: --sample-dir must "
+                "be one folder that all machines share"
             )
+        self._lock = self._acquire(self._lock_path(rank))
 
-    def _in_use(self):
-        return UserError(f"{self.folder} is in use: wait for the start that is at work on it, or stop that one")
+    def wait_for_others(self, size, batch_size, show=lambda: None):
+        """Wait on rank 0 until no image is missing, or all other ranks have ended; return the ranges still missing.
+
+        size: number of ranks of this launch. Calls show() now and then.
+        """
+        while self.missing(batch_size):
+            if all(self._has_ended(rank) for rank in range(1, size)):
+                with contextlib.suppress(OSError):  # a network file system rereads a folder that this client changes
+                    (self.shards / ".refresh").touch()
+                    (self.shards / ".refresh").unlink()
+                left = self.missing(batch_size)
+                if left:
+                    print("other processes ended early: this one samples their images")
+                return left
+            show()
+            time.sleep(0.2)
+        return []
 
     def _lock_path(self, rank):
         return self.shards / f"process-{rank}.lock"
 
-    def hold(self, rank):
-        """Marks process `rank` as alive until it ends, however it ends. Raises UserError where another one is it."""
-        if self._lock:
-            return
-        if rank and not (self.shards / "manifest.json").exists():
-            raise UserError(
-                f"process {rank} finds nothing of what process 0 began in {self.shards.resolve()}: --sample-dir must "
-                "be one folder that all machines share"
-            )
+    def _try_lock(self, path, patience):
+        """The lock at `path`, or None if another process still holds it after `patience` seconds."""
         try:
-            self.shards.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_file(self._lock_path(rank), self.PATIENCE)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return lock_file(path, patience)
         except OSError as error:
             raise UserError(f"cannot write into {self.folder}: {error.strerror}; name another --sample-dir") from error
-        if not self._lock:
-            raise self._in_use()
 
-    def _is_free(self, path, patience):
-        """Whether nobody holds the lock at `path`, or gives it back within `patience` seconds."""
-        try:
-            lock = lock_file(path, patience)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; name another --sample-dir") from error
+    def _acquire(self, path):
+        """The lock at `path`. Raises UserError if another process holds it, or if it cannot be written."""
+        lock = self._try_lock(path, self.PATIENCE)
+        if lock is None:
+            raise UserError(f"{self.folder} is in use: wait for the launch that is writing it, or stop that launch")
+        return lock
+
+    def _has_ended(self, rank):
+        lock = self._try_lock(self._lock_path(rank), 0)
         if lock:
             lock.release()
         return lock is not None
 
-    def refresh(self):
-        """Makes a network file system show what other machines wrote: a client that changes a folder reads it anew."""
-        with contextlib.suppress(OSError):
-            probe = self.shards / ".refresh"
-            probe.touch()
-            probe.unlink()
+    def _is_complete(self):
+        if not self.npz.exists():
+            return False
+        self._check_manifest(self.npz, lambda: str(read_arrays(self.npz, ["manifest"])[0]["manifest"]), "move it away")
+        return True
 
-    def others_live(self, size):
-        """Whether any process but the first of a start with `size` of them is still at work."""
-        return not all(self._is_free(self._lock_path(rank), 0) for rank in range(1, size))
+    def _check_manifest(self, path, read, way_out):
+        """Raise UserError if the manifest in `path`, whose JSON read() returns, differs from this one.
+
+        A missing key equals None: older manifests have fewer keys. way_out: advice for a damaged file.
+        """
+        try:
+            found = dict(json.loads(read()))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except Exception as error:  # NumPy and zipfile raise all kinds of exceptions for damaged bytes
+            raise UserError(f"{path} is damaged or not ours: {way_out}, or name another --sample-dir") from error
+        differences = [
+            f"{name} was {_short(found.get(name))}, now it is {_short(self.manifest.get(name))}"
+            for name in sorted(found.keys() | self.manifest.keys())
+            if found.get(name) != self.manifest.get(name)
+        ]
+        if differences:
+            text = "; ".join(differences)
+            raise UserError(f"{path} was made with other settings: {text}; keep them, or name another --sample-dir")
 
     def finished(self):
-        """The ranges (start, stop) of the shards, sorted, none overlapping. Raises UserError if unreadable."""
+        """The ranges (start, stop) of the shards, sorted, without overlaps. Raises OSError if they are unreadable."""
         ranges, covered = [], 0
-        try:
-            names = [re.fullmatch(r"(\d{7,})-(\d{7,})\.npz", name) for name in os.listdir(self.shards)]
-        except OSError as error:
-            raise UserError(f"cannot read {self.shards}: {error.strerror}") from error
+        names = [re.fullmatch(r"(\d{7,})-(\d{7,})\.npz", name) for name in os.listdir(self.shards)]
         for start, stop in sorted(tuple(map(int, name.groups())) for name in names if name):
             if start >= covered:
                 ranges.append((start, stop))
@@ -179,13 +191,11 @@ class SampleSet:
         return ranges
 
     def count_finished(self):
-        """How many images are finished."""
-        if self.npz.exists():
-            return self.count
-        return sum(stop - start for start, stop in self.finished())
+        """The number of finished images."""
+        return self.count if self.npz.exists() else sum(stop - start for start, stop in self.finished())
 
     def missing(self, batch_size):
-        """The ranges (start, stop) without a shard, cut at the multiples of `batch_size`."""
+        """The ranges (start, stop) without a shard, cut at multiples of `batch_size`."""
         ranges, covered = [], 0
         for start, stop in [*self.finished(), (self.count, self.count)]:
             while covered < start:
@@ -195,115 +205,85 @@ class SampleSet:
             covered = stop
         return ranges
 
-    def _images(self, start, stop):
-        """The images of a shard, uint8 (n, H, W, 3) at a time. Raises as `_unreadable` says."""
-        path, count = self._shard(start, stop), 0
-        try:
-            for images in read_parts(path, "images", ROWS):
-                if images.shape[1:] != (self.size, self.size, 3) or images.dtype != np.uint8:
-                    raise ValueError(f"images {images.dtype} {images.shape}")
-                count += len(images)
-                yield images
-            if count != stop - start:
-                raise ValueError(f"{count} images")
-        except Exception as error:
-            raise _unreadable(path, error) from error
+    def damaged(self, ranges):
+        """Those of the finished `ranges` whose shards do not hold what was written."""
+        damaged = []
+        for start, stop in ranges:
+            try:
+                for _ in self._read(start, stop):
+                    pass
+            except Damaged:
+                damaged.append((start, stop))
+        return damaged
 
-    def _labels(self, start, stop):
-        """The labels of a shard, int64 (N,). Raises as `_unreadable` says."""
-        path = self._shard(start, stop)
-        try:
-            (labels,) = read_parts(path, "labels", stop - start)
-            if labels.shape != (stop - start,) or labels.dtype != np.int64:
-                raise ValueError(f"labels {labels.dtype} {labels.shape}")
-        except Exception as error:
-            raise _unreadable(path, error) from error
-        return labels
+    def remove(self, start, stop):
+        """Remove a shard."""
+        self._shard(start, stop).unlink(missing_ok=True)
+
+    def write(self, start, images, labels):
+        """Write images uint8 (N, H, W, 3) and labels int64 (N,) from number `start` on: first PNGs, then the shard."""
+        if self.pngs:
+            self._write_pngs(start, images)
+        with atomic_write(self._shard(start, start + len(images))) as part, part.open("wb") as file:
+            write_npz(file, images=images, labels=labels)
 
     def check_space(self):
-        """Says so where the disk seems too small for what is left to write: shards, and the .npz made from them."""
+        """Print a note if the disk seems too small for the missing shards and the .npz made from all of them."""
         needed = (2 * self.count - self.count_finished()) * 3 * self.size**2
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             print(f"note: {self.folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB will be written")
 
-    def damaged(self, ranges):
-        """Those of the finished `ranges` whose shards are not what was written."""
-        bad = []
-        for start, stop in ranges:
-            try:
-                for _ in self._images(start, stop):
-                    pass
-                self._labels(start, stop)
-            except Damaged:
-                bad.append((start, stop))
-        return bad
-
-    def remove(self, ranges):
-        """Removes the shards of `ranges`."""
-        for start, stop in ranges:
-            self._shard(start, stop).unlink(missing_ok=True)
-
-    def write(self, start, images, labels):
-        """Writes images uint8 (N, H, W, 3) and labels int64 (N,) from number `start` on: PNGs first, then the shard.
-
-        Raises UserError where they cannot be written.
-        """
-        if self.pngs:
-            self._write_pngs(start, images, anew=True)
-        with atomic_write(self._shard(start, start + len(images))) as part, part.open("wb") as file:
-            write_npz(file, images=images, labels=labels)
-
     def _shard(self, start, stop):
         return self.shards / f"{start:07d}-{stop:07d}.npz"
 
-    def _png(self, number):
-        return self.folder / f"{number:06d}.png"
-
-    def _write_pngs(self, start, images, anew=False):
-        """Writes `images`, from number `start` on, as PNGs: all of them `anew`, or those that do not show them yet."""
-        from PIL import Image
-
-        def save(image, path):
-            if anew or not _shows(path, image):
-                with atomic_write(path) as part:
-                    Image.fromarray(image).save(part, format="png")
-
-        paths = map(self._png, range(start, start + len(images)))
-        # Pillow lets other threads run while it compresses.
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            list(pool.map(save, images, paths))
+    def _read(self, start, stop):
+        """Yield the labels of a shard, int64 (N,), then its images, uint8 (n, H, W, 3). Raises as `_unreadable`."""
+        path, missing = self._shard(start, stop), stop - start
+        try:
+            (labels,) = read_parts(path, "labels", missing)
+            if labels.shape != (missing,) or labels.dtype != np.int64:
+                raise ValueError(f"labels {labels.dtype} {labels.shape}")
+            yield labels
+            for images in read_parts(path, "images", ROWS):
+                if images.shape[1:] != (self.size, self.size, 3) or images.dtype != np.uint8:
+                    raise ValueError(f"images {images.dtype} {images.shape}")
+                missing -= len(images)
+                yield images
+            if missing:
+                raise ValueError(f"{missing} images are missing")
+        except Exception as error:
+            raise _unreadable(path, error) from error
 
     def assemble(self, progress=None):
-        """Writes the .npz of a set that was opened here from its shards, whole or not at all, then removes them.
+        """Write the .npz of an open set from its shards, whole or not at all, then remove the shards.
 
-        Holds `ROWS` images at a time. progress: wraps the iterable of ranges (tqdm, say).
-        Returns the SHA-256 of the bytes of arr_0. Raises UserError where images are missing, a shard is damaged
-        (which is removed), or the file cannot be written.
+        Holds `ROWS` images at a time. progress: wraps the iterable of shards. Returns the SHA-256 of arr_0's bytes.
+        Raises UserError if images are missing, a shard is damaged (it is removed), or the file cannot be written.
         """
         ranges = self.finished()
         missing = self.count - sum(stop - start for start, stop in ranges)
         if missing:
-            raise UserError(f"{missing} images are missing in {self.shards}: start again")
+            raise UserError(f"{missing} images are missing in {self.shards}: run the same command again")
         digest, labels = hashlib.sha256(), []
 
         def parts():
             for start, stop in progress(ranges) if progress else ranges:
                 try:
-                    labels.append(self._labels(start, stop))
-                    at = start
-                    for images in self._images(start, stop):
+                    shard, number = self._read(start, stop), start
+                    labels.append(next(shard))
+                    for images in shard:
                         if self.pngs:
-                            self._write_pngs(at, images)
+                            self._write_pngs(number, images)
                         digest.update(images)
                         yield images
-                        at += len(images)
+                        number += len(images)
                 except Damaged as error:
-                    self.remove([(start, stop)])
+                    self.remove(start, stop)
                     raise UserError(f"{error} and was removed: the same command samples it again") from error
 
         arr_0 = (self.count, self.size, self.size, 3), np.uint8, parts()
-        # They are known when the images are written.
+        # A generator, because the labels are known only after the images are written.
         all_labels = (self.count,), np.int64, (np.concatenate(labels) for _ in range(1))
         with atomic_write(self.npz) as part, part.open("wb") as file:
             write_npz(file, arr_0=arr_0, labels=all_labels, manifest=np.array(json.dumps(self.manifest)))
@@ -311,20 +291,8 @@ class SampleSet:
             self._clear()
         return digest.hexdigest()
 
-    def _clear(self):
-        """Removes the shards' folder, and the one above where no PNGs are in it."""
-        self._lock.release()  # an open file could not be removed for good from a network file system
-        for pattern in ("*-*.npz", ".*.part", ".refresh", "manifest.json", "process-*.lock"):
-            for path in self.shards.glob(pattern):
-                path.unlink(missing_ok=True)
-        for folder in (self.shards, self.folder):
-            try:
-                folder.rmdir()
-            except OSError:  # it holds PNGs, or something of the user's
-                break
-
     def complete_pngs(self):
-        """Writes those PNGs of a complete set that are wanted and not there. Raises UserError where it is damaged."""
+        """Write the missing PNGs of a complete set, if PNGs are requested. Raises UserError if the set is damaged."""
         if not self.pngs:
             return
         try:
@@ -333,30 +301,54 @@ class SampleSet:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{self.npz} cannot be read ({error}): move it away, it is made again") from error
+            raise UserError(f"{self.npz} cannot be read ({error}): move it away and run the command again") from error
+
+    def _write_pngs(self, start, images):
+        """Write `images`, from number `start` on, as PNGs; leave files that show them already."""
+        from PIL import Image
+
+        def save(image, path):
+            if not _shows(path, image):
+                with atomic_write(path) as part:
+                    Image.fromarray(image).save(part, format="png")
+
+        paths = [self.folder / f"{number:06d}.png" for number in range(start, start + len(images))]
+        # Pillow lets other threads run while it compresses.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            list(pool.map(save, images, paths))
+
+    def _clear(self):
+        """Remove the folder of the shards, and the folder above it if it holds no PNGs."""
+        self._lock.release()  # a network file system keeps a file that is open
+        for pattern in ("*-*.npz", ".*.part", ".refresh", "manifest.json", "process-*.lock"):
+            for path in self.shards.glob(pattern):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder is not removed if it holds PNGs, or something of the user's
+            self.shards.rmdir()
+            self.folder.rmdir()
 
 
 def _short(value):
-    """A value of a manifest for a message: hashes cut."""
+    """A value of a manifest as text for a message; hashes are shortened."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:12]}...{text[-3:]}"
 
 
 def _shows(path, image):
-    """Whether the picture at `path` is the uint8 image (H, W, 3)."""
+    """Whether the file at `path` is a picture of the uint8 image (H, W, 3)."""
     from PIL import Image
 
     try:
         with Image.open(path) as picture:
             return np.array_equal(np.asarray(picture), image)
-    except (OSError, SyntaxError, ValueError):  # there is none, or a damaged one
+    except (OSError, SyntaxError, ValueError):  # missing or damaged
         return False
 
 
 def _unreadable(path, error):
-    """What to raise for an `error` in reading `path`: `Damaged`, or a UserError where the file may be whole."""
+    """The exception for an `error` in reading `path`: `Damaged`, or a UserError if the file may be whole."""
     if isinstance(error, OSError | MemoryError):
         reason = getattr(error, "strerror", None) or error or type(error).__name__
         return UserError(f"cannot read {path}: {reason}; if that does not pass, remove the file")
-    # NumPy and zipfile raise whatever the bytes of a damaged file lead them to.
+    # NumPy and zipfile raise all kinds of exceptions for damaged bytes.
     return Damaged(f"{path} is damaged ({error})")

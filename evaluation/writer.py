@@ -1,4 +1,4 @@
-"""Sampling, decoding and writing side by side: no batch waits until the one before it is on the disk."""
+"""`SampleWriter`: sampling, decoding and writing side by side, so that no batch waits for the disk."""
 
 import time
 from collections import deque
@@ -12,12 +12,12 @@ AHEAD = 2  # batches that may wait to be written
 
 
 class SampleWriter:
-    """Samples ranges of images, decodes them, and hands them to a thread that writes them while the next are sampled.
+    """Samples and decodes ranges of images, while a thread writes the batches before.
 
-    sample: function (start, stop) -> latents (N, C, h, w) on the device, labels (N,) on the CPU; N may be more than
-    stop - start, the rest is dropped. write: function (start, images uint8 (n, H, W, 3), labels (n,)) of arrays.
-    seconds: spent so far in "sampling", "decoding" and waiting for the "disk". On a GPU images are decoded and copied
-    on a stream of their own, beside the sampling of the next batch (`overlaps`).
+    sample: function (start, stop) -> latents (N, C, h, w) on the device, labels (N,) on the CPU. N may exceed
+    stop - start; the rest is dropped. write: function (start, images uint8 (n, H, W, 3), labels (n,)) of arrays.
+    seconds: spent so far on "sampling", "decoding" and waiting for the "disk".
+    overlaps: whether decoding and copying run beside the sampling of the next batch, on a CUDA stream of their own.
     """
 
     def __init__(self, sample, vae, write, device):
@@ -27,9 +27,9 @@ class SampleWriter:
         self.seconds = dict.fromkeys(("sampling", "decoding", "disk"), 0.0)
 
     def run(self, ranges, show=lambda: None):
-        """All `ranges` (start, stop), one batch each; calls show() after each.
+        """Make all `ranges` (start, stop), one batch each; call show() after each.
 
-        Whatever interrupts it, what was decoded is written first. Raises what sample and write raise.
+        Decoded batches are written even if an exception ends the run. Raises what sample and write raise.
         """
         waiting = deque()
 
@@ -38,13 +38,13 @@ class SampleWriter:
             arrived = waiting.popleft().result()
             self.seconds["disk"] += time.perf_counter() - max(since, arrived)
 
-        # Each thread has a current GPU of its own. Leaving, the executor waits for what was handed over.
+        # Each thread has a current GPU of its own. Leaving the block waits for the submitted batches.
         setup = {"initializer": torch.cuda.set_device, "initargs": [self._device]} if self._side else {}
-        with ThreadPoolExecutor(1, **setup) as writer:
-            # Its thread starts before there is work: interrupted while it starts one, it would not wait for that.
-            writer.submit(int).result()
+        with ThreadPoolExecutor(1, **setup) as thread:
+            # Start the thread now: if an interruption came while it is started, its batch would be lost.
+            thread.submit(int).result()
             for start, stop in ranges:
-                waiting.append(writer.submit(self._finish, start, *self._batch(start, stop)))
+                waiting.append(thread.submit(self._finish, start, *self._batch(start, stop)))
                 while len(waiting) > AHEAD or waiting and waiting[0].done():
                     wait()
                 show()
@@ -52,21 +52,21 @@ class SampleWriter:
                 wait()
 
     def _batch(self, start, stop):
-        """Images and labels of a batch, and the points in time around sampling and decoding it."""
+        """Images and labels of a batch, and the times before and after sampling and decoding it."""
         marks = [self._mark()]
         latents, labels = self._sample(start, stop)
         marks.append(self._mark())
         if self._side:
             self._side.wait_stream(torch.cuda.current_stream())
             latents.record_stream(self._side)
-        with torch.cuda.stream(self._side):  # None leaves things as they are
+        with torch.cuda.stream(self._side):  # None changes nothing
             marks.append(self._mark())
             images = sampling.decode(self._vae, latents)[: stop - start].to("cpu", non_blocking=True)
             marks.append(self._mark())
         return images, labels[: stop - start], marks
 
     def _finish(self, start, images, labels, marks):
-        """Writes a batch, in the writer's thread. Returns when its images were there to be written."""
+        """Write a batch, in the thread. Returns the time at which its images had arrived on the CPU."""
         if self._side:
             marks[-1].synchronize()
         arrived = time.perf_counter()
@@ -76,7 +76,7 @@ class SampleWriter:
         return arrived
 
     def _mark(self):
-        """This moment, on a GPU that of the current stream."""
+        """The present time, on a GPU as an event of the current stream."""
         if not self._side:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

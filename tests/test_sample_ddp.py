@@ -1,4 +1,4 @@
-"""sample_ddp.py as a user types it: alone, under torchrun, on two machines, killed, on a full disk."""
+"""sample_ddp.py as a user runs it: alone, under torchrun, on two machines, killed, on a full disk."""
 
 import functools
 import gc
@@ -6,31 +6,33 @@ import hashlib
 import json
 import random
 import re
-import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import assert_refused, call, fork, free_port, start, start_ranks, torchrun
+from conftest import assert_refused, call, fork, free_port, run, start, start_ranks, torchrun
 from PIL import Image
 from torch._dynamo.utils import counters
 
 import sampling
 from diffusion import create_diffusion
-from evaluation.sample_set import SampleSet
+from evaluation.sample_set import SampleSet, set_name
+from models import DiT
 from pretrained.loading import load_dit, load_vae
 from pretrained.spec import model_spec
 from router import Router
 from runtime import devices
-from schedule import Schedule
+from runtime.files import lock_file
 
 METHOD = ["--accelerate-method", "dynamiclayer", "--thres", 0.5, "--path"]
 SCHEDULE = ["--accelerate-method", "schedule", "--path"]
-COUNT, TIMEOUT = 240, 120  # images of a set that is disturbed, seconds
+COUNT = 240  # images of a set that is disturbed
+TIMEOUT = 300  # seconds
 SCALE, STEPS = 2.0, 4  # the model folder's guidance
 
 
@@ -44,16 +46,20 @@ def flags(model_folder, tmp_path):
 
 @pytest.fixture
 def sample(flags, capfd):
-    """Runs sample_ddp.py on that set in this process; further flags win."""
+    """Runs sample_ddp.py on that set in this process; later flags win."""
     threads = torch.get_num_threads()
     yield lambda *more: call("sample_ddp.py", *flags, *more, capfd=capfd)
     torch.set_num_threads(threads)
 
 
-def the_set(folder):
+def only_file(folder):
+    (path,) = folder.iterdir()
+    return path
+
+
+def read_set(folder):
     """The arrays of the one .npz in `folder`, which holds nothing else."""
-    (path,) = folder.glob("*")
-    with np.load(path, allow_pickle=False) as arrays:
+    with np.load(only_file(folder), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
@@ -61,7 +67,7 @@ def expected(model_folder, indices, labels=None, router=None, ancestral=False, s
     """The images `indices` by the documented rules, one at a time, with NumPy's and the sampler's own functions."""
     spec = model_spec(ckpt=str(model_folder))
     dit, vae = load_dit(spec, "cpu"), load_vae(spec, "cpu")
-    schedule = Router.load(router).schedule(0.5) if router else None
+    schedule = Router.load(model_folder / router).schedule(0.5) if router else None
     images = []
     for number in indices:
         stream = np.random.default_rng([3, seed, number])
@@ -90,10 +96,13 @@ def assert_close(images, others):
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-def test_image_k_is_what_its_own_stream_makes_it(sample, model_folder, tmp_path):
-    result = sample("--ddim-sample", "--per-proc-batch-size", 7)
+# What the images are, and what they depend on
+
+
+def test_image_k_follows_from_its_own_stream_and_the_end_is_reported(sample, model_folder, tmp_path):
+    result = sample("--ddim-sample", "--per-proc-batch-size", 7, "--record", tmp_path / "r.json")
     assert result.returncode == 0, result.stderr
-    got = the_set(tmp_path / "samples")
+    got = read_set(tmp_path / "samples")
     images, labels = expected(model_folder, range(23))
     assert got["labels"].dtype == np.int64 and np.array_equal(got["labels"], labels)
     assert_close(got["arr_0"], images)
@@ -103,213 +112,225 @@ def test_image_k_is_what_its_own_stream_makes_it(sample, model_folder, tmp_path)
     assert f"(23 images, SHA-256 of arr_0 {digest})" in result.stdout
     shares = re.findall(r"(\S+)% (?:sampling|decoding|waiting for the disk|assembling|other)", result.stdout)
     assert len(shares) == 5 and sum(map(float, shares)) == pytest.approx(100, abs=0.3)
-    assert "Sampling" not in result.stderr and "Traceback" not in result.stderr
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert (record["images"], record["processes"], record["flags"]["num_fid_samples"]) == (23, 1, 23)
+    assert record["images_per_second"] == pytest.approx(23 / record["seconds"])
+    assert sum(record["shares"].values()) == pytest.approx(1) and all(s >= 0 for s in record["shares"].values())
+
+
+@pytest.mark.parametrize(
+    "more, options",
+    [
+        (["--p-sample", "--cfg-scale", 1], {"ancestral": True, "scale": 1.0}),
+        (["--balanced-labels"], {"labels": [k % 5 for k in range(23)]}),
+        (["--global-seed", 7, "--deterministic"], {"seed": 7}),
+        ([*METHOD, "router4.pt"], {"router": "router4.pt"}),
+        ([*METHOD, "router4.pt", "--p-sample"], {"router": "router4.pt", "ancestral": True}),
+    ],
+)
+def test_other_ways_of_sampling(sample, model_folder, tmp_path, monkeypatch, more, options):
+    monkeypatch.chdir(model_folder)
+    result = sample(*more)
+    assert result.returncode == 0, result.stderr
+    got = read_set(tmp_path / "samples")
+    images, labels = expected(model_folder, range(0, 23, 6), **options)
+    assert np.array_equal(got["labels"][::6], labels)
+    assert_close(got["arr_0"][::6], images)
 
 
 def test_compiled_blocks_see_one_batch_size(sample, model_folder, tmp_path, monkeypatch):
-    """23 images in batches of 8: the last has 7, and would compile four more graphs."""
+    """23 images in batches of 8: a last batch of 7 would compile four more graphs."""
     monkeypatch.setattr(devices, "compile_blocks", functools.partial(devices.compile_blocks, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
     result = sample("--compile", "--per-proc-batch-size", 8, *METHOD, model_folder / "router4.pt")
     assert result.returncode == 0, result.stderr
     assert 0 < counters["stats"]["unique_graphs"] <= 4
-    images, labels = expected(model_folder, range(0, 23, 11), router=model_folder / "router4.pt")
-    got = the_set(tmp_path / "samples")
-    assert np.array_equal(got["labels"][::11], labels)
-    assert_close(got["arr_0"][::11], images)
+    assert_close(
+        read_set(tmp_path / "samples")["arr_0"][::11], expected(model_folder, range(0, 23, 11), None, "router4.pt")[0]
+    )
 
 
-@pytest.mark.parametrize(
-    "more, options",
-    [
-        (["--cfg-scale", "1.0"], {"scale": 1.0}),
-        (["--p-sample"], {"ancestral": True}),
-        (["--p-sample", "--cfg-scale", "1"], {"ancestral": True, "scale": 1.0}),
-        (["--balanced-labels"], {"labels": [k % 5 for k in range(23)]}),
-        (["--global-seed", "7"], {"seed": 7}),
-        (["--deterministic"], {}),
-        (METHOD, {"router": "router4.pt"}),
-        ([*METHOD[:-1], "--p-sample", "--path"], {"router": "router4.pt", "ancestral": True}),
-    ],
-)
-def test_other_ways_of_sampling(sample, model_folder, tmp_path, more, options):
-    if "router" in options:
-        options = options | {"router": model_folder / options["router"]}
-        more = [*more, options["router"]]
-    result = sample(*more)
+def test_captured_trajectories_give_the_same_images(sample, model_folder, tmp_path, monkeypatch):
+    """With the CPU's stand-in for a CUDA graph; the last batch of 7 has 2 images and is filled up."""
+    monkeypatch.setattr(devices, "pick_device", lambda *_: torch.device("cpu"))
+    result = sample("--p-sample", "--per-proc-batch-size", 7, "--cuda-graphs")
     assert result.returncode == 0, result.stderr
-    got = the_set(tmp_path / "samples")
-    images, labels = expected(model_folder, range(0, 23, 6), **options)
-    assert np.array_equal(got["labels"][::6], labels)
-    assert_close(got["arr_0"][::6], images)
+    assert_close(
+        read_set(tmp_path / "samples")["arr_0"][::11], expected(model_folder, range(0, 23, 11), ancestral=True)[0]
+    )
 
 
-def test_a_schedule_file_makes_what_the_router_of_that_plan_makes(flags, sample, model_folder, tmp_path):
-    """By two processes; the plan is in the manifest and the name, no threshold is."""
-    assert sample(*METHOD, model_folder / "router4.pt", "--sample-dir", tmp_path / "router").returncode == 0
-    schedule = Router.load(model_folder / "router4.pt").schedule(0.5)
-    schedule.save(tmp_path / "plan.pt")
-    result = fork("sample_ddp.py", *flags, *SCHEDULE, tmp_path / "plan.pt", cwd=tmp_path, processes=2)
-    assert result.returncode == 0, result.stderr
-    got, same = the_set(tmp_path / "samples"), the_set(tmp_path / "router")
-    assert np.array_equal(got["labels"], same["labels"])
-    assert_close(got["arr_0"], same["arr_0"])
-    assert_close(got["arr_0"][::6], expected(model_folder, range(0, 23, 6), router=model_folder / "router4.pt")[0])
-    ours, theirs = (json.loads(str(arrays["manifest"])) for arrays in (got, same))
-    digest = hashlib.sha256(schedule.compute.numpy().tobytes()).hexdigest()
-    assert {name for name in ours if ours[name] != theirs[name]} == {"router", "threshold", "schedule"}
-    assert (ours["schedule"], ours["router"], ours["threshold"]) == (digest, None, None)
-    assert (theirs["schedule"], theirs["threshold"]) == (None, 0.5)
-    (npz,) = (tmp_path / "samples").iterdir()
-    assert npz.name == f"tiny-size-8-cfg-2.0-seed-0-ddim-4-schedule-plan-{digest[:8]}-n-23.npz"
-    Schedule.every_nth(4, 3, 2).save(tmp_path / "plan.pt")  # another plan of the same name is another set
-    assert sample(*SCHEDULE, tmp_path / "plan.pt").returncode == 0
-    assert len(list((tmp_path / "samples").iterdir())) == 2
-
-
-def test_a_set_of_before_there_were_schedule_files_stays_valid(sample, model_folder, tmp_path):
-    """Its manifest says nothing of a schedule."""
-    from evaluation.npz import write_npz
-
-    command = [*METHOD, model_folder / "router4.pt"]
-    assert sample(*command).returncode == 0
-    (npz,) = (tmp_path / "samples").iterdir()
-    arrays = the_set(tmp_path / "samples")
-    manifest = json.loads(str(arrays["manifest"]))
-    assert manifest.pop("schedule", 0) is None
-    with npz.open("wb") as file:
-        write_npz(file, **arrays | {"manifest": np.array(json.dumps(manifest))})
-    assert "is there already, complete" in sample(*command).stdout
+def test_lower_precision_changes_images_a_little(sample, model_folder, tmp_path):
+    assert sample("--dtype", "bf16").returncode == 0
+    images = read_set(tmp_path / "samples")["arr_0"].astype(int)
+    assert 0 < abs(images - expected(model_folder, range(23))[0]).mean() < 8
 
 
 def test_guidance_of_1_does_not_double_the_batch(sample, monkeypatch):
-    from models import DiT
-
     sizes, denoise = [], DiT.denoise
     monkeypatch.setattr(DiT, "denoise", lambda self, x, *more: sizes.append(len(x)) or denoise(self, x, *more))
     for scale in ("1", "1.5"):
-        assert sample("--cfg-scale", scale, "--per-proc-batch-size", 10).returncode == 0
-    assert sizes == [10] * 4 + [10] * 4 + [3] * 4 + [20] * 4 + [20] * 4 + [6] * 4
+        assert sample("--cfg-scale", scale, "--per-proc-batch-size", 20).returncode == 0
+    assert sizes == [20] * 4 + [3] * 4 + [40] * 4 + [6] * 4
 
 
-def test_any_processes_and_batch_size_make_the_same_set(flags, sample, model_folder, tmp_path):
-    """World sizes 1, 2 and 3, batches of 7 and 32; with --deterministic the same bits."""
-    sets = {}
-    for processes, size, more in (
-        (None, 7, []),
-        (2, 32, []),
-        (None, 32, ["--deterministic"]),
-        (3, 7, ["--deterministic"]),
-    ):
-        folder = tmp_path / f"{processes} {size} {len(more)}"
-        command = [*flags, "--sample-dir", folder, "--per-proc-batch-size", size, *more]
-        command += [*METHOD, model_folder / "router4.pt"]
-        if processes:
-            result = fork("sample_ddp.py", *command, cwd=tmp_path, processes=processes)
-        else:
-            torch.set_num_threads(2)  # where those of torchrun have one
-            result = sample(*command)
+def test_a_schedule_file_gives_the_images_of_its_router(sample, model_folder, tmp_path):
+    router = Router.load(model_folder / "router4.pt")
+    router.schedule(0.5).save(tmp_path / "plan.pt")
+    assert sample(*METHOD, model_folder / "router4.pt", "--sample-dir", tmp_path / "router").returncode == 0
+    assert sample(*SCHEDULE, tmp_path / "plan.pt").returncode == 0
+    ours, theirs = read_set(tmp_path / "samples"), read_set(tmp_path / "router")
+    assert np.array_equal(ours["arr_0"], theirs["arr_0"])
+    ours, theirs = (json.loads(str(arrays["manifest"])) for arrays in (ours, theirs))
+    digest = hashlib.sha256(router.schedule(0.5).compute.numpy().tobytes()).hexdigest()
+    assert {name for name in ours if ours[name] != theirs[name]} == {"router", "threshold", "schedule"}
+    assert (ours["schedule"], ours["router"], ours["threshold"]) == (digest, None, None)
+    assert (theirs["schedule"], theirs["threshold"]) == (None, 0.5)
+    name = f"tiny-size-8-cfg-2.0-seed-0-ddim-4-schedule-plan-{digest[:8]}-n-23.npz"
+    assert only_file(tmp_path / "samples").name == name
+
+
+def test_any_processes_and_batch_size_give_the_same_set(flags, sample, model_folder, tmp_path):
+    """World sizes 1, 2 (under torchrun) and 3, batches of 7 and 32; with --deterministic the same bits."""
+    command = [*flags, *METHOD, model_folder / "router4.pt", "--per-proc-batch-size"]
+    results = [
+        sample(*command, 7, "--sample-dir", tmp_path / "1"),
+        run("sample_ddp.py", *command, 32, "--sample-dir", tmp_path / "2", cwd=tmp_path, processes=2),
+        sample(*command, 32, "--sample-dir", tmp_path / "one", "--deterministic"),
+        fork(
+            "sample_ddp.py", *command, 7, "--sample-dir", tmp_path / "3", "--deterministic", cwd=tmp_path, processes=3
+        ),
+    ]
+    for result, processes in zip(results, (1, 2, 1, 3)):
         assert result.returncode == 0, result.stderr
-        assert "23 images in" in result.stdout and f"processes: {processes or 1};" in result.stdout
-        sets[processes, size, len(more)] = the_set(folder)
-    first, *others = sets.values()
+        assert "23 images in" in result.stdout and f"processes: {processes};" in result.stdout
+    first, *others = (read_set(tmp_path / name) for name in ("1", "2", "one", "3"))
     for other in others:
         assert np.array_equal(other["labels"], first["labels"])
         assert_close(other["arr_0"], first["arr_0"])
-    bits = {hashlib.sha256(s["arr_0"].tobytes()).digest() for key, s in sets.items() if key[2]}
-    assert len(bits) == 1
+    assert np.array_equal(others[1]["arr_0"], others[2]["arr_0"])
 
 
-def test_the_name_tells_runs_apart_and_paths_may_hold_anything(sample, model_folder, tmp_path):
-    odd = tmp_path / "a folder" / "routér: 100%.v2"
-    odd.parent.mkdir()
-    shutil.copy(model_folder / "router4.pt", odd)
-    Router(4, 3).save(tmp_path / "router4.pt")  # another one of the same name
-    for more in (
-        [],
-        [*METHOD, odd],
-        [*METHOD, model_folder / "router4.pt"],
-        [*METHOD, tmp_path / "router4.pt"],
-        [*METHOD[:3], 0.25, "--path", odd],
-        ["--cfg-scale", 3],
-        ["--global-seed", 1],
-        ["--balanced-labels"],
-        ["--deterministic"],
-        ["--p-sample"],
-        ["--num-fid-samples", 2],
-    ):
-        assert sample("--num-fid-samples", 1, *more).returncode == 0
-    made = sorted(path.name for path in (tmp_path / "samples").iterdir())
-    assert len(made) == 11
-    assert "tiny-size-8-cfg-2.0-seed-0-ddim-4-n-1.npz" in made
-    assert any(
-        re.fullmatch(r"tiny-size-8-.*-ddim-4-dynamiclayer-rout-r-100-[0-9a-f]{8}-thres-0.25-n-1.npz", n) for n in made
-    )
-    assert all(re.fullmatch(r"[\w.-]+", name, re.ASCII) for name in made)
+# Names of sets, and sets that exist
+
+MANIFEST = {"image_size": 256, "cfg_scale": 1.5, "seed": 0, "sampler": "ddim", "steps": 50, "images": 50000}
+MANIFEST |= {"router": None, "schedule": None, "threshold": None, "labels": "uniform", "dtype": None}
+MANIFEST |= {"deterministic": False}
+BY_ROUTER = {"router": "0123456789ab", "threshold": 0.25}
 
 
-def test_weights_and_vae_are_in_the_name_of_a_registered_model():
-    from sample_ddp import parse_args, set_name
-
-    args = parse_args(["--ckpt", "runs/3/ema last.pt", "--num-sampling-steps", "50"])
-    spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
-    manifest = {"cfg_scale": 1.5, "sampler": "ddim", "router": None, "dtype": None}
-    name = set_name(args, spec, manifest)
-    assert name == "DiT-XL-2-ema-last-size-256-vae-ema-cfg-1.5-seed-0-ddim-50-n-50000"
-    args.ckpt = None
-    assert set_name(args, spec, manifest).startswith("DiT-XL-2-pretrained-")
-
-
-def test_pngs_and_the_set_hold_the_same_pixels(sample, tmp_path):
-    for more in (["--save-to-disk"], ["--save-to-disk", "--num-fid-samples", 9, "--per-proc-batch-size", 4]):
-        assert sample(*more).returncode == 0
-    for folder in (path for path in (tmp_path / "samples").iterdir() if path.is_dir()):
-        images = np.load(f"{folder}.npz")["arr_0"]
-        assert sorted(path.name for path in folder.iterdir()) == [f"{k:06d}.png" for k in range(len(images))]
-        for k, image in enumerate(images):
-            assert np.array_equal(np.asarray(Image.open(folder / f"{k:06d}.png")), image)
-    # What is complete can have its PNGs later.
-    one = next((tmp_path / "samples").glob("*-n-9"))
-    shutil.rmtree(one)
-    result = sample("--save-to-disk", "--num-fid-samples", 9)
-    assert "is there already, complete" in result.stdout and len(list(one.iterdir())) == 9
-
-
-def test_a_set_in_lower_precision_has_a_name_of_its_own(sample, tmp_path):
-    for flags in ([], ["--dtype", "bf16"]):
-        assert sample(*flags).returncode == 0
-    plain, lower = sorted((tmp_path / "samples").iterdir(), key=lambda path: "bf16" in path.name)
-    assert lower.stem == plain.stem.replace("-n-23", "-bf16-n-23")
-    plain, lower = (np.load(path)["arr_0"].astype(int) for path in (plain, lower))
-    assert 0 < abs(plain - lower).mean() < 8
+@pytest.mark.parametrize(
+    "registered, changes, ckpt, path, name",
+    [
+        (True, {}, "runs/3/ema last.pt", None, "DiT-XL-2-ema-last-size-256-vae-ema-cfg-1.5-seed-0-ddim-50-n-50000"),
+        (True, {"seed": 7}, None, None, "DiT-XL-2-pretrained-size-256-vae-ema-cfg-1.5-seed-7-ddim-50-n-50000"),
+        (False, {"sampler": "ddpm", "images": 9}, "x", None, "DiT-XL-2-size-256-vae-ema-cfg-1.5-seed-0-ddpm-50-n-9"),
+        (
+            False,
+            BY_ROUTER,
+            "x",
+            "a folder/routér: 100%.v2.pt",
+            "-ddim-50-dynamiclayer-rout-r-100-.v2-01234567-thres-0.25-n",
+        ),
+        (False, {"schedule": "abcdefghij"}, "x", "plan.pt", "-ddim-50-schedule-plan-abcdefgh-n-50000"),
+        (
+            False,
+            {"labels": "balanced", "dtype": "bf16", "deterministic": "CPU"},
+            "x",
+            None,
+            "-50-balanced-bf16-deterministic-n-50000",
+        ),
+    ],
+)
+def test_the_name_of_a_set_distinguishes_runs(registered, changes, ckpt, path, name):
+    spec = SimpleNamespace(name="DiT-XL/2", registered=registered, vae="ema")
+    assert name in set_name(spec, MANIFEST | changes, ckpt, path)
 
 
-@pytest.mark.parametrize("flag", ["--ddim-sample", "--p-sample"])
-def test_recorded_trajectories_make_the_same_images(sample, flag, tmp_path, monkeypatch):
-    """With what a CPU has for a CUDA graph; 23 images are three full batches and one that is filled up."""
-    device = devices.pick_device("cpu")
-    monkeypatch.setattr(devices, "pick_device", lambda *_: device)
-    arrays = []
-    for k, more in enumerate(([], ["--cuda-graphs"])):
-        folder = tmp_path / str(k)
-        result = sample(flag, "--per-proc-batch-size", 7, *more, "--sample-dir", folder)
-        assert result.returncode == 0, result.stderr
-        arrays.append(the_set(folder)["arr_0"].astype(int))
-    assert arrays[0].shape == arrays[1].shape and abs(arrays[0] - arrays[1]).max() <= 1
-
-
-def test_a_finished_set_is_not_made_again_and_what_else_it_depends_on_is_compared(sample, model_folder, tmp_path):
+def test_a_complete_set_is_not_made_again_but_gets_its_pngs(sample, tmp_path):
+    """Its settings are compared first."""
     assert sample().returncode == 0
-    (npz,) = (tmp_path / "samples").iterdir()
+    npz = only_file(tmp_path / "samples")
     before = npz.stat().st_mtime_ns, npz.stat().st_ino
-    result = sample("--per-proc-batch-size", 3)
-    assert result.returncode == 0 and f"{npz} is there already, complete" in result.stdout
+    result = sample("--per-proc-batch-size", 3, "--save-to-disk")
+    assert result.returncode == 0 and f"{npz} is there already and complete" in result.stdout
     assert_refused(sample("--no-tf32"), "tf32 was true, now it is false", "--sample-dir")
-    assert (npz.stat().st_mtime_ns, npz.stat().st_ino) == before and [npz] == list((tmp_path / "samples").iterdir())
+    assert (npz.stat().st_mtime_ns, npz.stat().st_ino) == before
+    for k, image in enumerate(np.load(npz)["arr_0"]):
+        assert np.array_equal(np.asarray(Image.open(npz.with_suffix("") / f"{k:06d}.png")), image)
 
 
-# What happens to a start, and what the next one makes of it.
+def test_a_launch_is_refused_while_another_writes_the_set_and_a_damaged_shard_is_sampled_again(
+    sample, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(SampleSet, "PATIENCE", 0.1)
+    assert sample("--per-proc-batch-size", 4, "--keep-shards").returncode == 0
+    (npz,) = (tmp_path / "samples").glob("*.npz")
+    made = npz.read_bytes()
+    npz.unlink()
+    shards = npz.with_suffix("") / "shards"
+    gc.collect()  # frees the lock of the launch before
+    lock = lock_file(shards / "process-0.lock", 0)
+    assert_refused(sample(), "in use", npz.stem)
+    lock.release()
+    shard = shards / "0000004-0000008.npz"
+    content = bytearray(shard.read_bytes())
+    content[200] ^= 1
+    shard.write_bytes(content)
+    result = sample("--per-proc-batch-size", 4)
+    assert "the shard of images 4 to 7 is damaged: they are sampled again" in result.stdout
+    assert "19 of 23 images are there" in result.stdout and "\n4 images in" in result.stdout
+    assert only_file(tmp_path / "samples").read_bytes() == made
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--num-fid-samples", "0"], "--num-fid-samples"),
+        (["--per-proc-batch-size", "x"], "--per-proc-batch-size"),
+        (["--global-seed", "-1"], "--global-seed"),
+        (["--accelerate-method", "schedule"], "--path"),
+        ([*SCHEDULE, "router4.pt"], "is not a schedule file"),
+        ([*METHOD, "none.pt"], "no such file: none.pt"),
+        ([*METHOD, "router4.pt", "--num-sampling-steps", "5"], "4 steps"),
+        (["--ddim-sample", "--p-sample"], "--p-sample"),
+        (["--ckpt", "none"], "no such file: none"),
+        (["--record", "/proc/x.json"], "/proc/x.json"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(sample, model_folder, tmp_path, monkeypatch, more, words):
+    monkeypatch.chdir(model_folder)
+    assert_refused(sample(*more), words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "more, line",
+    [
+        (["--num-fid-samples", "0"], "error: argument --num-fid-samples: 0 is not a whole number of at least 1"),
+        pytest.param([*METHOD, "none.pt"], "error: no such file: none.pt", marks=pytest.mark.slow),
+        pytest.param(["--device", "tpu"], "error: device 'tpu' cannot be used here", marks=pytest.mark.slow),
+    ],
+)
+def test_a_refusal_under_torchrun_is_printed_once(flags, tmp_path, more, line):
+    result = run("sample_ddp.py", *flags, *more, cwd=tmp_path, processes=2)
+    assert result.returncode == 1
+    assert (result.stdout + result.stderr).count("error: ") == result.stderr.count(line) == 1
+
+
+def test_processes_with_different_flags_are_refused(flags, tmp_path):
+    processes = start_ranks("sample_ddp.py", flags, [*flags, "--p-sample", "--global-seed", 3], cwd=tmp_path)
+    outputs = ["".join(process.communicate(TIMEOUT)) for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "error: process 1 differs from process 0 in sampler, seed: " in outputs[0] and outputs[0].count("\n") == 1
+    assert outputs[1] == "" and not (tmp_path / "samples").exists()
+
+
+# Interruptions, and what the next launch makes of them
 
 
 @pytest.fixture
@@ -318,48 +339,56 @@ def long(flags):
     return [*flags, "--num-fid-samples", COUNT, "--per-proc-batch-size", 2]
 
 
-@pytest.fixture
-def undisturbed(long, tmp_path, capfd):
+@pytest.fixture(scope="module")
+def undisturbed(model_folder, tmp_path_factory):
     """The file that an undisturbed run of `long` makes, as bytes."""
-    assert call("sample_ddp.py", *long, "--sample-dir", tmp_path / "undisturbed", capfd=capfd).returncode == 0
-    (path,) = (tmp_path / "undisturbed").iterdir()
-    return path.read_bytes()
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = ["--ckpt", model_folder, "--device", "cpu", "--num-sampling-steps", STEPS, "--num-fid-samples", COUNT]
+    assert fork("sample_ddp.py", *flags, "--per-proc-batch-size", 2, "--sample-dir", ".", cwd=folder).returncode == 0
+    return only_file(folder).read_bytes()
 
 
-def result_of(tmp_path):
-    """The bytes of the one .npz of a folder `samples` that holds nothing else."""
-    (path,) = (tmp_path / "samples").iterdir()
-    return path.read_bytes()
+@pytest.fixture
+def finish(long, undisturbed, tmp_path):
+    """Runs `long` to its end, compares its file with the undisturbed one, and returns its output."""
 
+    def finish():
+        result = fork("sample_ddp.py", *long, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert only_file(tmp_path / "samples").read_bytes() == undisturbed
+        return result.stdout
 
-def finished(tmp_path):
-    """The shards in `samples`: name to what changes when one is written again."""
-    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in tmp_path.glob("samples/*/shards/*-*.npz")}
+    return finish
 
 
 @pytest.fixture
 def start_long(long, tmp_path):
     """Starts sample_ddp.py on that set, by conftest's `start`."""
-    return lambda *more, **how: start("sample_ddp.py", *long, *more, cwd=tmp_path, **how)
+    return lambda **how: start("sample_ddp.py", *long, cwd=tmp_path, **how)
 
 
-def all_of(process):
-    """What it said until its end, on both streams."""
+def shards(tmp_path):
+    """The shards in `samples`: name to a value that changes if one is written again."""
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in tmp_path.glob("samples/*/shards/*-*.npz")}
+
+
+def output_of(process):
+    """Its output until its end, on both streams."""
     return "".join(process.communicate(timeout=TIMEOUT))
 
 
 def wait_for(condition, process):
-    """Until condition() holds; fails where `process` ends before."""
+    """Wait until condition() holds; fail if `process` ends before."""
     deadline = time.monotonic() + TIMEOUT
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, all_of(process)
+        assert process.poll() is None and time.monotonic() < deadline, output_of(process)
         time.sleep(0.002)
 
 
 def wait_for_shards(tmp_path, more, process):
-    """Until `more` shards than now are there."""
-    there = len(finished(tmp_path))
-    wait_for(lambda: len(finished(tmp_path)) >= there + more, process)
+    """Wait until there are `more` shards than now."""
+    before = len(shards(tmp_path))
+    wait_for(lambda: len(shards(tmp_path)) >= before + more, process)
 
 
 def workers(process):
@@ -368,12 +397,13 @@ def workers(process):
 
 
 def sampled(out):
-    """How many images a start says that it sampled."""
+    """How many images a launch says that it sampled."""
     return int(re.search(r"^(\d+) images in", out, re.M)[1])
 
 
-def test_killed_at_random_moments_it_continues_with_any_processes(start_long, long, undisturbed, tmp_path, capfd):
-    """Alone, one of two, all of two, one of three: then one undisturbed start makes the same file."""
+@pytest.mark.slow
+def test_killed_at_random_moments_it_continues_with_any_processes(start_long, long, finish, tmp_path):
+    """Alone, one of two, all of two, one of three; no finished image is sampled again."""
     moments = random.Random(0)
     before = {}
     for processes, victims in ((1, "all"), (2, "one"), (2, "all"), (3, "one")):
@@ -386,30 +416,26 @@ def test_killed_at_random_moments_it_continues_with_any_processes(start_long, lo
         for victim in started if victims == "all" else [moments.choice(workers(started[0]))]:
             victim.kill()
         for process in started:
-            all_of(process)
+            output_of(process)
             assert process.returncode
-        after = finished(tmp_path)
-        assert len(after) > len(before) and all(after[name] == before[name] for name in before)
+        after = shards(tmp_path)
+        assert len(after) > len(before) and before.items() <= after.items()
         before = after
-    result = call("sample_ddp.py", *long, "--keep-shards", capfd=capfd)
-    assert result.returncode == 0, result.stderr
-    after = finished(tmp_path)
-    assert all(after[name] == before[name] for name in before) and len(after) == COUNT // 2
+    out = finish()
     there = 2 * len(before)
-    assert f"{there} of {COUNT} images are there from earlier starts" in result.stdout
-    assert sampled(result.stdout) == COUNT - there
-    assert next(tmp_path.glob("samples/*.npz")).read_bytes() == undisturbed
+    assert f"{there} of {COUNT} images are there from earlier launches" in out and sampled(out) == COUNT - there
 
 
-def test_killed_while_assembling_it_leaves_no_file_and_continues(flags, tmp_path, capfd):
+@pytest.mark.slow
+def test_killed_while_assembling_it_leaves_no_file_and_continues(flags, tmp_path):
     command = [*flags, "--num-fid-samples", 600, "--per-proc-batch-size", 1]
     process = start("sample_ddp.py", *command, cwd=tmp_path)
     wait_for_shards(tmp_path, 1, process)
     process.kill()
     process.communicate()
-    # The rest is made up, so that assembling takes long enough to be met.
-    shards = next(tmp_path.glob("samples/*/shards"))
-    samples = SampleSet(shards.parent.parent, shards.parent.name, json.loads((shards / "manifest.json").read_text()))
+    # Fill the other shards with random images, so that assembling takes long enough to be hit.
+    folder = next(tmp_path.glob("samples/*/shards"))
+    samples = SampleSet(folder.parent.parent, folder.parent.name, json.loads((folder / "manifest.json").read_text()))
     images = np.random.default_rng(0).integers(0, 256, (600, 8, 8, 3), dtype=np.uint8)
     for number in range(600):
         samples.write(number, images[number : number + 1], np.array([number]))
@@ -417,173 +443,94 @@ def test_killed_while_assembling_it_leaves_no_file_and_continues(flags, tmp_path
     wait_for(lambda: list(tmp_path.glob("samples/.*.npz.*.part")), process)
     process.kill()
     process.communicate()
-    assert not list(tmp_path.glob("samples/*.npz")) and len(finished(tmp_path)) == 600
-    result = call("sample_ddp.py", *command, capfd=capfd)
-    assert result.returncode == 0, result.stderr
-    got = the_set(tmp_path / "samples")
+    assert not list(tmp_path.glob("samples/*.npz")) and len(shards(tmp_path)) == 600
+    assert fork("sample_ddp.py", *command, cwd=tmp_path).returncode == 0
+    got = read_set(tmp_path / "samples")
     assert np.array_equal(got["arr_0"], images) and np.array_equal(got["labels"], np.arange(600))
 
 
-def test_two_machines_share_the_work_and_go_on_when_one_of_them_dies(start_long, undisturbed, tmp_path):
-    """Two agents on one machine, as in docs/clusters.md; the first process dies once."""
+@pytest.mark.slow
+def test_two_machines_share_the_work_and_continue_after_the_death_of_rank_0(start_long, undisturbed, tmp_path):
+    """Two torchruns on this machine, as in docs/clusters.md."""
     rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=1"]
     launcher = ["--nnodes=2", "--nproc_per_node=1", *rendezvous, "--max-restarts=1"]
     nodes = [start_long(launcher=launcher) for _ in range(2)]
     wait_for_shards(tmp_path, 5, nodes[0])
-    there = 2 * len(finished(tmp_path))
+    there = 2 * len(shards(tmp_path))
     (first,) = (p for node in nodes for p in workers(node) if p.environ()["RANK"] == "0")
     first.kill()
-    outs = [all_of(node) for node in nodes]
+    outs = [output_of(node) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outs
     (out,) = (out for out in outs if "images in" in out)
     assert "processes: 2;" in out and sampled(out) <= COUNT - there and "Traceback" not in "".join(outs)
-    assert result_of(tmp_path) == undisturbed
+    assert only_file(tmp_path / "samples").read_bytes() == undisturbed
 
 
-def test_nobody_waits_for_a_process_that_died(long, undisturbed, tmp_path):
+@pytest.mark.slow
+def test_rank_0_samples_the_images_of_a_rank_that_died(long, undisturbed, tmp_path):
     first, second = start_ranks("sample_ddp.py", long, long, cwd=tmp_path)
     wait_for_shards(tmp_path, 6, first)
     second.kill()
-    out = all_of(first)
+    out = output_of(first)
     second.communicate()
     assert first.returncode == 0 and "other processes ended early" in out
-    assert sampled(out) == COUNT and result_of(tmp_path) == undisturbed
+    assert sampled(out) == COUNT and only_file(tmp_path / "samples").read_bytes() == undisturbed
 
 
-def test_processes_with_other_flags_refuse_to_work_together(long, tmp_path):
-    processes = start_ranks("sample_ddp.py", long, [*long, "--p-sample", "--global-seed", 3], cwd=tmp_path)
-    outs = [all_of(process) for process in processes]
-    assert [process.returncode for process in processes] == [1, 1]
-    assert outs[0].splitlines() == ["sample_ddp.py: error: process 1 has another sampler, seed than process 0"]
-    assert outs[1] == "" and not (tmp_path / "samples").exists()
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("number, processes", [(signal.SIGINT, None), (signal.SIGTERM, 2)])
-def test_a_signal_stops_it_in_one_line_and_keeps_what_is_finished(
-    start_long, long, undisturbed, tmp_path, capfd, number, processes
-):
+def test_a_signal_ends_it_with_one_line_and_keeps_finished_images(start_long, finish, tmp_path, number, processes):
     process = start_long(launcher=processes and torchrun(processes))
     wait_for_shards(tmp_path, 5, process)
     process.send_signal(number)
-    out = all_of(process)
-    there = 2 * len(finished(tmp_path))
+    out = output_of(process)
+    there = 2 * len(shards(tmp_path))
     (line,) = (line for line in out.splitlines() if "sample_ddp.py: " in line)
-    said = re.fullmatch(
+    text = re.fullmatch(
         rf"sample_ddp.py: interrupted: (\d+) of {COUNT} images are finished, the same command continues", line
     )
-    # The first process says it while the other may still be writing a batch.
-    assert 10 <= there < COUNT and there - 2 * bool(processes) <= int(said[1]) <= there
+    # Rank 0 may print it while the other rank is still writing a batch.
+    assert 10 <= there < COUNT and there - 2 * bool(processes) <= int(text[1]) <= there
     assert not list(tmp_path.glob("samples/**/.*.part"))
     if not processes:
         assert process.returncode == 130 and "Traceback" not in out
-        return
-    again = call("sample_ddp.py", *long, capfd=capfd)
-    assert sampled(again.stdout) == COUNT - there
-    assert result_of(tmp_path) == undisturbed
-
-
-def test_a_second_start_at_the_same_time_is_refused(start_long, long, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(SampleSet, "PATIENCE", 0.1)
-    process = start_long("--num-fid-samples", 2000)
-    try:
-        wait_for_shards(tmp_path, 1, process)
-        assert_refused(call("sample_ddp.py", *long, "--num-fid-samples", 2000, capfd=capfd), "in use", "tiny-size-8")
-        assert process.poll() is None
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_a_damaged_shard_is_sampled_again_and_said(start_long, long, undisturbed, tmp_path, capfd):
-    process = start_long()
-    wait_for_shards(tmp_path, 8, process)
-    process.kill()
-    process.communicate()
-    before = finished(tmp_path)
-    path = next(tmp_path.glob("samples/*/shards/0000004-0000006.npz"))
-    content = bytearray(path.read_bytes())
-    content[200] ^= 1
-    path.write_bytes(content)
-    result = call("sample_ddp.py", *long, capfd=capfd)
-    assert "the shard of images 4 to 5 is damaged: they are sampled again" in result.stdout
-    assert sampled(result.stdout) == COUNT - 2 * len(before) + 2
-    assert result_of(tmp_path) == undisturbed
+    assert sampled(finish()) == COUNT - there
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 kB at tmp_path/samples; a function that mounts it again with other options."""
+def remount(tmp_path):
+    """Mounts a file system of 64 kB at tmp_path/samples; a function that gives it other options."""
     (tmp_path / "samples").mkdir()
 
     def mount(options):
-        return subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "none", tmp_path / "samples"], capture_output=True
-        )
+        gc.collect()  # frees the lock of a failed launch in this process
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", tmp_path / "samples"]
+        return subprocess.run(command, capture_output=True).returncode
 
-    if mount("size=64k").returncode:
+    if mount("size=64k"):
         pytest.skip("mounting a file system is not allowed here")
-
-    def remount(options):
-        gc.collect()  # a start in this process that failed has its lock until then
-        return mount(f"remount,{options}")
-
-    yield remount
+    yield lambda options: mount(f"remount,{options}")
     gc.collect()
     subprocess.run(["umount", "--lazy", tmp_path / "samples"])
 
 
-def test_a_full_disk_stops_it_in_one_line_and_loses_nothing(long, undisturbed, tmp_path, capfd, small_disk):
+@pytest.mark.slow
+def test_a_full_disk_ends_it_with_one_line_and_loses_nothing(long, finish, tmp_path, capfd, remount):
     result = call("sample_ddp.py", *long, capfd=capfd)
-    there = 2 * len(finished(tmp_path))
+    there = 2 * len(shards(tmp_path))
     assert_refused(result, "No space left", f"{there} of {COUNT} images are finished, the same command continues")
     assert 0 < there < COUNT
-    before = finished(tmp_path)
+    before = shards(tmp_path)
     assert not list(tmp_path.glob("samples/**/.*.part"))
-    # Room for the shards, none for the file that they become: each takes a page of 4 kB.
-    small_disk("size=500k")
+    # Room for the shards, of a page of 4 kB each, but not for the .npz.
+    remount("size=500k")
     assert_refused(call("sample_ddp.py", *long, capfd=capfd), "No space left", "the same command continues")
     assert not list(tmp_path.glob("samples/*.npz")) and not list(tmp_path.glob("samples/.*.part"))
-    assert before.items() <= finished(tmp_path).items()
-    small_disk("size=16m")
-    assert call("sample_ddp.py", *long, capfd=capfd).returncode == 0
-    assert result_of(tmp_path) == undisturbed
+    assert before.items() <= shards(tmp_path).items()
+    remount("size=16m")
+    finish()
 
 
-def test_a_folder_that_cannot_be_written_is_refused(sample, small_disk, tmp_path):
-    small_disk("ro")
+def test_a_folder_that_cannot_be_written_is_refused(sample, remount, tmp_path):
+    remount("ro")
     assert_refused(sample(), "cannot write into", "Read-only", "--sample-dir")
-    (tmp_path / "file").write_text("mine")
-    assert_refused(sample("--sample-dir", tmp_path / "file"), "cannot write into", "--sample-dir")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    "more, words",
-    [
-        (["--num-fid-samples", "0"], "--num-fid-samples"),
-        (["--per-proc-batch-size", "x"], "--per-proc-batch-size"),
-        (["--global-seed", "-1"], "--global-seed"),
-        (["--cfg-scale", "inf"], "finite"),
-        (["--path", "x.pt"], "--accelerate-method"),
-        (["--accelerate-method", "dynamiclayer"], "--path"),
-        (["--accelerate-method", "schedule"], "--path"),
-        ([*SCHEDULE, "ROUTER"], "is not a schedule file"),
-        (["--accelerate-method", "dynamiclayer", "--path", "none.pt"], "no such file: none.pt"),
-        (["--ddim-sample", "--p-sample"], "--p-sample"),
-        (["--ckpt", "none"], "no such file: none"),
-        (["--num-sampling-steps", "5", "--accelerate-method", "dynamiclayer", "--path", "ROUTER"], "4 steps"),
-        (["--record", "/proc/x.json"], "/proc/x.json"),
-    ],
-)
-def test_wrong_flags_are_refused_in_one_line(sample, model_folder, tmp_path, more, words):
-    more = [model_folder / "router4.pt" if flag == "ROUTER" else flag for flag in more]
-    assert_refused(sample(*more), words)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_record_holds_the_times_and_their_circumstances(sample, tmp_path):
-    assert sample("--record", tmp_path / "r.json").returncode == 0
-    record = json.loads((tmp_path / "r.json").read_text())
-    assert (record["images"], record["processes"], record["flags"]["num_fid_samples"]) == (23, 1, 23)
-    assert record["images_per_second"] == pytest.approx(23 / record["seconds"])
-    assert sum(record["shares"].values()) == pytest.approx(1) and all(s >= 0 for s in record["shares"].values())
