@@ -176,19 +176,19 @@ def _keep(file, sha256, stat):
 
 def _download(file, mirror):
     """Download a file to its place. Raises UserError with the URL and the place if that fails."""
-    import huggingface_hub
+    from huggingface_hub import constants, hf_hub_download
 
     if mirror and not MIRROR.fullmatch(mirror):
         raise UserError(f"L2C_MIRROR is {mirror}, not {MIRROR_RULE}")
     url = f"{mirror.rstrip('/')}/{file.name}" if mirror and not file.hub else file.url
     try:
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE:
             raise DownloadError("HF_HUB_OFFLINE is set")
         print(f"downloading {url} ({amount(file.size)}, licence: {file.licence}) to {file.path}", flush=True)
         if file.hub:
             repo, revision, filename = file.hub
             fetching.check_room(file.path, file.size)
-            fetching.call_hub(huggingface_hub.hf_hub_download, repo, filename, revision=revision)
+            fetching.call_hub(hf_hub_download, repo, filename, revision=revision)
         else:
             sha256 = fetching.fetch(url, file.path, file.size, file.expected_sha256())
             if sha256:

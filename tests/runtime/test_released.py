@@ -7,7 +7,7 @@ import socket
 
 import huggingface_hub
 import pytest
-from conftest import assert_refused, call
+from conftest import assert_refused, call, run
 from http_server import Act, Server
 
 from runtime import fetching, released
@@ -229,6 +229,11 @@ def test_without_a_network_one_line_names_the_url_and_the_place(hub, table, monk
     monkeypatch.setattr(released, "FILES", (hub.file,))
     assert_refused(call("download.py", capfd=capfd), "HF_HUB_OFFLINE", hub.file.url, f"put it at {hub.file.path}")
     assert hub.asked == []
+
+
+def test_the_program_as_a_user_starts_it(tmp_path):
+    result = run("download.py", "sd-vae-ft-ema", cwd=tmp_path, HF_HOME=str(tmp_path))
+    assert_refused(result, "HF_HUB_OFFLINE is set", "https://huggingface.co/stabilityai", f"put it at {tmp_path}")
 
 
 def test_list_and_check_show_the_state_of_each_file(server, monkeypatch, tmp_path, capfd, table):
