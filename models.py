@@ -1,6 +1,6 @@
 """DiT: a diffusion transformer whose layers can run, be reused, or be blended.
 
-A *layer* is the attention or the MLP of a block. At each step one word, `compute`, decides what happens to it:
+A *layer* is the attention or the MLP of a block. At each step the value `compute` decides what happens to it:
 
     True          run it and remember its output,
     False         use the remembered output,
@@ -31,9 +31,9 @@ Cache = list[list[Slot]]  # per block the slots of attention and MLP
 
 
 class Blend(torch.autograd.Function):
-    """cached + compute * (fresh - cached), in the dtype of both (N, T, D); compute is float32 ().
+    """cached + compute * (fresh - cached), in the dtype of both (N, T, D); compute: a float32 scalar tensor.
 
-    Keeps one tensor (N, T, D) for the backward pass, the difference; `torch.lerp` keeps two.
+    Saves one tensor (N, T, D) for the backward pass, the difference; `torch.lerp` would save two.
     The gradient of `compute` is summed in float32.
     """
 
@@ -46,30 +46,32 @@ class Blend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor]:  # type: ignore[override]
         difference, compute = ctx.saved_tensors
-        to_fresh = grad * compute.to(grad.dtype) if ctx.needs_input_grad[1] else None
-        to_compute = torch.dot(grad.flatten().to(compute.dtype), difference.flatten().to(compute.dtype))
-        return None, to_fresh, to_compute
+        grad_fresh = grad * compute.to(grad.dtype) if ctx.needs_input_grad[1] else None
+        grad_compute = torch.dot(grad.flatten().to(compute.dtype), difference.flatten().to(compute.dtype))
+        return None, grad_fresh, grad_compute
 
 
 def apply_layer(layer: Callable[[], Tensor], compute: Compute, slot: Slot) -> tuple[Tensor, Slot]:
-    """Run a layer, reuse its remembered output, or blend both. Returns its output (N, T, D) and its slot from now on.
+    """Run a layer, reuse its remembered output, or blend both. Returns its output (N, T, D) and its new slot.
 
     layer: a function without arguments that runs the layer; not called if `compute` is False.
-    slot: the remembered output; both outputs of a blend must be finite.
+    slot: the remembered output. A blend needs two finite outputs, since 0 * inf is nan.
     Raises ValueError if the slot is needed and empty.
     """
     if compute is True:
         output = layer()
         return output, output
     if slot is None:
-        raise ValueError("a layer is to be reused before it ran: the first step of a schedule must run every layer")
+        raise ValueError("a layer is reused before it ran: the first step of a schedule must run every layer")
     if compute is False:
         return slot, slot
-    return Blend.apply(slot, layer(), compute), None  # nothing reads the slot again, so its memory is freed
+    return Blend.apply(
+        slot, layer(), compute
+    ), None  # training blends only in the last call with a cache: free the memory
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (N, T, D) * scale + shift, with one vector (N, 1, D) of each per sample."""
+    """x (N, T, D) * scale + shift; both (N, 1, D), the same for all tokens of a sample."""
     return torch.addcmul(shift, x, scale)
 
 
@@ -102,11 +104,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels (N,) -> vectors (N, D). The last row, number `num_classes`, is the null class that guidance uses."""
+    """Class labels (N,) -> vectors (N, D). Row `num_classes` is the null class of guidance."""
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
-        # A model trained without label dropout has no null class, as in the released checkpoints.
+        # Without label dropout there is no null class and no row for it, as in the original.
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
@@ -140,7 +142,7 @@ class DiTBlock(nn.Module):
     ) -> tuple[Tensor, tuple[Slot, Slot]]:
         """x (N, T, D) -> x (N, T, D) and the new slots.
 
-        modulation: (N, 6, D), this block's part of `DiT.modulations`.
+        modulation: (N, 6, D), this block's element of `DiT.modulations`.
         compute, slots: for attention and MLP, as in `apply_layer`.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unsqueeze(2).unbind(1)
@@ -168,7 +170,7 @@ class FinalLayer(nn.Module):
 def _check_arguments(
     frequency_shift: int, mlp_norm_eps: float, *, depth: int, hidden_size: int, num_heads: int, **sizes: int
 ) -> None:
-    """Raises ValueError if a DiT cannot have these sizes and settings; `sizes` are more positive ints by name."""
+    """Raises ValueError if a DiT cannot have these settings. sizes: all other arguments that must be positive ints."""
     sizes |= dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads)
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
@@ -190,7 +192,7 @@ class DiT(nn.Module):
 
     input_size: height and width of the latent in cells, a multiple of patch_size.
     hidden_size: a multiple of num_heads, and of 4 for the fixed positions.
-    frequency_shift, mlp_norm_eps: 1 and 1e-5 for the DiT of diffusers (pretrained/diffusers_layout.py).
+    frequency_shift, mlp_norm_eps: 0 and 1e-6 in the original, 1 and 1e-5 in diffusers.
     Raises ValueError if a size cannot be used.
     """
 
@@ -253,7 +255,7 @@ class DiT(nn.Module):
         return [[None, None] for _ in self.blocks]
 
     def cache_bytes(self, samples: int, dtype: torch.dtype) -> int:
-        """Bytes of a full cache for a batch of `samples` (with guidance twice the images) in a torch.dtype."""
+        """Bytes of a full cache in a torch.dtype. samples: rows of a batch; guidance needs two per image."""
         return 2 * self.depth * samples * self.pos_embed[0].numel() * dtype.itemsize
 
     def unpatchify(self, x: Tensor) -> Tensor:
@@ -273,10 +275,10 @@ class DiT(nn.Module):
         factor itself, 1 + the model's output.
         """
         modules = [block.adaLN_modulation for block in self.blocks] + [self.final_layer.adaLN_modulation]
-        c = nn.functional.silu(c)  # the first part of every module, the same for all
+        c = nn.functional.silu(c)  # every module starts with this
         vectors = [linear(c).unflatten(-1, (-1, c.shape[-1])) for _, linear in modules]
         for v in vectors:
-            v[..., 1::3, :] += 1
+            v[..., 1::3, :] += 1  # the scales
         return vectors
 
     def forward(
@@ -287,11 +289,11 @@ class DiT(nn.Module):
         compute: Sequence[Sequence[Compute]] | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Predict noise and variance: x (N, C, H, W), t (N,), y (N,) -> (N, 2C, H, W), like x.
+        """Predict noise and variance: x (N, C, H, W), t (N,), y (N,) -> (N, 2C, H, W), in the dtype of x.
 
         compute: per block (attention, MLP): True runs the layer, False reuses its cached output,
                  a 0-d tensor in [0, 1] blends both. None runs everything.
-        cache:   from `empty_cache`; reuse reads it, and every layer updates its slot.
+        cache:   from `empty_cache`. Reuse reads a slot, a running layer writes it, a blend empties it.
         Raises ValueError if a layer is reused before it ran.
         Source: Peebles and Xie 2023, sec. 3; Ma et al. 2024, sec. 3.2.
         """
@@ -308,13 +310,13 @@ class DiT(nn.Module):
         dtype = x.dtype
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D), T = H*W / p**2
         for l, block in enumerate(self.blocks):
-            run = (True, True) if compute is None else tuple(compute[l])
-            # A layer that runs gets no slot: empty or full would be two cases to compile.
-            slots = tuple(None if cache is None or run[k] is True else cache[l][k] for k in (0, 1))
+            row = (True, True) if compute is None else tuple(compute[l])
+            # A layer that runs gets no slot: torch.compile would make one graph for empty and one for full slots.
+            slots = tuple(None if cache is None or row[k] is True else cache[l][k] for k in (0, 1))
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, slots = checkpoint(block, x, modulations[l], run, slots, use_reentrant=False)
+                x, slots = checkpoint(block, x, modulations[l], row, slots, use_reentrant=False)
             else:
-                x, slots = block(x, modulations[l], run, slots)
+                x, slots = block(x, modulations[l], row, slots)
             if cache is not None:
                 cache[l][:] = slots
         return self.unpatchify(self.final_layer(x, modulations[-1])).to(dtype)  # (N, T, p*p*2C) -> (N, 2C, H, W)
@@ -360,7 +362,7 @@ def position_table(dim: int, side: int) -> Tensor:
 
     The first half of the features encodes the column, the second half the row; each has sines, then cosines.
     """
-    if torch.get_default_device().type == "meta":  # tensors have shapes only
+    if torch.get_default_device().type == "meta":  # only the shape is needed, the values come from a file
         return torch.empty(1, side * side, dim)
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
     row, column = np.divmod(np.arange(side * side), side)
@@ -369,7 +371,7 @@ def position_table(dim: int, side: int) -> Tensor:
     return torch.from_numpy(table).float().unsqueeze(0)
 
 
-# depth, width, heads; with patches of 2, 4 and 8 latent cells these are "DiT-XL/2" and eleven more.
+# depth, hidden size, heads; with patches of 2, 4 and 8 latent cells there are twelve models.
 SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
 DiT_models = {
     f"DiT-{size}/{patch}": partial(DiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)

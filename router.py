@@ -37,7 +37,7 @@ class Router(nn.Module):
     Logits start from a unit normal, as in the released files, drawn from `generator`.
     """
 
-    LIMIT = 5.0  # of a logit in training: the sigmoid still has a gradient there
+    LIMIT = 5.0  # largest absolute logit in training: the sigmoid still has a gradient there
 
     def __init__(self, steps: int, depth: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def scores(self) -> Tensor:
-        """The scores of all steps, float32 [steps, depth, 2] on the CPU; only those of trained steps mean anything."""
+        """The scores of all steps, float32 [steps, depth, 2] on the CPU; only `trained_steps` are ever used."""
         return torch.stack([self(i) for i in range(self.steps)]).cpu()
 
     @torch.no_grad()
@@ -108,16 +108,15 @@ class Router(nn.Module):
         steps = len(rows)
         names = {f"{i}.prob" for i in range(steps)}
         plain = all(isinstance(row, torch.Tensor) and row.is_floating_point() for row in rows.values())
-        sizes = {tuple(row.shape) for row in rows.values()} if plain else {None}
-        size = sizes.pop()
-        if set(rows) != names or sizes or size is None or len(size) != 1 or size[0] % 2 or not size[0]:
+        lengths = {len(row) if row.dim() == 1 else 0 for row in rows.values()} if plain else {0}
+        if set(rows) != names or len(lengths) != 1 or not (length := lengths.pop()) or length % 2:
             raise UserError(
                 f'{path} is not a router file: "routers" must be 0.prob to {steps - 1}.prob of one even length'
             )
         rows = {name: row.float() for name, row in rows.items()}
         if not all(row.isfinite().all() for row in rows.values()):
             raise UserError(f"{path} holds logits that are not finite: it is damaged, train or fetch it again")
-        router = cls(steps, size[0] // 2)
+        router = cls(steps, length // 2)
         router.routers.load_state_dict(rows)
         return router
 
@@ -144,21 +143,21 @@ def router_loss(
     scores: [depth, 2] of step i-1; only they get a gradient. i: an odd step, an int.
     x_start, noise: clean latents and noise (N, C, H, W). y: labels (N,), some already dropped to the null class.
     threshold: None blends by the scores; a number hardens them in the forward pass (straight-through).
-    Raises ValueError if i is no odd step of the diffusion.
+    Raises ValueError if i is not an odd step of the diffusion.
     Source: Ma et al. 2024, sec. 3.3; the mean is over all 2C output channels.
     """
     if not (i % 2 and 0 < i < diffusion.steps):
         raise ValueError(f"router training starts from odd steps below {diffusion.steps}, not from {i}")
-    before, at = diffusion.timesteps(y.device)[i - 1 : i + 1, None].expand(-1, len(y))
+    t_next, t = diffusion.timesteps(y.device)[i - 1 : i + 1, None].expand(-1, len(y))
     cache = dit.empty_cache()
     with torch.no_grad():
         x = diffusion.q_sample(x_start, i, noise)
-        x = diffusion.ddim_step(dit(x, at, y, cache=cache), x, i)
-        teacher = dit(x, before, y)
+        x = diffusion.ddim_step(dit(x, t, y, cache=cache), x, i)
+        teacher = dit(x, t_next, y)
     if threshold is not None:
         # The second term is exactly 0: hard values forward, the gradient of the scores backward.
         scores = (scores > threshold).float() + (scores - scores.detach())
-    student = dit(x, before, y, [row.unbind() for row in scores.unbind()], cache)
+    student = dit(x, t_next, y, [row.unbind() for row in scores.unbind()], cache)
     return (teacher - student).square().flatten(1).mean(1)
 
 

@@ -13,8 +13,8 @@ from runtime.cuda_graphs import GraphedFunction
 from runtime.errors import UserError
 from schedule import Schedule
 
-# Compute modulations for several steps at once, until they have this many rows: they need a third of a DiT's weights,
-# which are then read once for all these steps. DiT-XL/2 keeps 50 MB of modulations in float32.
+# Rows of modulations to compute at once: adaLN is a third of a DiT's weights, read once per group of steps and not once
+# per step. DiT-XL/2 keeps 50 MB of modulations in float32.
 MODULATION_ROWS = 64
 
 # Decode this many pixels at a time: 8 images of 256 x 256, for which the released VAEs need about 3 GB.
@@ -22,7 +22,7 @@ DECODE_PIXELS = 8 * 256**2
 
 
 def check_sampler(dit: DiT, cfg_scale: float, ancestral: bool) -> None:
-    """Raises UserError if the DiT was not trained for guidance or for ancestral sampling, whichever is asked for."""
+    """Raises UserError if guidance or ancestral sampling is asked for and the DiT was not trained for it."""
     if cfg_scale != 1.0 and dit.label_dropout == 0:
         raise UserError(f"guidance of {cfg_scale} needs a null class and this model has none: pass --cfg-scale 1")
     if ancestral and dit.out_channels != 2 * dit.in_channels:
@@ -36,7 +36,7 @@ def make_denoiser(
 
     y: labels (N,). With guidance x is (2N, C, H, W), both halves alike; without (cfg_scale 1) it is (N, C, H, W).
     schedule: which layers run; None runs every layer and remembers nothing.
-    Raises ValueError if the schedule has other steps than the sampler or another depth than the model.
+    Raises ValueError if the schedule is for another number of steps or blocks.
     """
     if schedule is not None and (schedule.steps, schedule.depth) != (diffusion.steps, dit.depth):
         raise ValueError(
@@ -51,7 +51,7 @@ def make_denoiser(
     modulations = _modulations_by_step(dit, diffusion.timesteps(y.device), y)
 
     def denoise(x: Tensor, i: int) -> Tensor:
-        if guidance:  # the unguided channels of the second half differ by now
+        if guidance:  # the model sees equal halves, but after a step they differ in the unguided channels
             x = x[: len(x) // 2].repeat(2, 1, 1, 1)
         output = dit.denoise(x, modulations(i), rows[i], cache)
         return guided(output, cfg_scale) if guidance else output
@@ -62,21 +62,22 @@ def make_denoiser(
 def _modulations_by_step(dit: DiT, timesteps: Tensor, y: Tensor) -> Callable[[int], list[Tensor]]:
     """Return a function i -> the modulations of step i, for timesteps (steps,) and labels y (N,).
 
-    All that it needs is on the device before the loop starts. It computes several steps at once and keeps only these.
+    Timesteps and labels are embedded before the loop starts. Modulations are computed for a group of steps at once, and
+    only the last group is kept.
     """
     steps, at_once = len(timesteps), max(1, MODULATION_ROWS // len(y))
     conditions = dit.condition(timesteps[:, None].expand(-1, len(y)), y)  # (steps, N, D)
 
     @lru_cache(maxsize=1)
     def group(g: int) -> tuple[int, list[Tensor]]:
-        """The first i of group g, and per block the modulations (at_once, N, 6, D). Group 0 has the last steps."""
+        """The lowest step of group g and the modulations of its steps; groups count in the order in which steps run."""
         stop = steps - g * at_once
         start = max(0, stop - at_once)
         return start, dit.modulations(conditions[start:stop])
 
     def modulations(i: int) -> list[Tensor]:
-        start, by_block = group((steps - 1 - i) // at_once)
-        return [vectors[i - start] for vectors in by_block]
+        start, vectors = group((steps - 1 - i) // at_once)
+        return [v[i - start] for v in vectors]
 
     return modulations
 
@@ -96,7 +97,7 @@ def sample_latents(
     """Sample latents (N, C, H, W) from noise z (N, C, H, W) for labels y (N,), on their device.
 
     cfg_scale: guidance; 1 is none, and then the batch is not doubled.
-    ancestral: DDPM instead of DDIM; `randn_like` draws its noise, like both halves of a guided batch.
+    ancestral: DDPM instead of DDIM; `randn_like(x)` draws its noise, where x is (2N, C, H, W) with guidance.
     schedule, progress: as in `make_denoiser` and `GaussianDiffusion.ddim_loop`.
     Raises UserError as `check_sampler`.
     """
@@ -110,7 +111,7 @@ def sample_latents(
 class CudaGraphSampler:
     """`sample_latents` captured as one CUDA graph of the whole trajectory. Call it with z, y and randn_like.
 
-    The noise of ancestral sampling is drawn before the replay, in the same order. seconds: spent on capturing so far.
+    The noise of ancestral sampling is drawn before the replay, in the same order.
     """
 
     def __init__(
@@ -127,15 +128,16 @@ class CudaGraphSampler:
 
         self._graphed = GraphedFunction(sample)
         self._draws = diffusion.steps if ancestral else 0
-        self._halves = 1 if cfg_scale == 1.0 else 2
+        self._copies = 1 if cfg_scale == 1.0 else 2
 
     @property
     def seconds(self) -> float:
+        """Seconds spent on capturing so far."""
         return self._graphed.seconds
 
     def __call__(self, z: Tensor, y: Tensor, randn_like: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
         """Sample latents (N, C, H, W) from noise z (N, C, H, W) for labels y (N,)."""
-        x = z.repeat(self._halves, 1, 1, 1)
+        x = z.repeat(self._copies, 1, 1, 1)
         return self._graphed(z, y, *(randn_like(x) for _ in range(self._draws)))
 
 
@@ -150,7 +152,7 @@ def make_sampler(
 ) -> Callable[..., Tensor]:
     """Return a function (z, y, randn_like=...) -> latents: `sample_latents`, or a `CudaGraphSampler` if `cuda_graphs`.
 
-    A replayed graph has no steps, so it shows no `progress`.
+    A CUDA graph replays all steps at once, so it does not call `progress`.
     """
     if cuda_graphs:
         return CudaGraphSampler(dit, diffusion, cfg_scale, schedule, ancestral)

@@ -58,10 +58,10 @@ class Schedule:
 
     @classmethod
     def random_layers(cls, steps: int, depth: int, where: Sequence[int], reused: int, seed: int) -> "Schedule":
-        """Skip `reused` random layer calls, spread evenly (+-1) over the steps i in `where`.
+        """Reuse `reused` random layer calls, spread evenly (+-1) over the steps i in `where`.
 
-        All other steps run every layer. Within a step all layers are equally likely; `seed` decides.
-        Raises ValueError if the steps in `where` have fewer layers.
+        All other steps run every layer. seed: of the choice; within a step all layers are equally likely.
+        Raises ValueError if `reused` is more than all layer calls of the steps in `where`.
         """
         random = np.random.default_rng(seed)
         counts = _spread(reused, len(where), depth)
@@ -69,9 +69,9 @@ class Schedule:
 
     @classmethod
     def first_blocks(cls, steps: int, depth: int, where: Sequence[int], reused: int) -> "Schedule":
-        """Skip `reused` layer calls in the first blocks, spread evenly (+-1 block) over the steps i in `where`.
+        """Reuse `reused` layer calls in the first blocks, spread evenly (+-1 block) over the steps i in `where`.
 
-        A block skips attention and MLP together; if `reused` is odd, one step skips one more attention alone.
+        A block reuses attention and MLP together; if `reused` is odd, one step reuses one more attention alone.
         All other steps run every layer. Raises ValueError as `random_layers`.
         """
         counts = _spread(reused, len(where), depth, unit=2)
@@ -79,16 +79,16 @@ class Schedule:
 
     @classmethod
     def last_blocks(cls, steps: int, depth: int, where: Sequence[int], reused: int) -> "Schedule":
-        """As `first_blocks`, but in the last blocks; if `reused` is odd, one step skips one more MLP alone."""
+        """As `first_blocks`, but in the last blocks; if `reused` is odd, one step reuses one more MLP alone."""
         counts = _spread(reused, len(where), depth, unit=2)
         return cls._reusing(steps, depth, {i: 2 * depth - 1 - np.arange(count) for i, count in zip(where, counts)})
 
     @classmethod
     def _reusing(cls, steps: int, depth: int, layers: Mapping[int, np.ndarray]) -> "Schedule":
-        """Skip the layers `layers[i]` (in the order in which they run) at step i, and nothing else."""
+        """Reuse the layers `layers[i]` (counted in the order in which they run) at step i, and run all others."""
         compute = torch.ones(steps, 2 * depth, dtype=torch.bool)
-        for i, skipped in layers.items():
-            compute[i, torch.as_tensor(skipped)] = False
+        for i, reused in layers.items():
+            compute[i, torch.as_tensor(reused)] = False
         return cls(compute.reshape(steps, depth, 2))
 
     def sha256(self) -> str:
@@ -97,7 +97,7 @@ class Schedule:
 
     def save(self, path: str | Path) -> None:
         """Write a schedule file, {"compute": bool [steps, depth, 2]}, atomically."""
-        with atomic_write(path) as part, part.open("wb") as file:  # as in `Router.save`
+        with atomic_write(path) as part, part.open("wb") as file:  # opened here for the reason in `Router.save`
             torch.save({"compute": self.compute}, file)
 
     @classmethod
@@ -137,7 +137,7 @@ class Schedule:
         return self.compute.tolist()
 
     def distinct_rows(self) -> int:
-        """The number of different rows: a compiler of whole steps would need as many graphs."""
+        """Number of different rows, and of graphs if whole steps were compiled."""
         return len(self.compute.flatten(1).unique(dim=0))
 
     def cached_share(self) -> float:
@@ -155,36 +155,34 @@ class Schedule:
 
     def describe(self, costs: Mapping[str, Any]) -> str:
         """A table to print: a line per distinct row with its layers and multiply-adds, then cached share and bound."""
-        compute, work = self.compute, self.multiply_adds(costs)
-        alike: dict[tuple[bool, ...], list[int]] = {}  # row to the steps i that have it
+        cost, steps_by_row = self.multiply_adds(costs), dict[tuple[bool, ...], list[int]]()
         for i in range(self.steps - 1, -1, -1):
-            alike.setdefault(tuple(compute[i].flatten().tolist()), []).append(i)
+            steps_by_row.setdefault(tuple(self.compute[i].flatten().tolist()), []).append(i)
         lines = [f"{'attention':>9} {'MLP':>7} {'G multiply-adds':>16} {'of full':>8}  steps (the sampler counts down)"]
-        full = work.max().item()
-        for steps in alike.values():
-            attention, mlp = compute[steps[0]].sum(0).tolist()
+        full = cost.max().item()
+        for same in steps_by_row.values():
+            attention, mlp = self.compute[same[0]].sum(0).tolist()
             lines.append(
-                f"{attention:>6}/{self.depth} {mlp:>4}/{self.depth} {work[steps[0]] / 1e9:>16.4g} "
-                f"{work[steps[0]] / full:>8.1%}  {' '.join(map(str, steps))}"
+                f"{attention:>6}/{self.depth} {mlp:>4}/{self.depth} {cost[same[0]] / 1e9:>16.4g} "
+                f"{cost[same[0]] / full:>8.1%}  {' '.join(map(str, same))}"
             )
         lines.append(
             f"cached {self.cached_share():.1%} of all layers, {self.distinct_rows()} distinct steps; "
-            f"{work.sum() / 1e9:.4g} of "
-            f"{full * self.steps / 1e9:.4g} G multiply-adds an image, so the speed-up is at most "
-            f"{self.speedup_bound(costs):.3f}"
+            f"{cost.sum() / 1e9:.4g} of {full * self.steps / 1e9:.4g} G multiply-adds an image, so the speed-up is "
+            f"at most {self.speedup_bound(costs):.3f}"
         )
         return "\n".join(lines)
 
 
-def _spread(layers: int, places: int, depth: int, unit: int = 1) -> list[int]:
-    """Split `layers` into `places` ints of at most 2 * depth: multiples of `unit`, evenly; one gets the remainder.
+def _spread(calls: int, steps: int, depth: int, unit: int = 1) -> list[int]:
+    """Spread `calls` layer calls evenly over `steps` steps of 2 * depth layers: a count for each step.
 
-    Raises ValueError if there are too many.
+    Counts are multiples of `unit`; the step with the fewest gets the remainder. Raises ValueError if they do not fit.
     """
-    if not 0 <= layers <= places * 2 * depth:
-        raise ValueError(f"{layers} layers cannot be reused at {places} steps of {2 * depth} layers")
-    units = layers // unit
-    counts = [unit * ((k + 1) * units // places - k * units // places) for k in range(places)]
-    if layers % unit:
-        counts[counts.index(min(counts))] += layers % unit
+    if not 0 <= calls <= steps * 2 * depth:
+        raise ValueError(f"{calls} layers cannot be reused at {steps} steps of {2 * depth} layers")
+    units = calls // unit
+    counts = [unit * ((n + 1) * units // steps - n * units // steps) for n in range(steps)]
+    if calls % unit:
+        counts[counts.index(min(counts))] += calls % unit
     return counts
