@@ -223,7 +223,7 @@ def test_points_on_a_line_counted_by_hand(dtype):
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_float32_agrees_with_brute_force(k):
-    reference, sample = normal(k, 60, 5), 0.8 * normal(k + 100, 75, 5) + 0.5
+    reference, sample = normal(0, 60, 5), 0.8 * normal(100, 75, 5) + 0.5
     expected = brute_force(reference.astype(np.float32), sample.astype(np.float32), k)
     assert 0 < min(expected) and max(expected) < 1
     assert precision_recall(reference, sample, k, "fp32", tile=32) == pytest.approx(expected, abs=1e-12)
@@ -330,12 +330,15 @@ def test_precision_and_recall_refuse_unusable_input(change, words):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @DTYPES
-def test_a_gpu_agrees_and_keeps_the_settings_of_torch(published, dtype, monkeypatch):
+def test_a_gpu_agrees_and_keeps_the_settings_of_torch(published, dtype):
     sets = published["ref_pool"], published["sample_pool"]
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    result = precision_recall(*sets, dtype=dtype, device="cuda")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        result = precision_recall(*sets, dtype=dtype, device="cuda")
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
     assert result == pytest.approx(precision_recall(*sets, dtype=dtype), abs=0.005)
-    assert torch.backends.cuda.matmul.allow_tf32
 
 
 def test_progress_counts_every_tile():
