@@ -5,9 +5,10 @@
     python download.py --list                   show which files exist
     python download.py --check                  hash the files that exist
 
-The other programs download what they need, too. A stopped download resumes (a VAE's starts again). A file gets its name only when its size and
-SHA-256 are right; a wrong file that exists already is refused and left alone. If no SHA-256 is published, that of the
-first use is kept in NAME.sha256 and required from then on. Only --check hashes files again that have not changed.
+The other programs download what they need, too. A stopped download resumes (a VAE's starts again). A file gets its name
+only when its size and SHA-256 are right; a wrong file that exists already is refused and left alone. If no SHA-256 is
+published, that of the first use is kept in NAME.sha256 and required from then on. Only --check hashes files again that
+have not changed.
 """
 
 from runtime import cli, released
