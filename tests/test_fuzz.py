@@ -33,19 +33,18 @@ def pick(random, values):
 def flipped(random, content):
     """`content` with up to eight bits changed."""
     content = bytearray(content)
-    for _ in range(random.integers(1, 9)):
-        content[random.integers(len(content))] ^= 1 << int(random.integers(8))
+    for at in random.integers(len(content), size=random.integers(1, 9)):
+        content[at] ^= 1 << int(random.integers(8))
     return bytes(content)
 
 
 def damaged(random, content):
     """`content` with bits changed, or cut off, or with a part removed, repeated or overwritten."""
-    kind, start = random.integers(5), int(random.integers(len(content)))
+    start = int(random.integers(len(content)))
     end = start + int(random.integers(1, 200))
-    if kind == 0:
-        return flipped(random, content)
-    middle = [b"", b"", content[start:end] * 2, random.bytes(end - start)][kind - 1]
-    return content[:start] + middle + (b"" if kind == 1 else content[end:])
+    before, part, after = content[:start], content[start:end], content[end:]
+    kinds = [flipped(random, content), before, before + after, before + part * 2 + after]
+    return pick(random, [*kinds, before + random.bytes(len(part)) + after])
 
 
 def members(content):
@@ -114,13 +113,8 @@ def routers(folder):
     Router(4, 3).save(path)
     whole = path.read_bytes()
     torch.save(torch.load(path, weights_only=True), old, _use_new_zipfile_serialization=False)
-    ways = [
-        lambda random: damaged(random, whole),
-        lambda random: other_member(random, whole),
-        lambda random: lying(random, whole),
-        lambda random: damaged(random, old.getvalue()),
-        strange_state,
-    ]
+    ways = [lambda random, way=way: way(random, whole) for way in (damaged, lying, other_member)]
+    ways += [lambda random: damaged(random, old.getvalue()), strange_state]
 
     def read():
         router = Router.load(path)
