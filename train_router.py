@@ -17,9 +17,7 @@ from runtime import cli
 from training.presets import PRESETS, describe_presets
 
 # The flags that determine a router, beside the model and the data: --resume auto continues a run with the same.
-DETERMINING = (
-    "num_sampling_steps global_batch_size draws_per_step global_seed l1 lr ste_threshold target_cached dtype".split()
-)
+DETERMINING = "num_sampling_steps global_batch_size draws_per_step global_seed l1 lr ste_threshold target_cached dtype"
 
 
 def parse_args(argv=None):
@@ -28,12 +26,8 @@ def parse_args(argv=None):
     cli.add_model_arguments(parser, vae="ema")
     add_data_arguments(parser.add_argument_group("data"))
     add_training_arguments(parser.add_argument_group("training"))
-    # No fp16: its loss would need scaling.
-    cli.add_precision_arguments(parser, ["fp32", "tf32", "bf16"], default="tf32").add_argument(
-        "--grad-checkpointing",
-        action="store_true",
-        help="run the blocks again for their gradients: less memory, slower",
-    )
+    speed = cli.add_precision_arguments(parser, ["fp32", "tf32", "bf16"], default="tf32")  # fp16 would scale the loss
+    speed.add_argument("--grad-checkpointing", action="store_true", help="less memory, slower: run blocks again")
     add_output_arguments(parser.add_argument_group("output"))
     given, _ = parser.parse_known_args(argv)
     if given.preset:
@@ -50,39 +44,31 @@ def add_data_arguments(group):
     add("--data-path", metavar="DIR", help="folder with one subfolder of images per class")
     add("--latents", metavar="DIR", help="folder written by --extract-latents, instead of --data-path")
     add("--extract-latents", metavar="DIR", help="encode --data-path into this folder and stop")
-    workers = "data loading workers of each process, at most the cores"
-    add("--num-workers", metavar="N", type=cli.non_negative_int, default=4, help=workers)
+    add("--num-workers", metavar="N", type=cli.non_negative_int, default=4, help="data loading workers per process")
 
 
 def add_training_arguments(group):
     add = group.add_argument
-    steps = "denoising steps of the sampler that the router is for"
-    add("--num-sampling-steps", metavar="N", type=cli.router_steps, default=20, help=steps)
-    l1 = "L1 weight; larger caches more layers; with --target-cached its first value"
-    add("--l1", metavar="WEIGHT", type=cli.non_negative, default=5e-6, help=l1)
-    target = "share of all layers, at all steps, to cache at --thres: adjusts the L1 weight"
+    add("--num-sampling-steps", metavar="N", type=cli.router_steps, default=20, help="denoising steps of the sampler")
+    add("--l1", metavar="WEIGHT", type=cli.non_negative, default=5e-6, help="L1 weight; larger caches more layers")
+    target = "share of all layers, at all steps, to cache at --thres: adjusts the L1 weight, starting from --l1"
     add("--target-cached", metavar="SHARE", type=cli.share, help=target)
     cli.add_threshold_argument(group)
     add("--lr", type=cli.non_negative, default=1e-3, help="learning rate of AdamW")
-    updates = "updates; published: 20000, for 50 sampling steps 40000"
-    add("--max-steps", metavar="N", type=cli.positive, default=20000, help=updates)
+    add("--max-steps", metavar="N", type=cli.positive, default=20000, help="updates; published for 50 steps: 40000")
     add("--epochs", metavar="N", type=cli.positive, help="stop after N passes over the data, if before --max-steps")
-    batch = "images per update, on all processes together"
-    add("--global-batch-size", metavar="N", type=cli.positive, default=64, help=batch)
+    add("--global-batch-size", metavar="N", type=cli.positive, default=64, help="images per update, on all processes")
     draws = "sampler steps drawn per update, each for its part of the batch, for any number of processes"
     add("--draws-per-step", metavar="N", type=cli.positive, default=8, help=draws)
-    ste = "harden the scores at this threshold in the forward pass (straight-through)"
-    add("--ste-threshold", metavar="SCORE", type=cli.fraction, help=ste)
-    seed = "seed of the initial scores, the draws, the data order and the noise"
-    add("--global-seed", type=cli.seed, default=0, help=seed)
+    straight_through = "harden the scores at this threshold in the forward pass (straight-through)"
+    add("--ste-threshold", metavar="SCORE", type=cli.fraction, help=straight_through)
+    add("--global-seed", type=cli.seed, default=0, help="seed of the initial scores, draws, data order and noise")
 
 
 def add_output_arguments(group):
     add = group.add_argument
     add("--results-dir", metavar="DIR", default="results", help="folder in which each run makes NNN-MODEL")
-    resume = (
-        "run's folder or checkpoint to continue up to --max-steps; auto: the newest run with the same flags, if any"
-    )
+    resume = "run's folder or checkpoint to continue; auto: the newest run with the same flags and data, if any"
     add("--resume", metavar="PATH|auto", help=resume)
     add("--ckpt-every", metavar="N", type=cli.positive, default=1000, help="updates between checkpoints")
     add("--keep", metavar="N", type=cli.positive, help="keep the newest N checkpoints; default: all")
@@ -101,31 +87,20 @@ def check_data_arguments(parser, args):
 
 def check_training_arguments(parser, args):
     """Refuse what does not go together, and name values that do."""
-    world_size, batch, draws = int(os.environ.get("WORLD_SIZE", 1)), args.global_batch_size, args.draws_per_step
-    if batch % draws:
-        divisors = ", ".join(str(d) for d in range(1, batch + 1) if batch % d == 0)
+    batch, draws, world_size = args.global_batch_size, args.draws_per_step, int(os.environ.get("WORLD_SIZE", 1))
+    unit = math.lcm(draws, world_size)
+    if batch % unit:
         parser.error(
-            f"--global-batch-size {batch} does not divide among --draws-per-step {draws}: "
-            f"pass --global-batch-size {-(-batch // draws) * draws}, or one of {divisors} draws"
+            f"--global-batch-size {batch} does not divide among {draws} draws (--draws-per-step) and {world_size} "
+            f"processes: pass {-(-batch // unit) * unit}"
         )
-    if batch % world_size:
-        unit = math.lcm(world_size, draws)  # the size that we suggest must divide among the draws too
-        parser.error(
-            f"--global-batch-size {batch} does not divide among {world_size} processes: pass {-(-batch // unit) * unit}"
-        )
-    if not args.target_cached:
-        return
-    if not 0.01 <= args.thres <= 0.99:
-        parser.error(
-            f"--target-cached with --thres {args.thres}: scores lie between 0.007 and 0.993, pass 0.01 to 0.99"
-        )
-    if not (args.l1 and args.lr):
+    target, largest = args.target_cached, (args.num_sampling_steps // 2) / args.num_sampling_steps
+    if target and not 0.01 <= args.thres <= 0.99:
+        parser.error(f"--target-cached with --thres {args.thres}: scores are 0.007 to 0.993, pass 0.01 to 0.99")
+    if target and not (args.l1 and args.lr):
         parser.error("--target-cached starts from --l1 and moves with --lr: pass both above 0")
-    largest = (args.num_sampling_steps // 2) / args.num_sampling_steps
-    if args.target_cached > largest:
-        parser.error(
-            f"--target-cached {args.target_cached} exceeds {largest:.3f}, all layers of every other step: pass less"
-        )
+    if target and target > largest:
+        parser.error(f"--target-cached {target} exceeds {largest:.3f}, all layers of every other step: pass less")
 
 
 def main(args):
@@ -194,13 +169,12 @@ def extract(args, processes, device):
 def train(args, processes, device):
     """Start or continue a training; return whether a signal stopped it."""
     from training.batches import TrainingSamples, make_loader
-    from training.loop import Output, finish_wandb, run_updates, start_wandb
+    from training.loop import Output, run_updates, start_wandb
 
     spec, dit, vae, source, identity = load(args, processes, device)
     if len(source) < args.global_batch_size:
         raise processes.error(
-            f"{args.data_path or args.latents} has {len(source)} images, fewer than --global-batch-size "
-            f"{args.global_batch_size}: pass a smaller one"
+            f"--global-batch-size {args.global_batch_size} exceeds the {len(source)} images of the data: pass less"
         )
     updates = min(args.max_steps, (args.epochs or math.inf) * (len(source) // args.global_batch_size))
     run, saved = open_run_on_main(args, processes, spec, dit, updates, identity)
@@ -208,7 +182,7 @@ def train(args, processes, device):
 
     wandb_run, wandb_id = None, saved and saved["wandb"]
     if processes.is_main:
-        introduce(args, run, len(source), trainer, saved, identity)
+        introduce(args, run, len(source), processes.size, trainer, saved, identity)
         if args.wandb:
             wandb_run = start_wandb(run.folder, vars(args), wandb_id)
             wandb_id = wandb_run.id
@@ -220,8 +194,7 @@ def train(args, processes, device):
     samples = TrainingSamples(source, args.global_seed, shape, dit.num_classes, dit.label_dropout, spec.horizontal_flip)
     loader = make_loader(samples, batches, args.num_workers, device)
     stopped = run_updates(trainer, loader, output, args.log_every, args.ckpt_every)
-    if wandb_run:
-        finish_wandb(wandb_run)
+    output.finish()
     if processes.is_main:
         conclude(args, spec, run, trainer)
     return stopped
@@ -232,8 +205,8 @@ def open_run_on_main(args, processes, spec, dit, updates, identity):
     from training.run_folder import open_run
 
     def accepts(saved):
-        names = [*DETERMINING, "max_steps", "epochs", "thres"] if args.target_cached else DETERMINING
-        same_flags = all(saved["args"].get(name) == getattr(args, name) for name in names)
+        names = DETERMINING + " max_steps epochs thres" * bool(args.target_cached)
+        same_flags = all(saved["args"].get(name) == getattr(args, name) for name in names.split())
         return same_flags and saved["identity"] == identity and saved["step"] <= updates
 
     def check(saved):
@@ -256,20 +229,15 @@ def check_continues(saved, args, updates, depth, identity):
 
     saved_steps, saved_depth = len(saved["routers"]), len(saved["routers"]["0.prob"]) // 2
     if saved_steps != args.num_sampling_steps:
-        raise UserError(
-            f"--resume {args.resume} is a router for {saved_steps} steps, not {args.num_sampling_steps}: "
-            f"pass --num-sampling-steps {saved_steps}, or start a new run without --resume"
-        )
-    if saved_depth != depth or saved["identity"]["model"] != identity["model"]:
-        raise UserError(
-            f"--resume {args.resume} was trained on another model ({saved_depth} blocks; this one has {depth}): "
-            "pass that model, or start a new run without --resume"
-        )
-    if saved["step"] >= updates:
-        raise UserError(
-            f"--resume {args.resume} has {saved['step']} updates already, of {updates}: pass a larger --max-steps"
-            + (" and --epochs" if args.epochs else "")
-        )
+        problem = f"is a router for {saved_steps} steps: pass --num-sampling-steps {saved_steps}"
+    elif saved_depth != depth or saved["identity"]["model"] != identity["model"]:
+        problem = f"was trained on another model, of {saved_depth} blocks (this one has {depth}): pass that model"
+    elif saved["step"] >= updates:
+        problem = f"has {saved['step']} of {updates} updates already: pass a larger --max-steps"
+        problem += " and --epochs" if args.epochs else ""
+    else:
+        return
+    raise UserError(f"--resume {args.resume} {problem}, or leave out --resume to start a new run")
 
 
 def make_trainer(args, processes, dit, vae, images, updates, saved):
@@ -302,7 +270,7 @@ def make_trainer(args, processes, dit, vae, images, updates, saved):
     return trainer, batches
 
 
-def introduce(args, run, images, trainer, saved, identity):
+def introduce(args, run, images, processes, trainer, saved, identity):
     """Write args.json, and print what is trained and from where it continues."""
     import json
     from importlib.metadata import version
@@ -312,19 +280,16 @@ def introduce(args, run, images, trainer, saved, identity):
     with atomic_write(run.folder / "args.json") as part:
         versions = {name: version(name) for name in ("torch", "diffusers", "numpy")}
         part.write_text(json.dumps({"args": vars(args), "versions": versions}, indent=2) + "\n")
-    rows, processes, layers = len(trainer.trained_steps), trainer.processes.size, 2 * trainer.dit.depth
-    message = 4 * (min(args.draws_per_step, rows) * layers + args.draws_per_step + 2)  # bytes
     print(
-        f"{run.folder}: {images} images, {rows} trained steps of {layers} layers; an update draws "
-        f"{args.draws_per_step} steps, each for {trainer.draw_size} images; processes: {processes}"
-        + (f", exchanging at most {message:,} bytes per update" if processes > 1 else "")
+        f"{run.folder}: {images} images, {len(trainer.trained_steps)} trained steps of {2 * trainer.dit.depth} layers; "
+        f"an update draws {args.draws_per_step} steps, each for {trainer.draw_size} images; processes: {processes}"
     )
     if saved is None:
         if args.resume == "auto":
             print(f"--resume auto: no run in {args.results_dir} has these flags, model and data, so a new one starts")
         return
     print(f"continues at update {trainer.updates_done} of {trainer.config.updates}")
-    for name in DETERMINING:
+    for name in DETERMINING.split():
         before, now = saved["args"].get(name), getattr(args, name)
         if before != now:
             print(f"note: --{name.replace('_', '-')} was {before} in that run, now it is {now}")

@@ -58,8 +58,8 @@ class TrainingSamples(Dataset):
         return len(self.source)
 
     def __getitem__(self, key):
-        """Return a dict: "images" (3, S, S) or "moments" (2C, h, w), y (), posterior_noise and noise (C, h, w), and
-        skipped, the names of unreadable files, one per line."""
+        """Return "images" (3, S, S) or "moments" (2C, h, w), y (), posterior_noise and noise (C, h, w), and skipped:
+        the names of unreadable files, one per line."""
         k, index = key
         random = random_stream("samples", self.seed, k)
         flip, drop = random.random(2) < (0.5 * self.flips, self.label_dropout)
@@ -70,7 +70,7 @@ class TrainingSamples(Dataset):
             "y": self.num_classes if drop else label,
             "posterior_noise": posterior_noise,
             "noise": noise,
-            "skipped": "\n".join(skipped),
+            "skipped": skipped,
         }
 
 

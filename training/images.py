@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,15 +38,11 @@ class ImageSource:
     def __init__(self, path, spec):
         from torchvision.datasets import ImageFolder
 
-        if not Path(path).is_dir():
-            raise UserError(
-                f"no such folder: {path}; --data-path names a folder with one subfolder of images per class"
-            )
         try:
             folder = ImageFolder(path)
-        except FileNotFoundError as error:
+        except OSError as error:
             raise UserError(
-                f"{path} has no images in one subfolder per class: {first_line(error)}; pass another --data-path"
+                f"--data-path {path} has no images in a subfolder per class: {first_line(error)}"
             ) from error
         if len(folder.classes) != spec.num_classes:
             # Labels are the alphabetical order of the subfolders: if some are missing, the others get wrong labels.
@@ -62,27 +57,26 @@ class ImageSource:
         return len(self.files)
 
     def load(self, index, flip=False):
-        """Return image `index`, mirrored if `flip`, its label, and the list of files skipped in its place.
+        """Return image `index`, mirrored if `flip`, its label, and the names of skipped files, one per line.
 
         A file that cannot be decoded is replaced by the next one of its class. Raises UserError if such files are more
         than 1 % of all, or all of the class.
         """
         skipped, label = [], self.files[index][1]
         start, end = self.starts[label : label + 2]
-        while True:
+        for k in range(end - start):
+            path, _ = self.files[start + (index - start + k) % (end - start)]
             try:
-                path = self.files[start + (index - start + len(skipped)) % (end - start)][0]
                 image = center_crop(load_image(path), self.size)
-                break
             except ValueError as error:
                 skipped.append(str(error))
                 check_skipped(skipped, len(self))
-                if len(skipped) == end - start:
-                    raise UserError(
-                        f"no image of class {label} can be read, the last was {error}: replace or remove them"
-                    ) from error
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
-        return (x.flip(-1) if flip else x), label, skipped
+                continue
+            x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+            return (x.flip(-1) if flip else x), label, "\n".join(skipped)
+        raise UserError(f"no image of class {label} can be read, the last was {skipped[-1]}: replace or remove them")
+
+    __getitem__ = load
 
     def fingerprint(self):
         """Return a SHA-256 of the file names and labels."""

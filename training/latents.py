@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from runtime.errors import UserError
 from runtime.files import atomic_write
@@ -46,19 +45,15 @@ def prepare_latents(images, spec, folder, vae_fingerprint):
         "files": images.fingerprint(),
     }
     manifest = folder / "latents.json"
-    if manifest.exists():
+    if folder.exists() and any(folder.iterdir()):
         try:
             existing = json.loads(manifest.read_text())
             different = [name for name in about if existing.get(name) != about[name]]
-        except (OSError, ValueError, AttributeError):
-            different = ["the file itself"]
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder} holds other files: pass a new folder with --extract-latents") from error
         if different:
-            raise UserError(
-                f"{manifest} describes other latents, different in {', '.join(different)}: pass another "
-                "--extract-latents"
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds other files: pass an empty or new folder with --extract-latents")
+            different = ", ".join(different)
+            raise UserError(f"{folder} holds other latents, different in {different}: pass another --extract-latents")
     else:
         with atomic_write(manifest) as part:
             part.write_text(json.dumps(about | {"complete": False}, indent=2) + "\n")
@@ -83,7 +78,7 @@ def extract_latents(images, vae, spec, folder, rank=0, world_size=1, workers=0, 
     ]
     moments, skipped = [], []
     with tqdm(total=sum(map(len, batches)), unit="images", disable=None if rank == 0 else True) as bar:
-        for batch, (x, skipped_texts) in zip(batches, load_batches(make_loader(_InOrder(images), batches, workers))):
+        for batch, (x, _, skipped_texts) in zip(batches, load_batches(make_loader(images, batches, workers))):
             skipped += skipped_names(skipped_texts)
             check_skipped(skipped, len(images))
             x = x.to(device)
@@ -119,20 +114,6 @@ def finish_latents(images, folder):
     return sorted(skipped)
 
 
-class _InOrder(Dataset):
-    """Pairs of an image and its skipped files as a text, by index."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        x, _, skipped = self.images.load(index)
-        return x, "\n".join(skipped)
-
-
 class LatentSource:
     """The moments of the VAE's posterior that `extract_latents` wrote: float32 (2C, h, w) per image.
 
@@ -150,6 +131,8 @@ class LatentSource:
             about = {name: self.about[name] for name in ("vae", "image_size", "num_classes", "flips", "images")}
             if labels.ndim != 1 or labels.dtype.kind != "i" or not isinstance(about["images"], int):
                 raise ValueError("its labels or their number are no integers")
+            if labels.min(initial=0) < 0 or labels.max(initial=0) >= about["num_classes"]:
+                raise ValueError(f"it has labels outside 0 to {about['num_classes'] - 1}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{folder} is no folder of latents ({error}): write one with --extract-latents {folder}"
@@ -158,29 +141,20 @@ class LatentSource:
         complete = self.about.get("complete") and all(shard_path(folder, shard).is_file() for shard in shards)
         if not complete or len(labels) != about["images"]:
             raise UserError(f"the latents in {folder} are not complete: run --extract-latents {folder} again")
-        for name, wanted in (("image_size", spec.image_size), ("num_classes", spec.num_classes)):
-            if about[name] != wanted:
-                raise UserError(
-                    f"the latents in {folder} have {name} {about[name]}, model {spec.name} {wanted}: "
-                    "extract them for this model"
-                )
-        if about["vae"] != vae_fingerprint:
+        wanted = {"vae": vae_fingerprint, "image_size": spec.image_size, "num_classes": spec.num_classes}
+        wanted["flips"] = spec.horizontal_flip or about["flips"]  # mirrored images need not be used
+        if different := [name for name in wanted if about[name] != wanted[name]]:
             raise UserError(
-                f"the latents in {folder} were made by another VAE than {spec.vae}: extract them with this one"
+                f"the latents in {folder} do not fit the model {spec.name}, different in {', '.join(different)}: "
+                "extract them for this one"
             )
-        if spec.horizontal_flip and not about["flips"]:
-            raise UserError(
-                f"the latents in {folder} have no mirrored images, which {spec.name} is trained on: extract them again"
-            )
-        if labels.min(initial=0) < 0 or labels.max(initial=0) >= spec.num_classes:
-            raise UserError(f"{folder} has labels outside 0 to {spec.num_classes - 1}: extract the latents again")
         self.labels = labels
 
     def __len__(self):
         return len(self.labels)
 
     def load(self, index, flip=False):
-        """Return the moments (2C, h, w) of image `index`, mirrored if `flip`, its label, and [] for skipped files.
+        """Return the moments (2C, h, w) of image `index`, mirrored if `flip`, its label, and "" for skipped files.
 
         Raises UserError if they cannot be read.
         """
@@ -192,7 +166,7 @@ class LatentSource:
             moments = np.frombuffer(values, np.float16).reshape(shape)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}): remove it and extract the latents again") from error
-        return torch.from_numpy(moments.astype(np.float32)), int(self.labels[index]), []
+        return torch.from_numpy(moments.astype(np.float32)), int(self.labels[index]), ""
 
     def fingerprint(self):
         """Return the fingerprint of the images that the latents were made from."""

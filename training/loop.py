@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import time
 
@@ -14,17 +15,15 @@ from training.images import check_skipped
 
 
 class Output:
-    """Where the main process writes: the `RunFolder`, and a run of Weights & Biases or None.
+    """Where a training writes: its `RunFolder`, None on ranks that write nothing, and maybe Weights & Biases.
 
     keep: newest checkpoints to keep, None for all. extra: what a checkpoint holds beside the trainer's state.
-    On other ranks `run` is None, and nothing is written.
     """
 
     def __init__(self, run, keep, extra, wandb_run=None):
         self.run, self.keep, self.extra, self.wandb_run = run, keep, extra, wandb_run
 
     def save(self, trainer):
-        """Write a checkpoint."""
         if self.run is None:
             return
         state = trainer.state_dict() | self.extra
@@ -34,8 +33,15 @@ class Output:
 
             self.wandb_run.log({"heatmap": wandb.Image(str(heatmap))}, step=trainer.updates_done)
 
+    def finish(self):
+        """End the run of Weights & Biases; print how to send it if it is offline."""
+        if self.wandb_run:
+            self.wandb_run.finish()
+            if self.wandb_run.settings.mode == "offline":
+                folder = shlex.quote(self.wandb_run.settings.sync_dir)
+                print(f"Weights & Biases: offline; send it with: wandb sync {folder}")
+
     def log(self, line):
-        """Write a dict of figures as a line of the log."""
         if self.run is None:
             return
         self.run.log(line)
@@ -47,26 +53,23 @@ class Output:
 def run_updates(trainer, loader, output, log_every, ckpt_every):
     """Make all updates that are left; return whether a signal stopped them before.
 
-    After an error, of this rank or of one that has ended, the last complete update is saved before it is raised.
+    An error of this rank, or of one that has ended, is raised after the last complete update is saved.
     """
     config, is_main = trainer.config, trainer.processes.is_main
-    unread, stopped, clock = [], False, time.perf_counter()
-    logged = trainer.updates_done  # in this launch, since `clock`
-    with (
-        caught_signals() as signals,
-        tqdm(total=config.updates, initial=logged, unit="update", disable=None if is_main else True) as bar,
-    ):
+    skipped, stopped, logged, clock = [], False, trainer.updates_done, time.perf_counter()
+    bar = tqdm(total=config.updates, initial=logged, unit="update", disable=None if is_main else True)
+    with caught_signals() as signals, bar:
         try:
             for batch in load_batches(loader) if logged < config.updates else ():
-                unread += skipped_names(batch["skipped"])
+                skipped += skipped_names(batch["skipped"])
                 stopped = trainer.update(batch, stop=bool(signals))
                 bar.update()
                 update = trainer.updates_done
                 done = stopped or update == config.updates
                 log_now, save_now = done or update % log_every == 0, done or update % ckpt_every == 0
                 if log_now or save_now:
-                    share_skipped(trainer, unread, len(loader.dataset), bar)
-                    unread = []
+                    share_skipped(trainer, skipped, len(loader.dataset), bar)
+                    skipped = []
                 if log_now:
                     line = trainer.report() | {
                         "epoch": loader.batch_sampler.epoch(update - 1),
@@ -92,10 +95,7 @@ def run_updates(trainer, loader, output, log_every, ckpt_every):
 
 @contextlib.contextmanager
 def caught_signals():
-    """Yield a list that SIGINT and SIGTERM append to, instead of stopping the program: all ranks stop together later.
-
-    `Trainer.update` tells the other ranks, so that all stop after the same update.
-    """
+    """Yield a list to which SIGINT and SIGTERM append: all ranks then stop after the same update (`Trainer.update`)."""
     signals = []
     handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -105,18 +105,18 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-def share_skipped(trainer, unread, total, bar):
-    """Collect the names of unreadable images from all ranks, and print the new ones.
+def share_skipped(trainer, skipped, total, bar):
+    """Add the names of unreadable images on all ranks to the trainer's, and print the new ones.
 
-    Raises UserError if they are more than 1 % of `total`; then they are not kept, so that a training whose files were
-    replaced can continue.
+    Raises UserError if they are more than 1 % of `total`; the new ones are not added, so that a training can continue
+    after the files were replaced.
     """
     processes = trainer.processes
-    names = {name for names in processes.gather(unread) for name in names} - trainer.skipped
-    for name in sorted(names) if processes.is_main else ():
+    new = set().union(*processes.gather(skipped)) - trainer.skipped
+    for name in sorted(new) if processes.is_main else ():
         bar.write(f"skipped {name}")
-    processes.run_everywhere(lambda: check_skipped(trainer.skipped | names, total))
-    trainer.skipped |= names
+    processes.run_everywhere(lambda: check_skipped(trainer.skipped | new, total))
+    trainer.skipped |= new
 
 
 def describe(line):
@@ -142,12 +142,3 @@ def start_wandb(folder, flags, run_id=None):
     except wandb.Error as error:
         print(f"Weights & Biases cannot be reached ({error}): logging offline")
         return wandb.init(**settings, mode="offline")
-
-
-def finish_wandb(run):
-    """End a run of Weights & Biases, and print how to send it if it is offline."""
-    import shlex
-
-    run.finish()
-    if run.settings.mode == "offline":
-        print(f"Weights & Biases: offline; send it with: wandb sync {shlex.quote(run.settings.sync_dir)}")

@@ -1,10 +1,10 @@
-"""The settings of `train_router.py --preset`, each beside what came of it."""
+"""The presets of train_router.py, each with its expected result."""
 
-# What a preset sets, and what came of it; any flag that is given wins. Published: Ma et al. 2024, 8 GPUs, guidance 1.5,
-# 50,000 samples. Shipped: benchmarks/results/table, 5,000 samples judged by the small classifier. The paper's first
-# command line has --lr 0.01; the released routers and this table 1e-3.
+# Flags, and the result. Published: Ma et al. 2024, 8 GPUs, guidance 1.5, 50,000 samples. Shipped:
+# benchmarks/results/table, 5,000 samples judged by the small classifier. The paper's first command line has --lr 0.01;
+# the released routers were trained with 1e-3.
 XL2 = {"model": "DiT-XL/2", "lr": 1e-3, "max_steps": 20000}
-L2 = {"model": "DiT-L/2"}
+L2, UNKNOWN = {"model": "DiT-L/2"}, "published, but we do not have the results"
 FASHION = {"ckpt": "ckpt/fashion_mnist", "data_path": "demo/data/train", "log_every": 10, "l1": 1e-4, "lr": 0.1}
 PRESETS = {
     "xl2-50": (XL2 | {"num_sampling_steps": 50, "l1": 1e-6, "max_steps": 40000}, "published: FID 2.269, IS 244.14"),
@@ -14,14 +14,8 @@ PRESETS = {
         XL2 | {"image_size": 512, "num_sampling_steps": 50, "l1": 5e-6, "max_steps": 40000, "thres": 0.9},
         "published: FID 3.69, IS 202.1",
     ),
-    "l2-50": (
-        L2 | {"num_sampling_steps": 50, "l1": 1e-6, "lr": 1e-3, "max_steps": 40000},
-        "published, but its results are not at hand",
-    ),
-    "l2-20": (
-        L2 | {"num_sampling_steps": 20, "l1": 5e-6, "lr": 1e-2, "max_steps": 20000},
-        "published, but its results are not at hand",
-    ),
+    "l2-50": (L2 | {"num_sampling_steps": 50, "l1": 1e-6, "lr": 1e-3, "max_steps": 40000}, UNKNOWN),
+    "l2-20": (L2 | {"num_sampling_steps": 20, "l1": 5e-6, "lr": 1e-2, "max_steps": 20000}, UNKNOWN),
     "fashion-20": (
         FASHION | {"num_sampling_steps": 20, "max_steps": 300},
         "shipped: 38.7 % of all layers cached; FID 1.730, 93.10 % in their class (1.664, 93.56 % without)",
@@ -34,8 +28,8 @@ PRESETS = {
 
 
 def describe_presets():
-    """The table of presets for --help: what each sets, and what came of it."""
-    lines = ["presets, and what came of them:"]
+    """Format the table of presets for --help."""
+    lines = ["presets, and their results:"]
     for name, (flags, outcome) in PRESETS.items():
         words = [f"--{flag.replace('_', '-')} {value}" for flag, value in flags.items()]
         lines.append(f"  {name:11} {' '.join(words)}\n{'':14}{outcome}")

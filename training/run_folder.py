@@ -23,11 +23,11 @@ from training.plots import save_animation, save_heatmap
 class RunFolder:
     """The folder of one training run, locked until this process ends.
 
-    Raises UserError if another process holds the lock for longer than PATIENCE: data loading workers of a killed
-    training may have inherited it, and notice only after up to 5 s that their parent is gone.
+    Raises UserError if another process holds the lock.
     """
 
-    PATIENCE = 10.0  # seconds
+    # Seconds. Data loading workers inherit the lock, and notice only after up to 5 s that their parent was killed.
+    PATIENCE = 10.0
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -58,8 +58,7 @@ class RunFolder:
 
     @classmethod
     def newest(cls, results_dir, accepts):
-        """Return the newest run of results_dir that is not in use and whose last checkpoint `accepts`, and that
-        checkpoint; None, None if there is none."""
+        """Return the newest unused run whose last checkpoint `accepts`, and that checkpoint; None, None if none."""
         folders = [p for p in Path(results_dir).glob("*-*/") if _number(p) >= 0]
         for folder in sorted(folders, key=_number, reverse=True):
             try:
@@ -108,9 +107,7 @@ class RunFolder:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise UserError(
-                f"cannot write {self.metrics}: {error.strerror}; the same command with --resume continues"
-            ) from error
+            raise UserError(f"cannot write {self.metrics}: {error.strerror}; continue with --resume") from error
 
 
 def open_run(results_dir, name, resume, accepts, check, launch=None):

@@ -14,11 +14,10 @@ from training.batches import clean_latents, draw_steps
 class TrainingConfig:
     """What determines the updates of a `Trainer`, apart from the model and the data.
 
-    updates: how many there are in all. batch_size: images per update, on all ranks.
-    draws: sampling steps drawn per update, each for its own part of the batch. seed: of the initial scores and draws.
-    l1_weight: weight of the sum of scores; larger caches more layers; with target_cached its first value.
-    threshold: layers with at most this score count as cached. ste_threshold: see `router_loss`.
-    target_cached: share of all layers to cache; None keeps the l1_weight.
+    updates: in all. batch_size: images per update, on all ranks. draws: sampler steps per update, each with its part of
+    the batch. seed: of the initial scores and the draws. l1_weight: larger caches more layers; it is adjusted if there
+    is target_cached, a share of all layers. threshold: layers with at most this score are cached.
+    ste_threshold: see `router_loss`.
     """
 
     updates: int
@@ -33,7 +32,7 @@ class TrainingConfig:
 
 
 def slices_per_draw(part, draw_size):
-    """Split a rank's `part` (a range) of the batch where the next draw begins: [(draw, slice of the part)]."""
+    """Split a rank's `part` (a range) of the batch by draws of `draw_size` images: [(draw, slice of the part)]."""
     return [
         (d, slice(max(part.start, d * draw_size) - part.start, min(part.stop, (d + 1) * draw_size) - part.start))
         for d in range(part.start // draw_size, (part.stop - 1) // draw_size + 1)
@@ -43,8 +42,7 @@ def slices_per_draw(part, draw_size):
 def reduce_gradients(router, rows, values, processes):
     """Sum the gradients of the drawn `rows` and `values` (V,) over all ranks, in one message from CPU to CPU.
 
-    A row that a rank did not draw counts as 0. Returns the summed values, and the size of the message in bytes.
-    Raises UserError if another rank has ended.
+    Returns the summed values, and the size of the message in bytes. Raises UserError if another rank has ended.
     """
     parameters = [router.routers[i].prob for i in rows]
     message = torch.cat([*(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters), values]).cpu()
@@ -54,26 +52,6 @@ def reduce_gradients(router, rows, values, processes):
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient.clone()
     return values, message.nbytes
-
-
-class TargetShare:
-    """Adjusts the weight of the L1 term until a wanted share of all layers is cached: an integral controller.
-
-    The logarithm of the weight moves in proportion to the share that is missing, by at most 6 per response time. The
-    share must be that of the scores some time ahead (`Trainer.predict_scores`): scores follow the weight so slowly that
-    their present share would make the weight oscillate.
-    response: updates that a score needs to follow the weight (`response_time`).
-    """
-
-    GAIN, MAX_DIFFERENCE = 60.0, 0.1  # gain per response time; the largest missing share that counts
-
-    def __init__(self, target, response):
-        self.target, self.response = target, response
-
-    def adjust(self, l1_weight, share):
-        """Return the weight for the next update, from the present weight and the share that it leads to."""
-        missing = min(self.MAX_DIFFERENCE, max(-self.MAX_DIFFERENCE, self.target - share))
-        return l1_weight * math.exp(self.GAIN / self.response * missing)
 
 
 def response_time(lr, draws, rows):
@@ -96,17 +74,14 @@ class Trainer:
         self.router = Router(diffusion.steps, dit.depth, generator).to(self.device)
         self.trained_steps = list(self.router.trained_steps(diffusion.steps))
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=config.lr, weight_decay=0)
-        self.l1_weight, self.target_share = config.l1_weight, None
-        if config.target_cached:
-            response = response_time(config.lr, config.draws, len(self.trained_steps))
-            self.target_share = TargetShare(config.target_cached, response)
+        self.l1_weight = config.l1_weight
         self.updates_done = 0
         self.skipped = set()  # images that could not be read
         self.reduced_bytes = 0
         self.start_window()
 
     def start_window(self):
-        """Start collecting figures for the next report: per step its errors and draws; the L1 terms; the updates."""
+        """Start to sum figures for the next report: errors and draws per step, L1 terms, updates."""
         steps = self.diffusion.steps
         self.window = {"mse": [0.0] * steps, "draws": [0] * steps, "l1": 0.0, "updates": 0}
 
@@ -121,13 +96,13 @@ class Trainer:
         }
 
     def load_state_dict(self, state):
-        """Continue from a checkpoint. The learning rate stays that of the config, and so does a fixed L1 weight."""
+        """Continue from a checkpoint, with the learning rate of the config, and its L1 weight if that is fixed."""
         self.router.routers.load_state_dict(state["routers"])
         self.optimizer.load_state_dict(state["opt"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr
         self.updates_done, self.window, self.skipped = state["step"], state["window"], set(state["skipped"])
-        if self.target_share:
+        if self.config.target_cached:
             self.l1_weight = state["l1_weight"]
 
     def update(self, batch, stop=False):
@@ -160,8 +135,8 @@ class Trainer:
         self.optimizer.step()
         self.router.clamp_()
         self.updates_done += 1
-        if self.target_share:
-            self._adjust_l1_weight()
+        if config.target_cached:
+            self.adjust_l1_weight()
         for row, error in zip(rows, errors):
             self.window["mse"][row] += error
             self.window["draws"][row] += 1
@@ -178,18 +153,23 @@ class Trainer:
                     "lower --lr, and check the weights; the router before this update is saved"
                 )
 
-    def _adjust_l1_weight(self):
-        ahead = min(2, (self.config.updates - self.updates_done) / self.target_share.response)
+    def adjust_l1_weight(self):
+        """Move the L1 weight towards the wanted share of cached layers: an integral controller of its logarithm.
+
+        It looks at the scores some time ahead: they follow the weight so slowly that their present share would make it
+        oscillate. A missing share counts up to 0.1, so the logarithm moves by at most 6 per response time.
+        """
+        config = self.config
+        response = response_time(config.lr, config.draws, len(self.trained_steps))
+        ahead = min(2, (config.updates - self.updates_done) / response)
         layers = self.diffusion.steps * 2 * self.dit.depth
-        share = (self.predict_scores(ahead) <= self.config.threshold).sum().item() / layers
-        self.l1_weight = self.target_share.adjust(self.l1_weight, share)
+        share = (self.predict_scores(ahead) <= config.threshold).sum().item() / layers
+        missing = min(0.1, max(-0.1, config.target_cached - share))
+        self.l1_weight *= math.exp(60.0 / response * missing)
 
     @torch.no_grad()
     def predict_scores(self, ahead):
-        """Return the scores of the trained steps `ahead` response times from now, at Adam's present pace.
-
-        float32 [trained steps, 2*depth].
-        """
+        """Return float32 [trained steps, 2*depth]: the scores `ahead` response times from now, at Adam's pace."""
         scores = []
         for i in self.trained_steps:
             logits = self.router.routers[i].prob

@@ -3,7 +3,11 @@ import torch
 
 from router import Router
 from runtime.errors import UserError
-from training.run_folder import RunFolder, open_run
+from training.run_folder import RunFolder, open_run, read_log
+
+STATE = dict.fromkeys(["l1_weight", "skipped", "launch", "wandb"]) | dict.fromkeys(
+    ["opt", "window", "args", "identity"], {}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -11,129 +15,109 @@ def impatient(monkeypatch):
     monkeypatch.setattr(RunFolder, "PATIENCE", 0.1)
 
 
-STATE = dict.fromkeys(["l1_weight", "skipped", "launch", "wandb"]) | dict.fromkeys(
-    ["opt", "window", "args", "identity"], {}
-)
+def save(run, update, keep=None, **state):
+    return run.save(Router(4, 3), STATE | {"step": update} | state, 0.1, keep)
 
 
-def fits(saved):
-    """Every checkpoint does."""
-
-
-def save(run, step, **state):
-    return run.save(Router(4, 3), None, 0.1, step=step, **(STATE | state))
+def open_any(folder, resume, accepts=None, check=lambda saved: None, launch=None):
+    return open_run(folder, "x", resume if resume in (None, "auto") else str(resume), accepts, check, launch)
 
 
 def test_runs_are_numbered_and_named(tmp_path):
-    names = [RunFolder.new(tmp_path / "results", "DiT-S/2").folder.name for _ in range(2)]
-    assert names == ["000-DiT-S-2", "001-DiT-S-2"]
-    (tmp_path / "results" / "notes").mkdir()
-    assert RunFolder.new(tmp_path / "results", "x").folder.name == "002-x"
-    (tmp_path / "results" / "999-x").mkdir()
-    assert [RunFolder.new(tmp_path / "results", "x").folder.name for _ in range(2)] == ["1000-x", "1001-x"]
+    results = tmp_path / "results"
+    assert [RunFolder.new(results, "DiT-S/2").folder.name for _ in range(2)] == ["000-DiT-S-2", "001-DiT-S-2"]
+    (results / "notes").mkdir()
+    assert RunFolder.new(results, "x").folder.name == "002-x"
+    (results / "999-x").mkdir()
+    assert [RunFolder.new(results, "x").folder.name for _ in range(2)] == ["1000-x", "1001-x"]
 
 
-def test_a_run_is_held_by_one_at_a_time(tmp_path):
+def test_a_run_is_locked_and_a_new_owner_removes_half_written_files(tmp_path):
     run = RunFolder.new(tmp_path, "x")
+    part = run.checkpoints / ".last.pt.abc.part"
+    part.touch()
     with pytest.raises(UserError, match="is in use"):
         RunFolder(run.folder)
     del run
     RunFolder(tmp_path / "000-x")
-
-
-def test_checkpoints_keep_the_newest_and_last(tmp_path):
-    run = RunFolder.new(tmp_path, "x")
-    assert save(run, 0) == run.last
-    for step in (5, 10, 15, 20):
-        path = run.save(Router(4, 3), 2, 0.1, step=step, **STATE)
-    assert path.name == "0000020.pt"
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == [
-        "0000015.png",
-        "0000015.pt",
-        "0000020.png",
-        "0000020.pt",
-        "last.pt",
-    ]
-    assert torch.load(run.last, weights_only=True)["step"] == 20
-
-
-def test_the_log_is_cut_to_a_step_and_survives_a_half_written_line(tmp_path):
-    run = RunFolder.new(tmp_path, "x")
-    for step in (10, 20, 30):
-        run.log({"step": step})
-    with run.metrics.open("a") as file:
-        file.write('{"step": 4')
-    assert [line["step"] for line in run.history(25)] == [10, 20]
-    run.set_history(run.history(25))
-    run.log({"step": 21})
-    assert [line["step"] for line in run.history(100)] == [10, 20, 21]
-
-
-def test_a_folder_or_its_newest_checkpoint_goes_on_in_place_and_an_older_one_in_a_new_folder(tmp_path):
-    run = RunFolder.new(tmp_path, "x")
-    old, new = save(run, 10), save(run, 20)
-    for step in (5, 15, 25):
-        run.log({"step": step})
-    folder = run.folder
-    del run
-    for resume in (folder, new, folder / "checkpoints" / "last.pt"):
-        run, saved, lines = open_run(tmp_path, "x", str(resume), None, fits)
-        assert run.folder == folder and saved["step"] == 20 and [line["step"] for line in lines] == [5, 15]
-        del run
-    run, saved, lines = open_run(tmp_path, "x", str(old), None, fits)
-    assert run.folder.name == "001-x" and saved["step"] == 10 and [line["step"] for line in lines] == [5]
-    (tmp_path / "elsewhere.pt").write_bytes(new.read_bytes())
-    run, saved, lines = open_run(tmp_path, "x", str(tmp_path / "elsewhere.pt"), None, fits)
-    assert run.folder.name == "002-x" and saved["step"] == 20 and not lines
-
-
-def test_auto_finds_the_newest_run_that_fits_and_is_free(tmp_path):
-    for kind in ("a", "b", "a", "b"):
-        save(RunFolder.new(tmp_path, "x"), 3, kind=kind)
-    (RunFolder.new(tmp_path, "x").checkpoints / "last.pt").write_bytes(b"cut off")
-    run, saved, _ = open_run(tmp_path, "x", "auto", lambda saved: saved["kind"] == "a", fits)
-    assert run.folder.name == "002-x" and saved["step"] == 3
-    other, _, _ = open_run(tmp_path, "x", "auto", lambda saved: saved["kind"] == "a", fits)
-    assert other.folder.name == "000-x"
-    new, saved, lines = open_run(tmp_path, "x", "auto", lambda saved: False, fits)
-    assert new.folder.name == "005-x" and saved is None and lines == []
-
-
-def test_a_branch_is_another_run_for_wandb_and_leaves_nothing_where_it_is_refused(tmp_path):
-    run = RunFolder.new(tmp_path, "x")
-    old = save(run, 10, wandb="abc")
-    save(run, 20, wandb="abc")
-
-    def misfit(saved):
-        raise UserError("of another model")
-
-    with pytest.raises(UserError, match="another model"):
-        open_run(tmp_path, "x", str(old), None, misfit)
-    assert [p.name for p in tmp_path.iterdir()] == ["000-x"]
-    # The branch reads the older run, which may still be held.
-    branch, saved, _ = open_run(tmp_path, "x", str(old), None, fits)
-    assert saved["wandb"] is None and branch.folder.name == "001-x"
-    folder = run.folder
-    del run
-    assert open_run(tmp_path, "x", str(folder), None, fits)[1]["wandb"] == "abc"
-
-
-def test_what_a_killed_process_was_writing_goes(tmp_path):
-    run = RunFolder.new(tmp_path, "x")
-    part = run.checkpoints / ".last.pt.abc.part"
-    part.touch()
-    folder = run.folder
-    del run
-    RunFolder(folder)
     assert not part.exists()
 
 
-def test_a_damaged_last_checkpoint_does_not_bar_a_good_one(tmp_path):
+def test_the_newest_checkpoints_and_a_copy_of_the_last_are_kept(tmp_path):
+    run = RunFolder.new(tmp_path, "x")
+    assert save(run, 0) == run.last
+    for update in (5, 10, 15, 20):
+        path = save(run, update, keep=2)
+    assert path.name == "0000020.pt"
+    names = ["0000015.png", "0000015.pt", "0000020.png", "0000020.pt", "last.pt"]
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == names
+    assert torch.load(run.last, weights_only=True)["step"] == 20
+
+
+def test_the_log_is_read_up_to_an_update_without_a_half_written_line(tmp_path):
+    run = RunFolder.new(tmp_path, "x")
+    for update in (10, 20, 30):
+        run.log({"step": update})
+    with run.metrics.open("a") as file:
+        file.write('{"step": 4')
+    run.set_log(read_log(run.folder, 25))
+    run.log({"step": 21})
+    assert [line["step"] for line in read_log(run.folder)] == [10, 20, 21]
+
+
+def test_the_newest_checkpoint_continues_in_place_and_an_older_one_in_a_new_folder(tmp_path):
+    run = RunFolder.new(tmp_path, "x")
+    old, new, folder = save(run, 10), save(run, 20), run.folder
+    del run
+    for resume in (folder, new, folder / "checkpoints" / "last.pt"):
+        RunFolder(folder).set_log([{"step": update} for update in (5, 15, 25)])
+        run, saved = open_any(tmp_path, resume)
+        assert run.folder == folder and saved["step"] == 20
+        assert [line["step"] for line in read_log(folder)] == [5, 15]
+        del run
+    (tmp_path / "elsewhere.pt").write_bytes(new.read_bytes())
+    for resume, name, update, log in ((old, "001-x", 10, [5]), (tmp_path / "elsewhere.pt", "002-x", 20, [])):
+        run, saved = open_any(tmp_path, resume)
+        assert run.folder.name == name and saved["step"] == update
+        assert [line["step"] for line in read_log(run.folder)] == log
+
+
+def test_auto_finds_the_newest_free_run_that_fits(tmp_path):
+    for kind in ("a", "b", "a", "b"):
+        save(RunFolder.new(tmp_path, "x"), 3, kind=kind, launch=kind)
+    (RunFolder.new(tmp_path, "x").checkpoints / "last.pt").write_bytes(b"cut off")
+    runs = []
+    for name in ("002-x", "000-x", "005-x"):
+        run, saved = open_any(tmp_path, "auto", lambda saved: saved["kind"] == "a")
+        assert run.folder.name == name and bool(saved) == (name != "005-x")
+        runs.append(run)
+    # After a restart by torchrun, the run of this launch continues, whatever --resume is.
+    assert open_any(tmp_path, None, lambda saved: True, launch="b")[0].folder.name == "003-x"
+
+
+def test_a_branch_is_another_run_of_wandb_and_nothing_is_left_if_it_is_refused(tmp_path):
+    run = RunFolder.new(tmp_path, "x")
+    old, folder = save(run, 10, wandb="abc"), run.folder
+    save(run, 20, wandb="abc")
+
+    def refuse(saved):
+        raise UserError("of another model")
+
+    with pytest.raises(UserError, match="another model"):
+        open_any(tmp_path, old, check=refuse)
+    assert [p.name for p in tmp_path.iterdir()] == ["000-x"]
+    branch, saved = open_any(tmp_path, old)  # while the older run is locked
+    assert saved["wandb"] is None and branch.folder.name == "001-x"
+    del run
+    assert open_any(tmp_path, folder)[1]["wandb"] == "abc"
+
+
+def test_a_good_checkpoint_beside_a_damaged_last_one_continues(tmp_path):
     run = RunFolder.new(tmp_path, "x")
     good, folder = save(run, 10), run.folder
     run.last.write_bytes(b"cut off")
     del run
-    run, saved, _ = open_run(tmp_path, "x", str(good), None, fits)
+    run, saved = open_any(tmp_path, good)
     assert run.folder == folder and saved["step"] == 10
 
 
@@ -143,16 +127,15 @@ def test_a_run_without_a_log_has_pictures_too(tmp_path):
     assert (run.folder / "router.gif").exists() and (run.folder / "router.png").exists()
 
 
-def test_what_cannot_be_continued_is_refused(tmp_path):
+def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     Router(4, 3).save(tmp_path / "bare.pt")
     Router(4, 3).save(tmp_path / "odd.pt", step=1, **(STATE | {"args": None}))
-    with pytest.raises(UserError, match="cannot be continued"):
-        open_run(tmp_path, "x", str(tmp_path / "odd.pt"), None, fits)
-    (tmp_path / "odd.pt").unlink()
-    with pytest.raises(UserError, match="cannot be continued"):
-        open_run(tmp_path, "x", str(tmp_path / "bare.pt"), None, fits)
-    with pytest.raises(UserError, match="no such file"):
-        open_run(tmp_path, "x", str(tmp_path / "none.pt"), None, fits)
-    with pytest.raises(UserError, match="last.pt"):
-        open_run(tmp_path, "x", str(tmp_path), None, fits)
-    assert [p.name for p in tmp_path.iterdir()] == ["bare.pt"]
+    for name, words in (
+        ("bare.pt", "no checkpoint"),
+        ("odd.pt", "no checkpoint"),
+        ("no.pt", "no such"),
+        ("", "last.pt"),
+    ):
+        with pytest.raises(UserError, match=words):
+            open_any(tmp_path, tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bare.pt", "odd.pt"]

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+import torch
+from conftest import plain_images
+from PIL import Image
+
+from pretrained.spec import model_spec
+from runtime.errors import UserError
+from runtime.pictures import load_image
+from training.batches import TrainingSamples, skipped_names
+from training.images import ImageSource, center_crop, check_skipped
+
+
+@pytest.fixture
+def spec(model_folder):
+    return model_spec(ckpt=str(model_folder))
+
+
+@pytest.fixture
+def damaged_folder(tmp_path):
+    """200 images in a folder, and the path of one that is cut off: `ImageSource.files[7]`."""
+    plain_images(tmp_path / "damaged", 200)
+    broken = tmp_path / "damaged" / "class0" / "035.png"
+    broken.write_bytes(broken.read_bytes()[:45])
+    return tmp_path / "damaged", broken
+
+
+def test_the_middle_square_is_cropped_and_scaled():
+    image = np.zeros((40, 100, 3), np.uint8)
+    image[:, 30:70] = 200  # exactly the middle square
+    image[:, :30], image[:, 70:] = 50, 90
+    square = np.asarray(center_crop(Image.fromarray(image), 10))
+    assert square.shape == (10, 10, 3) and (square[:, 1:-1] == 200).all()
+    same = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    assert np.array_equal(center_crop(same, 8), same)
+    assert center_crop(Image.new("L", (9, 31)), 8).size == (8, 8)
+
+
+GREY, BLACK, ALPHA = (np.full((8, 8), value, np.uint8) for value in (100, 155, 30))
+
+
+@pytest.mark.parametrize(
+    "name, image",
+    [
+        ("grey.jpg", Image.fromarray(GREY)),
+        ("alpha.png", Image.fromarray(np.dstack([GREY, GREY, GREY, ALPHA]))),
+        ("grey-alpha.png", Image.fromarray(np.dstack([GREY, ALPHA]))),
+        ("16-bit.png", Image.fromarray(np.full((8, 8), 100 * 257, np.uint16))),
+        ("palette.gif", Image.fromarray(np.dstack([GREY] * 3)).quantize(4)),
+        ("cmyk.jpg", Image.merge("CMYK", [Image.fromarray(x) for x in (BLACK, BLACK, BLACK, 0 * GREY)])),
+    ],
+)
+def test_pictures_of_all_modes_become_rgb(tmp_path, name, image):
+    image.save(tmp_path / name)
+    loaded = load_image(tmp_path / name)
+    assert loaded.mode == "RGB" and np.abs(np.asarray(loaded).astype(int) - 100).max() <= 2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (64, 3)])
+def test_tiny_and_narrow_images_load(tmp_path, spec, size):
+    for k in range(5):
+        (tmp_path / f"c{k}").mkdir()
+        Image.new("RGB", size, (10 * k, 0, 0)).save(tmp_path / f"c{k}" / "a.png")
+    x, label, skipped = ImageSource(tmp_path, spec).load(4)
+    assert x.shape == (3, 8, 8) and label == 4 and not skipped
+    torch.testing.assert_close(x[0], torch.full((8, 8), 40 / 127.5 - 1))
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_of_its_class_and_named(spec, damaged_folder):
+    folder, broken = damaged_folder
+    images = ImageSource(folder, spec)
+    x, label, skipped = images.load(7)
+    assert torch.equal(x, images.load(8)[0]) and label == 0
+    assert skipped.count("\n") == 0 and str(broken) in skipped
+    assert skipped_names([TrainingSamples(images, 0, (4, 4, 4), 5, 0.0, False)[0, 7]["skipped"], ""]) == [skipped]
+    broken.write_bytes((folder / "class0" / "030.png").read_bytes())
+    (folder / "class0" / "195.png").write_bytes(b"")  # the last of its class
+    assert torch.equal(images.load(39)[0], images.load(0)[0])
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(50)])
+def test_more_than_one_percent_unreadable_images_are_an_error(spec, damaged_folder, content):
+    folder, _ = damaged_folder
+    check_skipped(["a", "b"], 200)
+    for k in (40, 45):  # the next two after the damaged one
+        (folder / "class0" / f"{k:03d}.png").write_bytes(content)
+    with pytest.raises(UserError, match="3 of 200 images cannot be read, more than 1 %"):
+        ImageSource(folder, spec).load(7)
+    for path in sorted((folder / "class1").iterdir())[1:]:
+        path.unlink()
+    (folder / "class1" / "001.png").write_bytes(content)
+    with pytest.raises(UserError, match="no image of class 1 can be read"):
+        ImageSource(folder, spec).load(40)
