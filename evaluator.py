@@ -48,21 +48,14 @@ def parse_args(argv=None):
     add = results.add_argument
     add("--metrics", metavar="NAMES", type=metric_names, default=",".join(METRICS), help="metrics, separated by commas")
     add(
-        "--distance",
-        choices=["fp16", "fp32"],
-        default="fp16",
-        help="precision of the distances for precision and recall; published values use fp16",
+        "--distance", choices=["fp16", "fp32"], default="fp16", help="precision of distances; published values use fp16"
     )
-    add(
-        "--save-stats",
-        metavar="NPZ",
-        help="file for the statistics and pool features of the samples, or of the reference if there are no samples",
-    )
+    add("--save-stats", metavar="NPZ", help="write statistics and pool features of SAMPLES, without them of REFERENCE")
     add(
         "--keep-features",
         metavar="N",
         type=cli.positive,
-        help="with --save-stats: keep pool features of N images, evenly spaced; without it of all",
+        help="with --save-stats: write pool features of N images only",
     )
     cli.add_record_argument(results, also=["--json"])
     args = parser.parse_args(argv)

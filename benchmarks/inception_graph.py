@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evaluation.graph_file import FLOAT, INT, GraphWriter
+from evaluation.graph_file import FLOAT, FLOATS, INT, GraphWriter
 
 UINT8, STRING = 4, 7  # TensorFlow's numbers of the other types that occur
 
@@ -27,12 +27,11 @@ class RandomGraph(GraphWriter):
 
     def head(self, side=299):
         """Add the nodes before the first convolution: decoding, the resize to `side`, and the shift."""
-        floats = {"T": {"type": FLOAT}}
         self.node("DecodeJpeg/contents", "Placeholder", dtype={"type": STRING})
         self.node("DecodeJpeg", "DecodeJpeg", "DecodeJpeg/contents", channels={"i": 3})
         self.node("Cast", "Cast", "DecodeJpeg", SrcT={"type": UINT8}, DstT={"type": FLOAT})
         self.constant("ExpandDims/dim", np.int32(0))
-        self.node("ExpandDims", "ExpandDims", "Cast", "ExpandDims/dim", Tdim={"type": INT}, **floats)
+        self.node("ExpandDims", "ExpandDims", "Cast", "ExpandDims/dim", Tdim={"type": INT}, **FLOATS)
         return self.resize("ExpandDims", side, 128, 1 / 128)
 
     def tail(self, x, features, classes):
@@ -80,7 +79,7 @@ def inception_v3(path, narrower=1, seed=0):
             values.append(pool(f"{name}/pool", x, "MaxPool", 2))
         channels[f"{name}/join"] = sum(channels[value] for value in values)
         axis = graph.constant(f"{name}/join/concat_dim", np.int32(3))  # the old Concat: the axis comes first
-        return graph.node(f"{name}/join", "Concat", axis, *values, N={"i": len(values)}, T={"type": FLOAT})
+        return graph.node(f"{name}/join", "Concat", axis, *values, N={"i": len(values)}, **FLOATS)
 
     x = convolution("conv", "Mul", 32, 3, 3, 2)
     x = convolution("conv_1", x, 32, 3, 3, padding=b"VALID")

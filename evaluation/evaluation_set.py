@@ -78,19 +78,16 @@ class NpzSet(EvaluationSet):
             self.about = dict(json.loads(str(self.stored.pop("about", "{}"))))
             if "arr_0" in names:
                 shape, self.dtype = read_header(path, "arr_0")
-                self._check(shape)
+                if len(shape) != 4 or shape[3] != 3 or 0 in shape:
+                    raise UserError(f"{path}: arr_0 is {shape}: images (N, H, W, 3) are needed, at least one")
+                if self.dtype != np.uint8 and self.dtype.kind != "f":
+                    raise UserError(f"{path}: arr_0 is {self.dtype}: save images as uint8, from 0 to 255")
                 self.count, self.size = shape[0], shape[1:3]
         if self.count is None and not self.stored:
             raise UserError(
                 f"{path} has no arr_0, the images (N, H, W, 3), and no statistics ({', '.join(STATISTICS)}); it has "
                 f"{', '.join(names) or 'nothing'}"
             )
-
-    def _check(self, shape):
-        if len(shape) != 4 or shape[3] != 3 or 0 in shape:
-            raise UserError(f"{self.path}: arr_0 is {shape}: images (N, H, W, 3) are needed, at least one")
-        if self.dtype != np.uint8 and self.dtype.kind != "f":
-            raise UserError(f"{self.path}: arr_0 is {self.dtype}: save images as uint8, from 0 to 255")
 
     @contextlib.contextmanager
     def _explained(self):

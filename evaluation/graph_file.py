@@ -37,6 +37,7 @@ DTYPES = {
     10: ("bool", "bool_val"),
 }
 FLOAT, INT = 1, 3  # the types that `GraphWriter` writes
+FLOATS = {"T": {"type": FLOAT}}  # the attribute of operations on float32
 
 
 @functools.cache
@@ -64,21 +65,15 @@ def message_classes():
     return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"graph.{name}")) for name in MESSAGES}
 
 
-def read_bytes(path):
-    """The bytes of a file. Raises UserError if it cannot be read."""
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"no such file: {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
 def read_nodes(path):
     """{name: Node} of the graph file at `path`. Raises UserError if it is not a graph file."""
     not_a_graph = UserError(f"{path} is not a TensorFlow graph, or is cut off: fetch it again")
     try:
-        graph = message_classes()["GraphDef"].FromString(read_bytes(path))
+        graph = message_classes()["GraphDef"].FromString(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except DecodeError as error:
         raise not_a_graph from error
     nodes = {message.name: Node(message, path) for message in graph.node}
@@ -179,11 +174,10 @@ class GraphWriter:
 
     def resize(self, x, side, shift, scale):
         """Add ResizeBilinear of x (N, H, W, C) to `side` x `side` pixels, minus `shift`, times `scale`."""
-        floats = {"T": {"type": FLOAT}}
         size = self.constant("ResizeBilinear/size", np.array([side, side]))
-        x = self.node("ResizeBilinear", "ResizeBilinear", x, size, align_corners={"b": False}, **floats)
-        x = self.node("Sub", "Sub", x, self.constant("Sub/y", float(shift)), **floats)
-        return self.node("Mul", "Mul", x, self.constant("Mul/y", float(scale)), **floats)
+        x = self.node("ResizeBilinear", "ResizeBilinear", x, size, align_corners={"b": False}, **FLOATS)
+        x = self.node("Sub", "Sub", x, self.constant("Sub/y", float(shift)), **FLOATS)
+        return self.node("Mul", "Mul", x, self.constant("Mul/y", float(scale)), **FLOATS)
 
     def convolution(
         self, name, x, kernel, beta, gamma, mean, variance, *, stride=1, padding=b"SAME", epsilon=1e-3, scaled=True
@@ -193,37 +187,36 @@ class GraphWriter:
         kernel: (height, width, C_in, C_out); beta to variance: the batch norm's arrays (C_out,); epsilon is added to
         the variance, and gamma is used if `scaled`.
         """
-        floats = {"T": {"type": FLOAT}}
         kernel = self.constant(f"{name}/conv2d_params", kernel)
         strides = {"list": {"i": [1, stride, stride, 1]}}
-        x = self.node(f"{name}/Conv2D", "Conv2D", x, kernel, strides=strides, padding={"s": padding}, **floats)
+        x = self.node(f"{name}/Conv2D", "Conv2D", x, kernel, strides=strides, padding={"s": padding}, **FLOATS)
         norm = f"{name}/batchnorm"
         arrays = {"moving_mean": mean, "moving_variance": variance, "beta": beta, "gamma": gamma}
         moments = [self.constant(f"{norm}/{moment}", values) for moment, values in arrays.items()]
         attrs = {"variance_epsilon": {"f": epsilon}, "scale_after_normalization": {"b": scaled}}
-        self.node(norm, "BatchNormWithGlobalNormalization", x, *moments, **attrs, **floats)
-        check = self.node(f"{name}/CheckNumerics", "CheckNumerics", norm, message={"s": b"not finite"}, **floats)
-        x = self.node(f"{name}/control_dependency", "Identity", norm, f"^{check}", **floats)
-        return self.node(name, "Relu", x, **floats)
+        self.node(norm, "BatchNormWithGlobalNormalization", x, *moments, **attrs, **FLOATS)
+        check = self.node(f"{name}/CheckNumerics", "CheckNumerics", norm, message={"s": b"not finite"}, **FLOATS)
+        x = self.node(f"{name}/control_dependency", "Identity", norm, f"^{check}", **FLOATS)
+        return self.node(name, "Relu", x, **FLOATS)
 
     def pool(self, name, op, x, size=3, stride=1, padding=b"SAME"):
         """Add the pooling `op`, AvgPool or MaxPool, of x (N, H, W, C) over windows of size x size."""
         sides = {key: {"list": {"i": [1, side, side, 1]}} for key, side in (("ksize", size), ("strides", stride))}
-        return self.node(name, op, x, **sides, padding={"s": padding}, T={"type": FLOAT})
+        return self.node(name, op, x, **sides, padding={"s": padding}, **FLOATS)
 
     def classes(self, x, weights, biases=None, images=-1):
         """Add the class probabilities of pooled features x (N, 1, 1, C).
 
         weights: (C, classes); biases: (classes,). images: the N that the graph is declared for, -1 for any.
         """
-        floats, transpose = {"T": {"type": FLOAT}}, {f"transpose_{side}": {"b": False} for side in "ab"}
+        transpose = {f"transpose_{side}": {"b": False} for side in "ab"}
         shape = self.constant("pool_3/_reshape/shape", np.array([images, len(weights)]))
-        x = self.node("pool_3/_reshape", "Reshape", x, shape, Tshape={"type": INT}, **floats)
+        x = self.node("pool_3/_reshape", "Reshape", x, shape, Tshape={"type": INT}, **FLOATS)
         weights = self.constant("softmax/weights", weights)
-        x = self.node("softmax/logits/MatMul", "MatMul", x, weights, **transpose, **floats)
+        x = self.node("softmax/logits/MatMul", "MatMul", x, weights, **transpose, **FLOATS)
         if biases is not None:
-            x = self.node("softmax/logits", "BiasAdd", x, self.constant("softmax/biases", biases), **floats)
-        return self.node("softmax", "Softmax", x, **floats)
+            x = self.node("softmax/logits", "BiasAdd", x, self.constant("softmax/biases", biases), **FLOATS)
+        return self.node("softmax", "Softmax", x, **FLOATS)
 
     def save(self, path):
         """Write the file, whole or not at all; return its path. Raises UserError if it cannot be written."""

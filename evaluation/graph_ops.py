@@ -1,4 +1,4 @@
-"""The operations of TensorFlow's graph files as functions of PyTorch tensors.
+"""The operations between images and features in TensorFlow's graph files, as functions of PyTorch tensors.
 
 Values have TensorFlow's shapes, images (N, H, W, C). Permuted to (N, C, H, W), such a tensor is what PyTorch calls
 channels-last, so that convolutions copy nothing.
@@ -9,8 +9,6 @@ import functools
 import numpy as np
 import torch
 from torch.nn import functional as F
-
-from evaluation.graph_file import DTYPES, message_classes
 
 
 def same_padding(size, kernel, stride):
@@ -71,7 +69,7 @@ def _convolution(builder, node, scale=1.0, shift=None):
     kernel = builder.constant(kernel)  # (height, width, C_in, C_out)
     if kernel.ndim != 4:
         raise node.fault(f"has weights of shape {kernel.shape}, not (height, width, C_in, C_out)")
-    if list(node.attr("dilations", "list", LIST_OF_ONES).i) != [1] * 4:
+    if "dilations" in node.attrs and list(node.attr("dilations", "list").i) != [1] * 4:
         raise node.fault("has dilations, which are not supported")
     size, strides, same = kernel.shape[:2], node.sides("strides"), node.has_same_padding()
     weights = builder.weights((kernel * np.float64(1) * scale).transpose(3, 2, 0, 1))
@@ -120,32 +118,24 @@ def _relu(builder, node):
     return lambda *values: run(*values).relu_(), inputs  # in place: nothing else reads this tensor
 
 
-def _max_pool(builder, node):
-    size, strides, same = node.sides("ksize"), node.sides("strides"), node.has_same_padding()
-
-    def run(x):
-        x, padding = pad(x.permute(0, 3, 1, 2), size, strides, same, -torch.inf)
-        return F.max_pool2d(x, size, strides, padding).permute(0, 2, 3, 1)
-
-    return run, node.take_inputs(1)
+def max_pool(x, size, strides, same):
+    x, padding = pad(x, size, strides, same, -torch.inf)
+    return F.max_pool2d(x, size, strides, padding)
 
 
-def _average_pool(builder, node):
-    """AvgPool: the mean of the pixels of the window that are inside the image."""
-    size, strides, same = node.sides("ksize"), node.sides("strides"), node.has_same_padding()
+def average_pool(x, size, strides, same):
+    """The mean of the pixels of each window that are inside the image."""
+    inside, padding = pad(x, size, strides, same)
+    if inside is x:
+        return F.avg_pool2d(x, size, strides, padding, count_include_pad=False)
+    ones, _ = pad(torch.ones_like(x[:1, :1]), size, strides, same)
+    sums, counts = (F.avg_pool2d(values, size, strides, divisor_override=1) for values in (inside, ones))
+    return sums / counts
 
-    def run(x):
-        x = x.permute(0, 3, 1, 2)
-        inside, padding = pad(x, size, strides, same)
-        if inside is x:
-            mean = F.avg_pool2d(x, size, strides, padding, count_include_pad=False)
-        else:
-            ones, _ = pad(torch.ones_like(x[:1, :1]), size, strides, same)
-            sums, counts = (F.avg_pool2d(values, size, strides, divisor_override=1) for values in (inside, ones))
-            mean = sums / counts
-        return mean.permute(0, 2, 3, 1)
 
-    return run, node.take_inputs(1)
+def _pool(builder, node, pool):
+    window = node.sides("ksize"), node.sides("strides"), node.has_same_padding()
+    return lambda x: pool(x.permute(0, 3, 1, 2), *window).permute(0, 2, 3, 1), node.take_inputs(1)
 
 
 def _concat(builder, node, axis_at):
@@ -156,42 +146,10 @@ def _concat(builder, node, axis_at):
     (axis,) = builder.integers(names.pop(axis_at), 1)
 
     def run(*values):
-        if values[0].ndim != 4:
-            return torch.cat(values, axis)
         # In PyTorch's order of axes, the result keeps the memory layout of the values.
         return torch.cat([x.permute(0, 3, 1, 2) for x in values], (0, 2, 3, 1)[axis]).permute(0, 2, 3, 1)
 
     return run, names
-
-
-def _matmul(builder, node):
-    transpose_a, transpose_b = (node.attr(f"transpose_{side}", "b", False) for side in "ab")
-    return lambda a, b: torch.matmul(a.T if transpose_a else a, b.T if transpose_b else b), node.take_inputs(2)
-
-
-def _reshape(builder, node):
-    x, shape = node.take_inputs(2)
-    shape = builder.integers(shape)
-    return lambda x: x.reshape(shape), [x]
-
-
-def _expand_dims(builder, node):
-    x, dim = node.take_inputs(2)
-    (dim,) = builder.integers(dim, 1)
-    return lambda x: x.unsqueeze(dim), [x]
-
-
-def _squeeze(builder, node):
-    dims = tuple(node.attr("squeeze_dims", "list", NO_LIST).i)
-    return lambda x: x.squeeze(dims) if dims else x.squeeze(), node.take_inputs(1)
-
-
-def _cast(builder, node):
-    number = node.attr("DstT", "type")
-    if number not in DTYPES:
-        raise node.fault(f"casts to type {number}: only {', '.join(name for name, _ in DTYPES.values())} are supported")
-    dtype = getattr(torch, DTYPES[number][0])
-    return lambda x: x.to(dtype), node.take_inputs(1)
 
 
 def _constant(builder, node):
@@ -203,27 +161,20 @@ def _placeholder(builder, node):
     raise node.fault("has no value: it is not where images are fed")
 
 
-LIST_OF_ONES, NO_LIST = message_classes()["List"](i=[1] * 4), message_classes()["List"]()
 # By operation, a function of a `Builder` (inception.py) and a node. It returns a function of tensors and the names of
 # the values that this takes. The function of tensors must not hold the builder, which holds the whole file.
 OPS = {
-    "AvgPool": _average_pool,
+    "AvgPool": functools.partial(_pool, pool=average_pool),
     "BatchNormWithGlobalNormalization": _batch_norm,
     "BiasAdd": _bias_add,
-    "Cast": _cast,
     "Concat": functools.partial(_concat, axis_at=0),
     "ConcatV2": functools.partial(_concat, axis_at=-1),
     "Const": _constant,
     "Conv2D": _convolution,
-    "ExpandDims": _expand_dims,
-    "MatMul": _matmul,
-    "MaxPool": _max_pool,
+    "MaxPool": functools.partial(_pool, pool=max_pool),
     "Mul": lambda builder, node: (torch.mul, node.take_inputs(2)),
     "Placeholder": _placeholder,
     "Relu": _relu,
-    "Reshape": _reshape,
     "ResizeBilinear": _resize,
-    "Softmax": lambda builder, node: (functools.partial(torch.softmax, dim=-1), node.take_inputs(1)),
-    "Squeeze": _squeeze,
     "Sub": lambda builder, node: (torch.sub, node.take_inputs(2)),
 }

@@ -117,15 +117,11 @@ class Builder:
         require(self.nodes, self.path, name)
         return self.nodes[self.source(name)].constant()
 
-    def integers(self, name, count=None):
-        """Whole numbers of the node `name`, a list; count: how many there must be, None for any number.
-
-        Raises UserError if the node has other values or is not a constant.
-        """
+    def integers(self, name, count):
+        """The `count` whole numbers of the node `name`. Raises UserError if it has others or is not a constant."""
         values = self.constant(name)
-        if values.dtype.kind not in "iu" or count not in (None, values.size):
-            rule = "whole numbers" if count is None else f"{count} whole numbers"
-            raise self.nodes[name].fault(f"has {values.size} values of type {values.dtype}: {rule} are needed")
+        if values.dtype.kind not in "iu" or values.size != count:
+            raise self.nodes[name].fault(f"has {values.size} values of type {values.dtype}, not {count} whole numbers")
         return values.reshape(-1).tolist()
 
     def tensor(self, array):

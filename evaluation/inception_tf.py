@@ -4,11 +4,12 @@ Nothing else needs TensorFlow, which is imported when a graph is loaded.
 """
 
 import os
+from pathlib import Path
 
 import torch
 from google.protobuf.message import DecodeError
 
-from evaluation.graph_file import read_bytes, read_nodes
+from evaluation.graph_file import read_nodes
 from evaluation.inception import FED, POOL, SPATIAL, WEIGHTS, Extractor, require
 from runtime.errors import UserError, first_line
 
@@ -45,7 +46,7 @@ class Graph(Extractor):
             self._images = tf.compat.v1.placeholder(tf.float32, [None, None, None, 3])
             self._pool = tf.compat.v1.placeholder(tf.float32, [None, None])
             try:
-                message = tf.compat.v1.GraphDef.FromString(read_bytes(path))
+                message = tf.compat.v1.GraphDef.FromString(Path(path).read_bytes())
                 # Images replace the node's output, because the node may be declared for a single image.
                 replaced, fetched = {f"{FED}:0": self._images}, [f"{name}:0" for name in names]
                 tensors = tf.import_graph_def(message, replaced, fetched, name="")

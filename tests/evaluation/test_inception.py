@@ -10,11 +10,9 @@ from backends import BACKENDS, TOLERANCE, needs_tensorflow, relative
 
 from benchmarks.inception_graph import RandomGraph, inception_v3
 from evaluation import graph_ops, inception, inception_tf
-from evaluation.graph_file import FLOAT, INT, message_classes, read_nodes
+from evaluation.graph_file import FLOAT, FLOATS, INT, message_classes, read_nodes
 from evaluation.inception import Graph
 from runtime.errors import UserError
-
-FLOATS = {"T": {"type": FLOAT}}
 
 
 def distance(actual, expected):
@@ -161,34 +159,18 @@ def test_the_axis_comes_first_in_concat_and_last_in_concat_v2(axis, backend, eva
         assert np.array_equal(evaluate(backend, graph, x), np.concatenate([x, np.maximum(x, 0), x], axis))
 
 
-def softmax(x):
-    powers = np.exp(x - x.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_small_operations(backend, evaluate):
-    x, weights, bias = values(3, 1, 1, 3), values(3, 4, seed=1), values(4, seed=2)
-    graph = empty_graph()
-    constants = {"w": weights, "wt": weights.T, "b": bias, "two": np.float32(2)}
-    for name, array in (constants | {"shape": np.array([-1, 3]), "dim": np.int32(1)}).items():
-        graph.constant(name, array)
-    graph.node("flat", "Reshape", "ExpandDims:0", "shape", Tshape={"type": INT}, **FLOATS)
-    graph.node("squeezed", "Squeeze", "ExpandDims", squeeze_dims=ints(1, 2), **FLOATS)
-    graph.node("wide", "ExpandDims", "squeezed", "dim", Tdim={"type": INT}, **FLOATS)
-    for name, source, transpose in (("product", "w", False), ("transposed", "wt", True)):
-        sides = {"transpose_a": {"b": False}, "transpose_b": {"b": transpose}}
-        graph.node(name, "MatMul", "flat", source, **sides, **FLOATS)
-    graph.node("same", "Identity", "product", "^transposed", **FLOATS)
+    x, bias, graph = values(3, 2, 2, 3), values(3, seed=1), empty_graph()
+    graph.constant("b", bias)
+    graph.constant("two", np.float32(2))
+    graph.node("late", "Identity", "ExpandDims:0", **FLOATS)
+    graph.node("same", "Identity", "ExpandDims:0", "^late", **FLOATS)
     graph.node("biased", "BiasAdd", "same", "b", **FLOATS)
-    graph.node("softmax", "Softmax", "biased", **FLOATS)
     graph.node("doubled", "Mul", "biased", "two", **FLOATS)
     graph.node("less", "Sub", "two", graph.node("relu", "Relu", "biased", **FLOATS), **FLOATS)
-    graph.node("whole", "Cast", "doubled", SrcT={"type": FLOAT}, DstT={"type": INT})
-    flat, biased = x.reshape(3, 3), x.reshape(3, 3) @ weights + bias
-    expected = {"flat": flat, "squeezed": flat, "wide": flat[:, None], "transposed": flat @ weights, "biased": biased}
-    expected |= {"softmax": softmax(biased), "doubled": biased * 2, "whole": (biased * 2).astype(np.int32)}
-    for name, array in (expected | {"less": 2 - np.maximum(biased, 0), "w": weights}).items():
+    expected = {"same": x, "biased": x + bias, "doubled": (x + bias) * 2, "b": bias}
+    for name, array in (expected | {"less": 2 - np.maximum(x + bias, 0)}).items():
         assert_close(evaluate(backend, graph, x, name), array)
 
 
@@ -225,7 +207,8 @@ def test_features_and_probabilities_have_the_published_sizes_and_order(graph_fil
     # If activations vanished or exploded, agreement would mean nothing.
     assert 0.1 < pool.std() < 10 and 0.1 < spatial.std() < 10 and (spatial > 0).float().mean() > 0.3
     weights = read_nodes(graph_file)["softmax/weights"].constant()
-    assert_close(network.probabilities(pool), softmax(pool.numpy().astype(float) @ weights), 1e-5)  # without the bias
+    powers = np.exp(pool.numpy().astype(float) @ weights)  # without the bias
+    assert_close(network.probabilities(pool), powers / powers.sum(1, keepdims=True), 1e-5)
 
 
 @needs_tensorflow
@@ -241,8 +224,6 @@ def test_both_backends_agree(width, request):
             assert distance([part[k] for part in actual], [part[k] for part in expected]) < TOLERANCE
         assert relative(network.run(x)[1], tensorflow.run(x)[1]) < TOLERANCE  # all channels
         assert relative(network.probabilities(actual[0]), tensorflow.probabilities(actual[0])) < TOLERANCE
-    results = [backend(path, outputs=("softmax",)).run(x) for backend in (Graph, inception_tf.Graph)]
-    assert distance(*results) < TOLERANCE  # of a node that is declared for a single image
 
 
 def test_type_batch_and_memory_layout_do_not_change_features(narrow_file, monkeypatch):
@@ -356,14 +337,6 @@ def test_other_files_are_refused_before_tensorflow_is_imported(backend, small_fi
             node.input[:] = ["other" if source == name else source for source in node.input]
         small_file.write_bytes(message.SerializeToString())
         assert_refused(f"no node {name}: it is another network", backend, small_file)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_file_is_refused_wherever_it_is_cut(backend, small_file):
-    whole = small_file.read_bytes()
-    for length in range(0, len(whole) - 4, 37):  # the last four bytes are the version
-        small_file.write_bytes(whole[:length])
-        assert_refused("small.pb", backend, small_file)
 
 
 SAME, ONES, WINDOW = {"padding": {"s": b"SAME"}}, {"strides": ints(1, 1, 1, 1)}, {"ksize": ints(1, 1, 1, 1)}

