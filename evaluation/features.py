@@ -74,7 +74,7 @@ class Network:
         sizes = dict(zip(STATISTICS, np.repeat(self.sizes, 2).tolist())) | {"pool": self.sizes[0]}
         other = [f"{name} {array.shape}" for name, array in images.stored.items() if array.shape[-1:] != (sizes[name],)]
         if theirs != self.sha256 or other:
-            reason = ", ".join(other) or f"SHA-256 {theirs}, this one has {self.sha256}"
+            reason = ", ".join(other) or f"SHA-256 {theirs}, not {self.sha256}"
             raise UserError(
                 f"{images} holds statistics of another graph than {self.path} ({reason}): name theirs with --graph, or "
                 "make the statistics again with --save-stats"

@@ -157,10 +157,6 @@ def _constant(builder, node):
     return lambda: tensor, []
 
 
-def _placeholder(builder, node):
-    raise node.fault("has no value: it is not where images are fed")
-
-
 # By operation, a function of a `Builder` (inception.py) and a node. It returns a function of tensors and the names of
 # the values that this takes. The function of tensors must not hold the builder, which holds the whole file.
 OPS = {
@@ -173,7 +169,6 @@ OPS = {
     "Conv2D": _convolution,
     "MaxPool": functools.partial(_pool, pool=max_pool),
     "Mul": lambda builder, node: (torch.mul, node.take_inputs(2)),
-    "Placeholder": _placeholder,
     "Relu": _relu,
     "ResizeBilinear": _resize,
     "Sub": lambda builder, node: (torch.sub, node.take_inputs(2)),

@@ -4,6 +4,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import write_pngs
 from PIL import Image
 
 from evaluation.evaluation_set import ImageChecks, open_evaluation_set, save_statistics
@@ -12,13 +13,6 @@ from runtime.errors import UserError
 
 def pixels(count, height=6, width=5, dtype=np.uint8):
     return np.random.default_rng(count).integers(0, 256, (count, height, width, 3)).astype(dtype)
-
-
-def write_pngs(folder, images):
-    for k, image in enumerate(images):
-        path = folder / f"{k % 2}" / f"{k:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -35,12 +29,12 @@ def test_images_come_in_batches_and_in_order(tmp_path, save, dtype, rows):
 
 
 def test_a_folder_of_pngs_is_sorted_by_path(tmp_path):
-    given = pixels(5)
-    write_pngs(tmp_path / "set", given)
+    given = pixels(7)
+    write_pngs(tmp_path / "set", given)  # in five folders
     (tmp_path / "set" / "notes.txt").write_text("not an image")
     images = open_evaluation_set(tmp_path / "set")
-    assert (images.count, images.size) == (5, (6, 5))
-    assert np.array_equal(np.concatenate(list(images.batches(2))), given[[0, 2, 4, 1, 3]])
+    assert (images.count, images.size) == (7, (6, 5))
+    assert np.array_equal(np.concatenate(list(images.batches(2))), given[[0, 5, 1, 6, 2, 3, 4]])
 
 
 def test_grey_and_transparent_pngs_become_rgb(tmp_path):
@@ -139,7 +133,7 @@ def test_a_cut_or_changed_npz_is_refused(tmp_path):
 
 def test_damaged_pngs_and_other_sizes_are_named(tmp_path):
     write_pngs(tmp_path / "set", pixels(4))
-    path = tmp_path / "set" / "1" / "003.png"
+    path = tmp_path / "set" / "class3" / "003.png"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="003.png is not a picture"):

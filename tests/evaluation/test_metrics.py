@@ -1,6 +1,5 @@
 """Metrics against the original evaluator's results, closed forms, and NumPy in float64."""
 
-
 import numpy as np
 import pytest
 import torch
