@@ -8,18 +8,20 @@ Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.
 import argparse
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion import GaussianDiffusion
-from models import DiT
 from runtime import released
 from runtime.errors import UserError
 from runtime.files import atomic_write, load_tensors
 from runtime.hashes import fingerprint
 from schedule import Schedule
+
+if TYPE_CHECKING:  # the model's libraries take seconds to import, and scores do without
+    from diffusion import GaussianDiffusion
+    from models import DiT
 
 
 class Row(nn.Module):
@@ -126,8 +128,8 @@ class Router(nn.Module):
 
 
 def router_loss(
-    dit: DiT,
-    diffusion: GaussianDiffusion,
+    dit: "DiT",
+    diffusion: "GaussianDiffusion",
     scores: Tensor,
     i: int,
     x_start: Tensor,

@@ -118,7 +118,7 @@ def sample_in_turn(args, dit, schedules, cfg_scale, labels, device):
     from runtime.devices import synchronize
     from sampling import make_sampler
 
-    def randn_like(x, generator):
+    def draw_like(x, generator):
         return torch.randn(x.shape, generator=generator, device=device)
 
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: the same noise on every device
@@ -135,10 +135,9 @@ def sample_in_turn(args, dit, schedules, cfg_scale, labels, device):
             noise = torch.Generator(device).manual_seed(
                 args.seed + 1
             )  # of ancestral sampling, the same in every repeat
-            randn_like = partial(randn_like, generator=noise)
             synchronize(device)
             start = time.perf_counter()
-            latents[name] = sample(z, y, randn_like=randn_like)
+            latents[name] = sample(z, y, randn_like=partial(draw_like, generator=noise))
             synchronize(device)
             if repeat:  # the first one is the warm-up
                 times[name].append(time.perf_counter() - start)
