@@ -59,12 +59,6 @@ def test_an_int_and_a_tensor_of_steps_noise_alike():
     torch.testing.assert_close(diffusion.q_sample(x, i, noise), each, rtol=1e-6, atol=1e-7)
 
 
-def test_noising_keeps_unit_variance():
-    diffusion = create_diffusion()
-    for i in (0, 500, 999):
-        assert diffusion.q_sample(draw(100000), i, draw(100000, seed=1)).var().item() == pytest.approx(1, abs=0.02)
-
-
 @pytest.mark.parametrize("i", [1, 10, 19])
 def test_a_ddim_step_with_the_true_noise_lands_on_the_same_image_noised_less(i):
     diffusion, x, noise = create_diffusion(20), draw(2, 4, 4, 4), draw(2, 4, 4, 4, seed=1)
@@ -137,14 +131,13 @@ def test_the_variational_term_teaches_the_variance_alone():
     assert output.grad[:, 4:].all()
 
 
-def test_loops_hand_down_python_ints_from_the_last_step_to_0():
+def test_loops_pass_python_ints_from_the_last_step_to_0():
     diffusion, seen = create_diffusion(5), []
 
     def denoise(x, i):
-        seen.append(i)
+        seen.append((type(i), i))
         return torch.cat([x, x], dim=1)
 
-    diffusion.ddim_loop(denoise, draw(1, 4, 2, 2))
-    diffusion.ancestral_loop(denoise, draw(1, 4, 2, 2))
-    assert seen == [4, 3, 2, 1, 0] * 2
-    assert all(type(i) is int for i in seen)
+    for loop in (diffusion.ddim_loop, diffusion.ancestral_loop):
+        loop(denoise, draw(1, 4, 2, 2))
+    assert seen == [(int, i) for i in (4, 3, 2, 1, 0)] * 2
