@@ -97,7 +97,7 @@ def sample_latents(
     """Sample latents (N, C, H, W) from noise z (N, C, H, W) for labels y (N,), on their device.
 
     cfg_scale: guidance; 1 is none, and then the batch is not doubled.
-    ancestral: DDPM instead of DDIM; `randn_like(x)` draws its noise, where x is (2N, C, H, W) with guidance.
+    ancestral: DDPM instead of DDIM; `randn_like(x)` draws its noise; with guidance x is (2N, C, H, W).
     schedule, progress: as in `make_denoiser` and `GaussianDiffusion.ddim_loop`.
     Raises UserError as `check_sampler`.
     """
