@@ -18,6 +18,7 @@ from training.presets import PRESETS, describe_presets
 
 # The flags that determine a router, beside the model and the data: --resume auto continues a run with the same.
 DETERMINING = "num_sampling_steps global_batch_size draws_per_step global_seed l1 lr ste_threshold target_cached dtype"
+DETERMINING_TARGET = DETERMINING + " max_steps epochs thres"  # with --target-cached
 
 
 def parse_args(argv=None):
@@ -26,7 +27,7 @@ def parse_args(argv=None):
     cli.add_model_arguments(parser, vae="ema")
     add_data_arguments(parser.add_argument_group("data"))
     add_training_arguments(parser.add_argument_group("training"))
-    speed = cli.add_precision_arguments(parser, ["fp32", "tf32", "bf16"], default="tf32")  # fp16 would scale the loss
+    speed = cli.add_precision_arguments(parser, ["fp32", "tf32", "bf16"], default="tf32")  # no fp16: loss scaling
     speed.add_argument("--grad-checkpointing", action="store_true", help="less memory, slower: run blocks again")
     add_output_arguments(parser.add_argument_group("output"))
     given, _ = parser.parse_known_args(argv)
@@ -205,7 +206,7 @@ def open_run_on_main(args, processes, spec, dit, updates, identity):
     from training.run_folder import open_run
 
     def accepts(saved):
-        names = DETERMINING + " max_steps epochs thres" * bool(args.target_cached)
+        names = DETERMINING_TARGET if args.target_cached else DETERMINING
         same_flags = all(saved["args"].get(name) == getattr(args, name) for name in names.split())
         return same_flags and saved["identity"] == identity and saved["step"] <= updates
 

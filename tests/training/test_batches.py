@@ -16,11 +16,9 @@ def spec(model_folder):
 
 
 def test_random_streams_differ_by_purpose_seed_and_number():
-    keys = [("order", 0, 0), ("draws", 0, 0), ("samples", 0, 0), ("draws", 1, 0), ("draws", 0, 1), ("draws", 1, 1)]
-    first = [random_stream(*key).random() for key in keys]
-    assert len(set(first)) == len(keys)
-    assert first == [random_stream(*key).random() for key in keys]
-    assert random_stream("samples", 0, 2**40).random() != random_stream("samples", 0, 2**40 + 1).random()
+    keys = [("order", 0, 0), ("draws", 0, 0), ("samples", 0, 0), ("draws", 1, 0), ("draws", 0, 1), ("draws", 0, 2**40)]
+    first, again = ([random_stream(*key).random() for key in keys] for _ in range(2))
+    assert len(set(first)) == len(keys) and first == again
 
 
 def test_draws_are_uniform_and_independent():

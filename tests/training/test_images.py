@@ -78,16 +78,15 @@ def test_an_unreadable_image_is_replaced_by_the_next_of_its_class_and_named(spec
     assert torch.equal(images.load(39)[0], images.load(0)[0])
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(50)])
-def test_more_than_one_percent_unreadable_images_are_an_error(spec, damaged_folder, content):
+def test_more_than_one_percent_unreadable_images_are_an_error(spec, damaged_folder):
     folder, _ = damaged_folder
     check_skipped(["a", "b"], 200)
-    for k in (40, 45):  # the next two after the damaged one
-        (folder / "class0" / f"{k:03d}.png").write_bytes(content)
+    (folder / "class0" / "040.png").write_bytes(b"")  # the next two after the damaged one
+    (folder / "class0" / "045.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
     with pytest.raises(UserError, match="3 of 200 images cannot be read, more than 1 %"):
         ImageSource(folder, spec).load(7)
     for path in sorted((folder / "class1").iterdir())[1:]:
         path.unlink()
-    (folder / "class1" / "001.png").write_bytes(content)
+    (folder / "class1" / "001.png").write_bytes(b"hello")
     with pytest.raises(UserError, match="no image of class 1 can be read"):
         ImageSource(folder, spec).load(40)
