@@ -40,7 +40,7 @@ def main(args):
     from runtime.errors import UserError
     from runtime.noise import random_stream
     from training.batches import TrainingSamples, clean_latents
-    from training.sources import ImageSource
+    from training.images import ImageSource
 
     device = devices.pick_device(args.device)
     spec = model_spec(ckpt=args.ckpt)
