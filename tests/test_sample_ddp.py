@@ -21,13 +21,12 @@ from torch._dynamo.utils import counters
 
 import sampling
 from diffusion import create_diffusion
-from evaluation.sample_set import SampleSet, set_name
+from evaluation.sample_set import set_name
 from models import DiT
 from pretrained.loading import load_dit, load_vae
 from pretrained.spec import model_spec
 from router import Router
 from runtime import devices
-from runtime.files import lock_file
 
 METHOD = ["--accelerate-method", "dynamiclayer", "--thres", 0.5, "--path"]
 SCHEDULE = ["--accelerate-method", "schedule", "--path"]
@@ -138,27 +137,22 @@ def test_other_ways_of_sampling(sample, model_folder, tmp_path, monkeypatch, mor
     assert_close(got["arr_0"][::6], images)
 
 
-def test_compiled_blocks_see_one_batch_size(sample, model_folder, tmp_path, monkeypatch):
-    """23 images in batches of 8: a last batch of 7 would compile four more graphs."""
+@pytest.mark.parametrize("ancestral, flag", [(False, "--compile"), (True, "--cuda-graphs")])
+def test_compiled_blocks_and_captured_trajectories_see_one_batch_size(
+    sample, model_folder, tmp_path, monkeypatch, ancestral, flag
+):
+    """23 images in batches of 8: the last is filled up. The backend and the graph are the CPU's stand-ins."""
     monkeypatch.setattr(devices, "compile_blocks", functools.partial(devices.compile_blocks, backend="eager"))
+    monkeypatch.setattr(devices, "pick_device", lambda *_: torch.device("cpu"))
     torch._dynamo.reset()
     counters.clear()
-    result = sample("--compile", "--per-proc-batch-size", 8, *METHOD, model_folder / "router4.pt")
+    more = [*(["--p-sample"] if ancestral else []), flag, "--per-proc-batch-size", 8]
+    result = sample(*more, *METHOD, model_folder / "router4.pt")
     assert result.returncode == 0, result.stderr
-    assert 0 < counters["stats"]["unique_graphs"] <= 4
-    assert_close(
-        read_set(tmp_path / "samples")["arr_0"][::11], expected(model_folder, range(0, 23, 11), None, "router4.pt")[0]
-    )
-
-
-def test_captured_trajectories_give_the_same_images(sample, model_folder, tmp_path, monkeypatch):
-    """With the CPU's stand-in for a CUDA graph; the last batch of 7 has 2 images and is filled up."""
-    monkeypatch.setattr(devices, "pick_device", lambda *_: torch.device("cpu"))
-    result = sample("--p-sample", "--per-proc-batch-size", 7, "--cuda-graphs")
-    assert result.returncode == 0, result.stderr
-    assert_close(
-        read_set(tmp_path / "samples")["arr_0"][::11], expected(model_folder, range(0, 23, 11), ancestral=True)[0]
-    )
+    assert 4 * (not ancestral) >= counters["stats"]["unique_graphs"] >= (not ancestral)
+    some = range(0, 23, 11)
+    images, _ = expected(model_folder, some, router="router4.pt", ancestral=ancestral)
+    assert_close(read_set(tmp_path / "samples")["arr_0"][some], images)
 
 
 def test_lower_precision_changes_images_a_little(sample, model_folder, tmp_path):
@@ -170,9 +164,9 @@ def test_lower_precision_changes_images_a_little(sample, model_folder, tmp_path)
 def test_guidance_of_1_does_not_double_the_batch(sample, monkeypatch):
     sizes, denoise = [], DiT.denoise
     monkeypatch.setattr(DiT, "denoise", lambda self, x, *more: sizes.append(len(x)) or denoise(self, x, *more))
-    for scale in ("1", "1.5"):
-        assert sample("--cfg-scale", scale, "--per-proc-batch-size", 20).returncode == 0
-    assert sizes == [20] * 4 + [3] * 4 + [40] * 4 + [6] * 4
+    for scale in (1, 1.5):
+        assert sample("--cfg-scale", scale).returncode == 0
+    assert sizes == [23] * STEPS + [46] * STEPS
 
 
 def test_a_schedule_file_gives_the_images_of_its_router(sample, model_folder, tmp_path):
@@ -221,31 +215,29 @@ BY_ROUTER = {"router": "0123456789ab", "threshold": 0.25}
 
 
 @pytest.mark.parametrize(
-    "registered, changes, ckpt, path, name",
+    "changes, ckpt, path, name",
     [
-        (True, {}, "runs/3/ema last.pt", None, "DiT-XL-2-ema-last-size-256-vae-ema-cfg-1.5-seed-0-ddim-50-n-50000"),
-        (True, {"seed": 7}, None, None, "DiT-XL-2-pretrained-size-256-vae-ema-cfg-1.5-seed-7-ddim-50-n-50000"),
-        (False, {"sampler": "ddpm", "images": 9}, "x", None, "DiT-XL-2-size-256-vae-ema-cfg-1.5-seed-0-ddpm-50-n-9"),
+        ({}, "a/ema last.pt", None, "DiT-XL-2-ema-last-size-256-vae-ema-cfg-1.5-seed-0-ddim-50-n-50000"),
+        ({"seed": 7, "images": 9}, None, None, "DiT-XL-2-pretrained-size-256-vae-ema-cfg-1.5-seed-7-ddim-50-n-9"),
         (
-            False,
-            BY_ROUTER,
-            "x",
-            "a folder/routér: 100%.v2.pt",
-            "-ddim-50-dynamiclayer-rout-r-100-.v2-01234567-thres-0.25-n",
-        ),
-        (False, {"schedule": "abcdefghij"}, "x", "plan.pt", "-ddim-50-schedule-plan-abcdefgh-n-50000"),
-        (
-            False,
-            {"labels": "balanced", "dtype": "bf16", "deterministic": "CPU"},
-            "x",
+            {"router": "0123456789", "threshold": 0.2},
             None,
-            "-50-balanced-bf16-deterministic-n-50000",
+            "a/routér: 1%.2.pt",
+            "-dynamiclayer-rout-r-1-.2-01234567-thres-0.2-",
+        ),
+        ({"schedule": "abcdefghij", "sampler": "ddpm"}, None, "plan.pt", "-ddpm-50-schedule-plan-abcdefgh-n-"),
+        (
+            {"labels": "balanced", "dtype": "bf16", "deterministic": "CPU"},
+            None,
+            None,
+            "-balanced-bf16-deterministic-n-",
         ),
     ],
 )
-def test_the_name_of_a_set_distinguishes_runs(registered, changes, ckpt, path, name):
-    spec = SimpleNamespace(name="DiT-XL/2", registered=registered, vae="ema")
-    assert name in set_name(spec, MANIFEST | changes, ckpt, path)
+def test_the_name_of_a_set_distinguishes_runs(changes, ckpt, path, name):
+    assert name in set_name(
+        SimpleNamespace(name="DiT-XL/2", registered=True, vae="ema"), MANIFEST | changes, ckpt, path
+    )
 
 
 def test_a_complete_set_is_not_made_again_but_gets_its_pngs(sample, tmp_path):
@@ -261,26 +253,17 @@ def test_a_complete_set_is_not_made_again_but_gets_its_pngs(sample, tmp_path):
         assert np.array_equal(np.asarray(Image.open(npz.with_suffix("") / f"{k:06d}.png")), image)
 
 
-def test_a_launch_is_refused_while_another_writes_the_set_and_a_damaged_shard_is_sampled_again(
-    sample, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(SampleSet, "PATIENCE", 0.1)
+def test_a_damaged_shard_is_sampled_again(sample, tmp_path):
     assert sample("--per-proc-batch-size", 4, "--keep-shards").returncode == 0
     (npz,) = (tmp_path / "samples").glob("*.npz")
     made = npz.read_bytes()
     npz.unlink()
-    shards = npz.with_suffix("") / "shards"
     gc.collect()  # frees the lock of the launch before
-    lock = lock_file(shards / "process-0.lock", 0)
-    assert_refused(sample(), "in use", npz.stem)
-    lock.release()
-    shard = shards / "0000004-0000008.npz"
-    content = bytearray(shard.read_bytes())
-    content[200] ^= 1
-    shard.write_bytes(content)
-    result = sample("--per-proc-batch-size", 4)
-    assert "the shard of images 4 to 7 is damaged: they are sampled again" in result.stdout
-    assert "19 of 23 images are there" in result.stdout and "\n4 images in" in result.stdout
+    shard = npz.with_suffix("") / "shards" / "0000004-0000008.npz"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    out = sample("--per-proc-batch-size", 4).stdout
+    assert "the shard of images 4 to 7 is damaged: they are sampled again" in out
+    assert "19 of 23 images are there" in out and sampled(out) == 4
     assert only_file(tmp_path / "samples").read_bytes() == made
 
 
@@ -427,29 +410,6 @@ def test_killed_at_random_moments_it_continues_with_any_processes(start_long, lo
 
 
 @pytest.mark.slow
-def test_killed_while_assembling_it_leaves_no_file_and_continues(flags, tmp_path):
-    command = [*flags, "--num-fid-samples", 600, "--per-proc-batch-size", 1]
-    process = start("sample_ddp.py", *command, cwd=tmp_path)
-    wait_for_shards(tmp_path, 1, process)
-    process.kill()
-    process.communicate()
-    # Fill the other shards with random images, so that assembling takes long enough to be hit.
-    folder = next(tmp_path.glob("samples/*/shards"))
-    samples = SampleSet(folder.parent.parent, folder.parent.name, json.loads((folder / "manifest.json").read_text()))
-    images = np.random.default_rng(0).integers(0, 256, (600, 8, 8, 3), dtype=np.uint8)
-    for number in range(600):
-        samples.write(number, images[number : number + 1], np.array([number]))
-    process = start("sample_ddp.py", *command, cwd=tmp_path)
-    wait_for(lambda: list(tmp_path.glob("samples/.*.npz.*.part")), process)
-    process.kill()
-    process.communicate()
-    assert not list(tmp_path.glob("samples/*.npz")) and len(shards(tmp_path)) == 600
-    assert fork("sample_ddp.py", *command, cwd=tmp_path).returncode == 0
-    got = read_set(tmp_path / "samples")
-    assert np.array_equal(got["arr_0"], images) and np.array_equal(got["labels"], np.arange(600))
-
-
-@pytest.mark.slow
 def test_two_machines_share_the_work_and_continue_after_the_death_of_rank_0(start_long, undisturbed, tmp_path):
     """Two torchruns on this machine, as in docs/clusters.md."""
     rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=1"]
@@ -529,8 +489,3 @@ def test_a_full_disk_ends_it_with_one_line_and_loses_nothing(long, finish, tmp_p
     assert before.items() <= shards(tmp_path).items()
     remount("size=16m")
     finish()
-
-
-def test_a_folder_that_cannot_be_written_is_refused(sample, remount, tmp_path):
-    remount("ro")
-    assert_refused(sample(), "cannot write into", "Read-only", "--sample-dir")

@@ -1,4 +1,4 @@
-"""The order of things in the pipeline: bounded, in parallel, and nothing finished is lost."""
+"""`SampleWriter`: in parallel, bounded, and nothing finished is lost."""
 
 import threading
 import time
@@ -24,63 +24,55 @@ class Vae:
 
 
 def sample(start, stop):
-    """Images that show their number, one more than asked for."""
+    """Images whose pixels are their number, one more than requested."""
     numbers = torch.arange(start, stop + 1)
     return (numbers / 127.5 - 1).reshape(-1, 1, 1, 1).expand(-1, 3, 2, 2), numbers % 3
 
 
 def test_every_range_is_written_once_with_its_own_images_and_labels():
-    written = []
-    pipeline = SampleWriter(sample, Vae, lambda *batch: written.append(batch), CPU)
-    shown = []
-    pipeline.run([(0, 4), (9, 10), (4, 7)], lambda: shown.append(len(written)))
+    written, shown = [], []
+    writer = SampleWriter(sample, Vae, lambda *batch: written.append(batch), CPU)
+    writer.run([(0, 4), (9, 10), (4, 7)], lambda: shown.append(len(written)))
     assert [start for start, _, _ in written] == [0, 9, 4] and len(shown) == 3
     for (start, images, labels), count in zip(written, (4, 1, 3)):
         assert images.shape == (count, 2, 2, 3) and images.dtype.name == "uint8"
         assert images[:, 0, 0, 0].tolist() == list(range(start, start + count))
         assert labels.tolist() == [k % 3 for k in range(start, start + count)]
-    assert pipeline.seconds["sampling"] > 0 and pipeline.seconds["decoding"] > 0
+    assert writer.seconds["sampling"] > 0 and writer.seconds["decoding"] > 0
 
 
-def test_writing_overlaps_sampling_and_at_most_so_many_batches_wait():
-    held, sampled = threading.Event(), []
+def test_writing_runs_beside_sampling_and_a_bounded_number_of_batches_waits():
+    full, sampled, seen = threading.Event(), [], []
 
     def count(start, stop):
         sampled.append(start)
         if len(sampled) == AHEAD + 1:
-            threading.Timer(0.2, held.set).start()
+            threading.Timer(0.2, full.set).start()  # time in which a fault would sample more
         return sample(start, stop)
 
     def write(start, images, labels):
-        held.wait(10)
-        # The first is written when so many are waiting, and one more is being sampled at most.
-        if start == 0:
-            seen.append(len(sampled))
+        assert full.wait(120)
+        seen.append(len(sampled))
 
-    seen = []
-    pipeline = SampleWriter(count, Vae, write, CPU)
-    pipeline.run([(k, k + 1) for k in range(6)])
-    assert seen == [AHEAD + 1] and len(sampled) == 6
-    assert pipeline.seconds["disk"] > 0.15
+    writer = SampleWriter(count, Vae, write, CPU)
+    writer.run([(k, k + 1) for k in range(6)])
+    assert seen[0] == AHEAD + 1 and len(sampled) == len(seen) == 6
+    assert writer.seconds["disk"] > 0
 
 
-def test_what_the_disk_says_ends_the_run_early():
+def test_a_failed_write_ends_the_run_early():
     sampled = []
-
-    def count(start, stop):
-        sampled.append(start)
-        return sample(start, stop)
 
     def write(start, images, labels):
         raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
-        SampleWriter(count, Vae, write, CPU).run([(k, k + 1) for k in range(50)])
+        SampleWriter(lambda *k: sampled.append(k) or sample(*k), Vae, write, CPU).run([(k, k + 1) for k in range(50)])
     assert len(sampled) <= AHEAD + 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_was_decoded_before_an_interruption_is_written(error):
+def test_batches_decoded_before_an_interruption_are_written(error):
     written = []
 
     def fail_at_3(start, stop):
@@ -88,12 +80,9 @@ def test_what_was_decoded_before_an_interruption_is_written(error):
             raise error
         return sample(start, stop)
 
-    def write(start, images, labels):
-        time.sleep(0.05)
-        written.append(start)
-
     with pytest.raises(error):
-        SampleWriter(fail_at_3, Vae, write, CPU).run([(k, k + 1) for k in range(6)])
+        writer = SampleWriter(fail_at_3, Vae, lambda k, *_: time.sleep(0.05) or written.append(k), CPU)
+        writer.run([(k, k + 1) for k in range(6)])
     assert written == [0, 1, 2]
 
 
@@ -104,10 +93,10 @@ def test_decoding_beside_the_next_batch_changes_nothing():
     def on_gpu(start, stop):
         latents, labels = sample(start, stop)
         latents = latents.to(device)
-        torch.cuda._sleep(10**8)  # so that who does not wait for what comes after decodes something else
+        torch.cuda._sleep(10**8)  # decoding that does not wait for the addition reads something else
         return latents + 0, labels
 
-    pipeline = SampleWriter(on_gpu, Vae, lambda *batch: written.append(batch), device)
-    pipeline.run([(k, k + 4) for k in range(0, 40, 4)])
-    assert pipeline.overlaps and [start for start, _, _ in written] == list(range(0, 40, 4))
+    writer = SampleWriter(on_gpu, Vae, lambda *batch: written.append(batch), device)
+    writer.run([(k, k + 4) for k in range(0, 40, 4)])
+    assert writer.overlaps and [start for start, _, _ in written] == list(range(0, 40, 4))
     assert all(images[:, 0, 0, 0].tolist() == list(range(start, start + 4)) for start, images, _ in written)
