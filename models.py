@@ -321,6 +321,11 @@ class DiT(nn.Module):
                 cache[l][:] = slots
         return self.unpatchify(self.final_layer(x, modulations[-1])).to(dtype)  # (N, T, p*p*2C) -> (N, 2C, H, W)
 
+    def block_linears(self) -> list[Any]:
+        """The four linear layers of the first block (all blocks have these shapes): qkv and output, then the MLP's."""
+        block = self.blocks[0]
+        return [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2]
+
     def multiply_adds(self) -> dict[str, Any]:
         """Multiply-adds of one sample at one step without guidance, as a dict of ints.
 
@@ -332,14 +337,14 @@ class DiT(nn.Module):
         def linear(module: nn.Module) -> int:
             return module.get_parameter("weight").numel()  # per token, or per sample
 
-        block = self.blocks[0]
-        attention = tokens * (linear(block.attn.qkv) + linear(block.attn.proj)) + 2 * tokens * tokens * d
-        mlp = tokens * (linear(block.mlp.fc1) + linear(block.mlp.fc2))
+        qkv, proj, fc1, fc2 = map(linear, self.block_linears())
+        attention = tokens * (qkv + proj) + 2 * tokens * tokens * d
+        mlp = tokens * (fc1 + fc2)
         fixed = (
             tokens * (linear(self.x_embedder.proj) + linear(self.final_layer.linear))
             + linear(self.t_embedder.mlp[0])
             + linear(self.t_embedder.mlp[2])
-            + self.depth * linear(block.adaLN_modulation[1])
+            + self.depth * linear(self.blocks[0].adaLN_modulation[1])
             + linear(self.final_layer.adaLN_modulation[1])
         )
         return {"layer": (attention, mlp), "fixed": fixed}

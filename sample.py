@@ -212,9 +212,7 @@ def speed_figures(dit, schedule, times, batch):
         name: batch * plan.multiply_adds(costs).sum().item() / statistics.median(times[name]) / 1e9
         for name, plan in zip(times, (Schedule.full(schedule.steps, schedule.depth), schedule))
     }
-    block, tokens = dit.blocks[0], dit.pos_embed.shape[1]
-    layers = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
-    rates["matrix_product"] = matmul_rate(layers, batch * tokens) / 1e9
+    rates["matrix_product"] = matmul_rate(dit.block_linears(), batch * dit.pos_embed.shape[1]) / 1e9
     return {
         "batch": batch,
         "seconds": times,
