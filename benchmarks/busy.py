@@ -27,9 +27,8 @@ BUSY_LOOPS = {0: "idle", 1: "one busy loop", 2: "two busy loops"}
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Seconds of sampling beside busy loops, by OpenMP's spin count.")
+    parser = common.parser(__doc__)
     parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds of all cells, in turn")
-    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -47,18 +46,10 @@ def busy_loops(count):
 
 def sampling_seconds(spin_count, count):
     """Seconds of the sampling loop of sample.py, after its warm-up, beside `count` busy loops."""
-    command = [
-        sys.executable,
-        common.ROOT / "sample.py",
-        "--ckpt",
-        common.SHIPPED,
-        "--num-sampling-steps",
-        20,
-        "--ddim-sample",
-    ]
-    command += ["--class-labels", *range(10), "--device", "cpu", "--repeats", 1]
+    flags = [*common.SHIPPED_MODEL, "--class-labels", *range(10), "--repeats", 1]
     with tempfile.TemporaryDirectory() as folder, busy_loops(count):
-        out = common.run_command(*command, "--out", Path(folder) / "out.png", GOMP_SPINCOUNT=str(spin_count))
+        flags += ["--out", Path(folder) / "out.png"]
+        out = common.run_program("sample.py", *flags, GOMP_SPINCOUNT=str(spin_count))
     return float(re.search(r"^Sampling time: ([\d.]+)", out, re.M)[1])
 
 
@@ -69,18 +60,15 @@ def measure(args):
     return {"seconds": {spin: {count: seconds[spin, count] for count in BUSY_LOOPS} for spin in SPIN_COUNTS}}
 
 
-def table(records):
-    """A Markdown table with a row for each spin count of each record."""
-    rows = []
-    for record in records:
-        for spin_count, cells in record["seconds"].items():
-            medians = {BUSY_LOOPS[int(count)]: f"{statistics.median(some):.2f}" for count, some in cells.items()}
-            rows.append({"device": record["device"], "GOMP_SPINCOUNT": SPIN_COUNTS[int(spin_count)], **medians})
-    return common.markdown(rows)
+def rows(record):
+    """A row for each spin count."""
+    for spin_count, cells in record["seconds"].items():
+        medians = {BUSY_LOOPS[int(count)]: f"{statistics.median(some):.2f}" for count, some in cells.items()}
+        yield {"device": record["device"], "GOMP_SPINCOUNT": SPIN_COUNTS[int(spin_count)], **medians}
 
 
 def main(args):
-    common.run_benchmark(args, "busy-*", measure, table)
+    common.run_benchmark(args, "busy-*", measure, rows)
 
 
 if __name__ == "__main__":

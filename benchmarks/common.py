@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, records, Markdown tables, timed rounds, other programs, fresh processes."""
+"""What the benchmarks share: flags, records, Markdown tables, timed rounds, programs, fresh processes."""
 
 import json
 import multiprocessing
@@ -13,35 +13,49 @@ from functools import partial
 from pathlib import Path
 
 from runtime import cli
+from runtime.memory import peak_resident
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SHIPPED = ROOT / "ckpt" / "fashion_mnist"
+SHIPPED_ROUTER = SHIPPED / "DDIM20_router.pt"
+SHIPPED_MODEL = [
+    "--ckpt",
+    SHIPPED,
+    "--num-sampling-steps",
+    20,
+    "--ddim-sample",
+    "--device",
+    "cpu",
+]  # flags of sample*.py
 
 
-def add_record_and_table_arguments(parser):
-    """The flags that `run_benchmark` reads."""
-    cli.add_record_argument(parser)
-    parser.add_argument(
-        "--table", action="store_true", help="measure nothing, print the table of the records in benchmarks/results"
-    )
+def parser(description):
+    """A parser with the flags that `run_benchmark` reads."""
+    result = cli.ArgumentParser(description=description)
+    cli.add_record_argument(result)
+    help_text = "measure nothing, print the table of the records in benchmarks/results"
+    result.add_argument("--table", action="store_true", help=help_text)
+    return result
 
 
-def run_benchmark(args, records, measure, table):
+def run_benchmark(args, pattern, measure, rows=None, table=None):
     """The main function of a benchmark: measure, print the table, write the record; with --table only print.
 
-    records: pattern for the names of this benchmark's records. table: a function, list of records -> text.
-    measure: a function, args -> dict of figures for JSON.
+    pattern: of the names of this benchmark's records. measure: a function, args -> dict of figures for JSON.
+    rows: a function, record -> rows of the table as dicts. table: instead of it a function, list of records -> text.
     """
     from runtime.errors import UserError
     from runtime.files import check_writable
 
+    def show(records):
+        print(table(records) if table else markdown([row for record in records for row in rows(record)]))
+
     if args.table:
-        found = read_records(records)
-        if not found:
-            raise UserError(f"no record {records}.json in {RESULTS}: measure with --record first")
-        print(table(found))
-        return
+        records = read_records(pattern)
+        if not records:
+            raise UserError(f"no record {pattern}.json in {RESULTS}: measure with --record first")
+        return show(records)
     if args.record:
         check_writable(args.record)
     with cli.sigterm_interrupts():
@@ -55,7 +69,7 @@ def run_benchmark(args, records, measure, table):
     device = pick_device(getattr(args, "device", "cpu"))
     flags = {name: value for name, value in vars(args).items() if name != "work"}
     record = {"flags": flags, "device": device_name(device), "torch": torch.__version__, **figures}
-    print(table([json.loads(json.dumps(record))]))  # as it is read from a file
+    show([json.loads(json.dumps(record))])  # as it is read from a file
     if args.record:
         write_record(args.record, flags, device, figures)
 
@@ -84,6 +98,24 @@ def timed(function, *args, device=None):
 
     start = now()
     return function(*args), now() - start
+
+
+def timed_with_memory(function, *args):
+    """(result, figures) of function(*args): its seconds, and the peak memory of the process before and after it."""
+    base = peak_resident()
+    result, seconds = timed(function, *args)
+    return result, {"seconds": seconds, "base_bytes": base, "peak_bytes": peak_resident()}
+
+
+def megabytes(count):
+    """A number of bytes as a cell of a table in MB."""
+    return f"{count / 1e6:,.0f}"
+
+
+def memory_cells(figures):
+    """The cells of a table for the memory in `figures` of `timed_with_memory`."""
+    base, peak = figures["base_bytes"], figures["peak_bytes"]
+    return {"peak MB": megabytes(peak), "above the base MB": megabytes(peak - base)}
 
 
 def in_turn(functions, repeats):
@@ -139,6 +171,12 @@ def run_command(*command, cwd=ROOT, **environment):
     if process.returncode:
         raise UserError(f"exit code {process.returncode}, see above, from: {shlex.join(command)}")
     return "".join(lines)
+
+
+def run_program(program, *flags, processes=1, **environment):
+    """`run_command` of a program of ours, e.g. sample.py, under torchrun if there are several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return run_command(sys.executable, *(torchrun if processes > 1 else []), ROOT / program, *flags, **environment)
 
 
 def _only_sigterm_interrupts():

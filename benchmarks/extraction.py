@@ -25,23 +25,14 @@ COMPARED = 4  # images whose features are compared
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Speed and memory of the two ways to compute the features of FID.")
+    parser = common.parser(__doc__)
     parser.add_argument("--graph", metavar="PB", help="graph file; without it a network of random weights is made")
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="what to measure")
     parser.add_argument("--image-size", type=cli.positive, default=256, help="pixels a side")
     parser.add_argument("--batch-size", type=cli.positive, default=64, help="images of a batch")
     parser.add_argument("--batches", type=cli.positive, default=4, help="timed batches of a round")
     parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds, the backends in turn")
     cli.add_device_argument(parser)
-    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
-
-
-def write_graph(path):
-    """Write a graph of the published structure with random weights; returns `path`."""
-    from benchmarks.inception_graph import inception_v3
-
-    return inception_v3(path)
 
 
 def measure_backend(backend, path, args):
@@ -67,60 +58,44 @@ def measure_backend(backend, path, args):
     return {"seconds": seconds, "peak_bytes": peak_resident(), "version": version}, features
 
 
-def largest_distance(features):
-    """The largest relative L2 distance from a backend's features to the first backend's; None for a single backend.
-
-    features: {backend: [arrays]}. Raises RuntimeError if it is above 1e-5.
-    """
+def measure(args):
+    """Figures of both backends in all rounds. Raises RuntimeError if the features do not agree."""
     import numpy as np
 
-    first, *others = features.values()
-    if not others:
-        return None
-    pairs = [pair for other in others for pair in zip(other, first)]
-    largest = float(np.max([np.linalg.norm(part - expected) / np.linalg.norm(expected) for part, expected in pairs]))
-    if not largest <= TOLERANCE:  # or NaN
-        raise RuntimeError(f"the features of {' and '.join(features)} are {largest:.1e} apart, above {TOLERANCE}")
-    return largest
+    from benchmarks.inception_graph import inception_v3
 
-
-def measure(args):
-    """Figures of all backends and rounds. Raises RuntimeError if the features do not agree."""
     with tempfile.TemporaryDirectory() as folder:
-        path = args.graph or common.run_alone(write_graph, Path(folder) / "random.pb")
-        runs = {backend: partial(common.run_alone, measure_backend, backend, path, args) for backend in args.backends}
+        path = args.graph or common.run_alone(inception_v3, Path(folder) / "random.pb")
+        runs = {backend: partial(common.run_alone, measure_backend, backend, path, args) for backend in BACKENDS}
         results = common.in_turn(runs, args.repeats)
+    pairs = zip(*(rounds[-1][1] for rounds in results.values()))
+    distance = float(np.max([np.linalg.norm(part - expected) / np.linalg.norm(expected) for expected, part in pairs]))
+    if not distance <= TOLERANCE:  # or NaN
+        raise RuntimeError(f"the features of the backends are {distance:.1e} apart, above {TOLERANCE}")
     measured = {backend: [figures for figures, _ in rounds] for backend, rounds in results.items()}
-    distance = largest_distance({backend: rounds[-1][1] for backend, rounds in results.items()})
     return {"distance": distance, "measurements": measured}
 
 
-def table(records):
-    """A Markdown table with a row for each backend of each record; ratios are to the first backend's rate."""
-    rows = []
-    for record in records:
-        flags, measured = record["flags"], record["measurements"]
-        seconds = {backend: [figures["seconds"] for figures in rounds] for backend, rounds in measured.items()}
-        first = next(iter(seconds.values()))
-        for backend, rounds in measured.items():
-            rate = flags["batches"] * flags["batch_size"] / statistics.median(seconds[backend])
-            rows.append(
-                {
-                    "device": record["device"],
-                    "backend": f"{BACKENDS[backend]} {rounds[0]['version']}",
-                    "weights": Path(flags["graph"]).name if flags["graph"] else "random",
-                    "pixels": flags["image_size"],
-                    "batch": flags["batch_size"],
-                    "images/s": f"{rate:.4g}",
-                    "ratio": f"{common.median_ratio(first, seconds[backend]):.3f}",
-                    "peak MB": f"{max(figures['peak_bytes'] for figures in rounds) / 1e6:,.0f}",
-                }
-            )
-    return common.markdown(rows)
+def rows(record):
+    """A row for each backend; ratios are to TensorFlow's rate."""
+    flags, measured = record["flags"], record["measurements"]
+    seconds = {backend: [figures["seconds"] for figures in rounds] for backend, rounds in measured.items()}
+    for backend, rounds in measured.items():
+        rate = flags["batches"] * flags["batch_size"] / statistics.median(seconds[backend])
+        yield {
+            "device": record["device"],
+            "backend": f"{BACKENDS[backend]} {rounds[0]['version']}",
+            "weights": Path(flags["graph"]).name if flags["graph"] else "random",
+            "pixels": flags["image_size"],
+            "batch": flags["batch_size"],
+            "images/s": f"{rate:.4g}",
+            "ratio": f"{common.median_ratio(seconds['tensorflow'], seconds[backend]):.3f}",
+            "peak MB": common.megabytes(max(figures["peak_bytes"] for figures in rounds)),
+        }
 
 
 def main(args):
-    common.run_benchmark(args, "extraction-*", measure, table)
+    common.run_benchmark(args, "extraction-*", measure, rows)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ All rows run in turn in one process, `--repeats` times, from the same noise; a r
 times are those of the diffusion loop with guidance. Without --ckpt the weights are random.
 
 "reference" does what the original implementation does. "eager" is sample.py without flags, "compile" and "graphs" are
-its flags --compile and --cuda-graphs. "First" is the time of a first run: two steps that trigger everything that
-happens once (compiling), or capturing a CUDA graph. "Peak" is the weights and what a row takes beside them at most (on
-a GPU only).
+its flags --compile and --cuda-graphs. "First" is the time of the first run, of two steps or of capturing a CUDA graph.
+"Peak" is the weights and what a row takes beside them at most (on a GPU only).
 """
 
 import statistics
@@ -29,7 +28,7 @@ MODES = ["eager", "compile", "graphs", "compile+graphs"]
 
 @dataclass
 class Row:
-    """One way to run: "full" or "router", one of MODES or "reference", a precision; and what was measured of it."""
+    """A way to run: "full" or "router", one of MODES or "reference", a precision; and its measurements."""
 
     schedule: str
     mode: str
@@ -57,34 +56,37 @@ class Row:
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Seconds of the diffusion loop in every way to run it.")
+    parser = common.parser(__doc__)
     parser.add_argument("--model", default="DiT-XL/2", help="size and patch, with random weights; not with --ckpt")
-    parser.add_argument(
-        "--image-size", type=int, choices=[256, 512], default=256, help="pixels a side; not with --ckpt"
-    )
     parser.add_argument("--ckpt", help="weights or a model folder, as for sample.py")
     parser.add_argument("--path", help="router file; without it only the full model runs")
     cli.add_threshold_argument(parser)
     parser.add_argument("--num-sampling-steps", type=cli.sampling_steps, default=20, help="denoising steps")
     parser.add_argument("--images", type=cli.positive, default=1, help="images of a batch; guidance doubles it")
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=["fp32", "tf32", "bf16", "fp16"],
-        help="default: fp32 and bf16, on a GPU also tf32 and fp16",
-    )
+    dtypes, default = ["fp32", "tf32", "bf16", "fp16"], "default: fp32 and bf16, on a GPU also tf32 and fp16"
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, help=default)
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: all that the device can run")
     parser.add_argument("--reference", action="store_true", help="also run as the original implementation does")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="rounds, after each row was warmed up")
     cli.add_device_argument(parser)
-    common.add_record_and_table_arguments(parser)
-    parser.add_argument(
-        "--profile", action="store_true", help="only print where the time of a full and of a cached step goes"
-    )
+    profile = "only print where the time of a full and of a cached step goes"
+    parser.add_argument("--profile", action="store_true", help=profile)
     args = parser.parse_args(argv)
     if args.profile and not args.path:
         parser.error("--profile needs a cached step: add --path")
     return args
+
+
+def load(args, device):
+    """A function that makes the DiT in float32, and the schedules by name."""
+    from pretrained.loading import load_dit
+    from pretrained.spec import model_spec
+    from router import load_schedule
+
+    spec, schedules = model_spec(args.model, ckpt=args.ckpt), {"full": None}
+    if args.path:
+        schedules["router"], _ = load_schedule("dynamiclayer", args.path, args.thres)
+    return partial(load_dit, spec, device, None if args.ckpt else 0), schedules
 
 
 def make_models(load, dtypes, compiled):
@@ -92,7 +94,7 @@ def make_models(load, dtypes, compiled):
     from runtime import devices
 
     models = {}
-    for dtype in sorted(dtypes, key=["bf16", "fp16", "fp32", "tf32"].index):
+    for dtype in sorted(dtypes):  # half precisions first: they free the float32 weights that they are made from
         same = models.get(("fp32", False)) if dtype == "tf32" else None
         models[dtype, False] = same or devices.set_precision(load(), dtype)
         if compiled:
@@ -111,19 +113,16 @@ def every_kind(depth):
     return Schedule(torch.stack([kinds[torch.arange(depth) % 4], torch.ones(depth, 2, dtype=torch.bool)]))
 
 
-def make_rows(steps, dtypes, modes, models, schedules, reference):
-    """All rows. reference: the precision in which the original runs, None without it.
+def make_rows(ways, steps, models, schedules):
+    """A `Row` for each of `ways`, (schedule, mode, dtype).
 
-    The warm-up runs two steps with every kind of block, so that everything that happens once happens, or captures the
-    CUDA graph.
+    The warm-up triggers everything that happens once: two steps with every kind of block, or capturing a CUDA graph.
     """
     import sampling
     from benchmarks.original import original_latents
     from diffusion import create_diffusion
 
     diffusion, short = create_diffusion(steps), create_diffusion(2)
-    ways = [(name, mode, dtype) for dtype in dtypes for mode in modes for name in schedules]
-    ways += [(name, "reference", reference) for name in schedules if reference]
     rows = []
     for name, mode, dtype in ways:
         dit, schedule = models[dtype, "compile" in mode], schedules[name]
@@ -146,53 +145,6 @@ def inputs(dit, images, device):
     return z.to(device), torch.arange(images, device=device) % dit.num_classes
 
 
-def figures(row, rows, plan, images, product_rate, on_gpu):
-    """The figures of a row for JSON. plan: its `Schedule`. product_rate: multiply-adds a second of plain products."""
-    from runtime.devices import DTYPES
-
-    def find(schedule, mode, dtype=row.dtype):
-        found = [other for other in rows if (other.schedule, other.mode, other.dtype) == (schedule, mode, dtype)]
-        return found[0] if found else None
-
-    costs = row.dit.multiply_adds()
-    work = 2 * images * plan.multiply_adds(costs).sum().item()
-    rate = work / statistics.median(row.seconds)
-    reference = next((other for other in rows if (other.schedule, other.mode) == (row.schedule, "reference")), None)
-    full, exact = find("full", row.mode), find(row.schedule, "eager", "fp32")
-    error = exact and ((row.latents - exact.latents).abs().max() / exact.latents.abs().max()).item()
-    weights = sum(parameter.nbytes for parameter in row.dit.parameters())
-    return {
-        "schedule": row.schedule,
-        "mode": row.mode,
-        "dtype": row.dtype,
-        "seconds": row.seconds,
-        "first": row.first,
-        "multiply_adds": work,
-        "rate": rate,
-        "matrix_product_rate": product_rate,
-        "share_of_matrix_product": rate / product_rate,
-        "against_reference": reference and common.median_ratio(reference.seconds, row.seconds),
-        "against_full": common.median_ratio(full.seconds, row.seconds),
-        "bound_against_full": plan.speedup_bound(costs),
-        "error": error,
-        "peak_bytes": row.peak + weights if on_gpu else None,  # on a CPU known of the whole process only
-        "cache_bytes": 0 if row.schedule == "full" else row.dit.cache_bytes(2 * images, DTYPES[row.dtype]),
-    }
-
-
-def load(args, device):
-    """A function that makes the DiT in float32, and the schedules by name."""
-    from pretrained.loading import load_dit
-    from pretrained.spec import model_spec
-    from router import load_schedule
-
-    spec = model_spec(args.model, args.image_size, ckpt=args.ckpt)
-    schedules = {"full": None}
-    if args.path:
-        schedules["router"], _ = load_schedule("dynamiclayer", args.path, args.thres)
-    return partial(load_dit, spec, device, None if args.ckpt else 0), schedules
-
-
 def measure(args):
     """Figures of all rows: {"rows": [...]}."""
     from runtime import devices
@@ -213,7 +165,9 @@ def measure(args):
     dit = next(iter(models.values()))
     if "router" in schedules:
         schedules["router"].check_fits(args.path, steps, dit.depth)
-    rows = make_rows(steps, dtypes, modes, models, schedules, published if args.reference else None)
+    ways = [(name, mode, dtype) for dtype in dtypes for mode in modes for name in schedules]
+    ways += [(name, "reference", published) for name in schedules if args.reference]
+    rows = make_rows(ways, steps, models, schedules)
     z, y = inputs(dit, args.images, device)
     for row in rows:
         _, row.first, row.peak = row.run(row.warm_up, z, y, device)
@@ -225,15 +179,49 @@ def measure(args):
                 row.peak = peak
     rates = {}
     for dtype in dtypes:
-        block = devices.set_precision(models[dtype, False].blocks[0], dtype)  # turns TF32 on or off
-        layers = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
-        rates[dtype] = devices.matmul_rate(layers, 2 * args.images * dit.pos_embed.shape[1])
+        model = devices.set_precision(models[dtype, False], dtype)  # turns TF32 on or off
+        rates[dtype] = devices.matmul_rate(model.block_linears(), 2 * args.images * dit.pos_embed.shape[1])
     plans = {name: schedule or Schedule.full(steps, dit.depth) for name, schedule in schedules.items()}
-    measured = [figures(row, rows, plans[row.schedule], args.images, rates[row.dtype], on_gpu) for row in rows]
-    return {"dtype": None, "rows": measured}
+    found = dict(zip(ways, rows))
+    return {"dtype": None, "rows": [figures(way, found, plans, published, args.images, rates) for way in ways]}
 
 
-# Kinds of PyTorch's operations, by parts of their names.
+def figures(way, rows, plans, published, images, rates):
+    """The figures of the row of a way, for JSON.
+
+    rows: {way: `Row`}. plans: {name: `Schedule`}. published: precision of the reference.
+    rates: {dtype: multiply-adds a second of plain products}.
+    """
+    from runtime.devices import DTYPES
+
+    schedule, mode, dtype = way
+    row, plan, costs = rows[way], plans[schedule], rows[way].dit.multiply_adds()
+    work = 2 * images * plan.multiply_adds(costs).sum().item()
+    rate = work / statistics.median(row.seconds)
+    reference, exact = rows.get((schedule, "reference", published)), rows.get((schedule, "eager", "fp32"))
+    error = exact and ((row.latents - exact.latents).abs().max() / exact.latents.abs().max()).item()
+    weights = sum(parameter.nbytes for parameter in row.dit.parameters())
+    return {
+        "schedule": schedule,
+        "mode": mode,
+        "dtype": dtype,
+        "seconds": row.seconds,
+        "first": row.first,
+        "multiply_adds": work,
+        "rate": rate,
+        "matrix_product_rate": rates[dtype],
+        "share_of_matrix_product": rate / rates[dtype],
+        "against_reference": reference and common.median_ratio(reference.seconds, row.seconds),
+        "against_full": common.median_ratio(rows["full", mode, dtype].seconds, row.seconds),
+        "bound_against_full": plan.speedup_bound(costs),
+        "error": error,
+        # On a CPU the peak is known of the whole process only.
+        "peak_bytes": row.peak + weights if row.latents.is_cuda else None,
+        "cache_bytes": 0 if schedule == "full" else row.dit.cache_bytes(2 * images, DTYPES[dtype]),
+    }
+
+
+# Kinds of PyTorch's operations, by parts of their names; what fits none is "the rest".
 KINDS = {
     "matrix products": ("addmm", "::mm", "bmm", "convolution"),
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention"),
@@ -241,14 +229,13 @@ KINDS = {
     "LayerNorm": ("layer_norm",),
     "modulation, gates, sums": ("addcmul", "::add", "::mul", "::sub"),
     "copies": ("copy", "::cat", "repeat", "clone"),
+    "the rest": ("",),
 }
 
 
 def profile(args):
     """A Markdown table of the milliseconds, and their shares, in one full step and in the cheapest cached step."""
     import torch
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
 
     import sampling
     from diffusion import create_diffusion
@@ -261,83 +248,84 @@ def profile(args):
     schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
     z, y = inputs(dit, args.images, device)
     denoise = sampling.make_denoiser(dit, create_diffusion(schedule.steps), y, CFG_SCALE, schedule)
-    work = schedule.multiply_adds(dit.multiply_adds())
+    work, first = schedule.multiply_adds(dit.multiply_adds()), schedule.steps - 1
     cheapest = work.argmin().item()
     # The first step also computes the modulations of later steps: take another full step if there is one.
-    full = max(
-        (i for i in range(cheapest + 1, schedule.steps - 1) if work[i] == work.max()), default=schedule.steps - 1
-    )
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    full = max((i for i in range(cheapest + 1, first) if work[i] == work.max()), default=first)
     times = {}
     with torch.inference_mode():
         x = torch.cat([z, z])
-        for i in range(schedule.steps - 1, cheapest - 1, -1):
-            if i not in (full, cheapest):
-                denoise(x, i)
-                continue
-            with torch.profiler.profile(activities=activities) as profiled:
-                denoise(x, i)
-                devices.synchronize(device)
-            times[i] = dict.fromkeys([*KINDS, "the rest"], 0.0)
-            # A kernel's time is also reported for the operation that launches it, whose name is the same on any GPU.
-            for event in profiled.key_averages():
-                if event.device_type == DeviceType.CPU:
-                    kind = next(
-                        (k for k, names in KINDS.items() if any(name in event.key for name in names)), "the rest"
-                    )
-                    microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-                    times[i][kind] += microseconds / 1000
+        for i in range(first, cheapest - 1, -1):
+            step = partial(denoise, x, i)
+            times[i] = milliseconds(step, device) if i in (full, cheapest) else step()
+    run = schedule.compute[cheapest].sum()
+    steps = [(f"a full step ({2 * dit.depth} layers run)", full), (f"a cached step ({run} run)", cheapest)]
     rows = []
-    for kind in times[full]:
-        cells = [f"{times[i][kind]:.2f} ({times[i][kind] / sum(times[i].values()):.0%})" for i in (full, cheapest)]
-        rows.append([kind, *cells])
-    run = int(schedule.compute[cheapest].sum())
-    return common.markdown(
-        rows, ["milliseconds of", f"a full step ({2 * dit.depth} layers run)", f"a cached step ({run} run)"]
-    )
+    for kind in KINDS:
+        cells = {head: f"{times[i][kind]:.2f} ({times[i][kind] / sum(times[i].values()):.0%})" for head, i in steps}
+        rows.append({"milliseconds of": kind, **cells})
+    return common.markdown(rows)
+
+
+def milliseconds(step, device):
+    """Milliseconds that step() spends in each of KINDS."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    from runtime import devices
+
+    on_gpu = device.type == "cuda"
+    with profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+        step()
+        devices.synchronize(device)
+    times = dict.fromkeys(KINDS, 0.0)
+    # A kernel's time is also reported for the operation that launches it, whose name is the same on any GPU.
+    for event in profiled.key_averages():
+        if event.device_type == DeviceType.CPU:
+            kind = next(kind for kind, names in KINDS.items() if any(name in event.key for name in names))
+            times[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000
+    return times
 
 
 def table(records):
     """A title and a Markdown table with a row for each way to run, for each record."""
-    return "\n\n".join(map(record_table, records))
+    return "\n\n".join(f"{title(record)}\n\n{common.markdown(list(map(cells, record['rows'])))}" for record in records)
 
 
-def record_table(record):
-    flags, rows = record["flags"], []
-    for row in record["rows"]:
-        full, reference, error, peak = (row[k] for k in ("against_full", "against_reference", "error", "peak_bytes"))
-        against_full = f"{full or 0:.3f} ({row['bound_against_full']:.3f})"
-        rows.append(
-            {
-                "schedule": row["schedule"],
-                "mode": row["mode"],
-                "dtype": row["dtype"],
-                "seconds": f"{statistics.median(row['seconds']):.4g}",
-                "against the reference": f"{reference:.3f}" if reference else "",
-                "against full (bound)": "" if row["schedule"] == "full" else against_full,
-                "T multiply-adds": f"{row['multiply_adds'] / 1e12:.3g}",
-                "G/s": f"{row['rate'] / 1e9:.4g}",
-                "plain products, G/s": f"{row['matrix_product_rate'] / 1e9:.4g}",
-                "share": f"{row['share_of_matrix_product']:.1%}",
-                "error": "" if error is None else f"{error:.1e}",
-                "cache MB": f"{row['cache_bytes'] / 1e6:.3g}",
-                "peak MB": f"{peak / 1e6:,.0f}" if peak else "",
-                "first, s": f"{row['first']:.3g}",
-            }
-        )
-    title = (
+def title(record):
+    flags = record["flags"]
+    return (
         f"{flags['ckpt'] or flags['model']}, {flags['num_sampling_steps']} steps, {flags['images']} image(s) with "
         f"guidance, {record['device']}, PyTorch {record['torch']}, {flags['repeats']} round(s)"
     )
-    return f"{title}\n\n{common.markdown(rows)}"
+
+
+def cells(row):
+    full = row["schedule"] == "full"
+    return {
+        "schedule": row["schedule"],
+        "mode": row["mode"],
+        "dtype": row["dtype"],
+        "seconds": f"{statistics.median(row['seconds']):.4g}",
+        "against the reference": f"{row['against_reference']:.3f}" if row["against_reference"] else "",
+        "against full (bound)": "" if full else f"{row['against_full']:.3f} ({row['bound_against_full']:.3f})",
+        "T multiply-adds": f"{row['multiply_adds'] / 1e12:.3g}",
+        "G/s": f"{row['rate'] / 1e9:.4g}",
+        "plain products, G/s": f"{row['matrix_product_rate'] / 1e9:.4g}",
+        "share": f"{row['share_of_matrix_product']:.1%}",
+        "error": "" if row["error"] is None else f"{row['error']:.1e}",
+        "cache MB": f"{row['cache_bytes'] / 1e6:.3g}",
+        "peak MB": common.megabytes(row["peak_bytes"]) if row["peak_bytes"] else "",
+        "first, s": f"{row['first']:.3g}",
+    }
 
 
 def main(args):
     if args.profile:
         print(profile(args))
     else:
-        common.run_benchmark(args, "latency-*", measure, table)
+        common.run_benchmark(args, "latency-*", measure, table=table)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from functools import partial
 
 from benchmarks import common
 from runtime import cli
-from runtime.memory import peak_resident
 
 WAYS = {
     "eigh": "FID: eigenvalues (metrics.py)",
@@ -29,14 +28,11 @@ DIRECTIONS = 24
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(
-        description="Time and memory of FID, precision and recall at the sizes of an evaluation."
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--reference", type=cli.positive, default=10000, help="points of the reference")
     parser.add_argument("--sample", type=cli.positive, default=50000, help="points of the samples")
     parser.add_argument("--features", type=cli.positive, default=2048, help="features of a point")
     parser.add_argument("--repeats", type=cli.positive, default=1, help="rounds of the two FIDs, in turn")
-    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -72,12 +68,10 @@ def measure_fid(count, features, repeats):
         # A little noise in each feature gives the covariances full rank, which sqrtm is made for.
         noise = np.random.default_rng([seed, 2]).standard_normal((count, features), dtype=np.float32)
         inputs += metrics.statistics(random_features(seed, count, features) + 0.1 * noise)
-    measured = {"eigh": {"seconds": []}, "sqrtm": {"seconds": []}}
-    for _ in range(repeats):
-        for way, function in (("eigh", metrics.frechet_distance), ("sqrtm", fid_by_sqrtm)):
-            measured[way]["fid"], seconds = common.timed(function, *inputs)
-            measured[way]["seconds"].append(seconds)
-    return measured
+    ways = {"eigh": metrics.frechet_distance, "sqrtm": fid_by_sqrtm}
+    timings = {way: partial(common.timed, function, *inputs) for way, function in ways.items()}
+    results = common.in_turn(timings, repeats)
+    return {way: {"seconds": [seconds for _, seconds in some], "fid": some[0][0]} for way, some in results.items()}
 
 
 def measure_precision_recall(dtype, reference, sample, features):
@@ -88,14 +82,13 @@ def measure_precision_recall(dtype, reference, sample, features):
 
     warnings.simplefilter("error", RuntimeWarning)
     sets = random_features(0, reference, features), random_features(1, sample, features)
+    function = partial(metrics.precision_recall, dtype=dtype)
     try:
-        metrics.precision_recall(*(points[:9] for points in sets), dtype=dtype)  # imports what it needs
-        base = peak_resident()
-        (precision, recall), seconds = common.timed(partial(metrics.precision_recall, *sets, dtype=dtype))
+        function(*(points[:9] for points in sets))  # imports what it needs
+        (precision, recall), figures = common.timed_with_memory(function, *sets)
     except RuntimeWarning as warning:  # with smaller tiles it would be another measurement
         raise MemoryError from warning
-    memory = {"base_bytes": base, "peak_bytes": peak_resident()}
-    return {"seconds": [seconds], **memory, "precision": precision, "recall": recall}
+    return figures | {"seconds": [figures["seconds"]], "precision": precision, "recall": recall}
 
 
 def measure(args):
@@ -110,35 +103,30 @@ def measure(args):
     return {"measurements": measured}
 
 
-def table(records):
-    """A Markdown table with a row for each way of each record."""
-    rows = []
-    for record in records:
-        flags = record["flags"]
-        for way, figures in record["measurements"].items():
-            if "fid" in figures:
-                size, peak, above, result = f"{flags['features']:,}", "", "", f"{figures['fid']:.8g}"
-            else:
-                size = f"{flags['reference']:,} x {flags['sample']:,}, {flags['features']:,}"
-                peak = f"{figures['peak_bytes'] / 1e6:,.0f}"
-                above = f"{(figures['peak_bytes'] - figures['base_bytes']) / 1e6:,.0f}"
-                result = f"{figures['precision']:.4f}, {figures['recall']:.4f}"
-            rows.append(
-                {
-                    "device": record["device"],
-                    "way": WAYS[way],
-                    "size": size,
-                    "seconds": f"{statistics.median(figures['seconds']):.3g}",
-                    "peak MB": peak,
-                    "above the base MB": above,
-                    "result": result,
-                }
-            )
-    return common.markdown(rows)
+def rows(record):
+    """A row for each way."""
+    flags = record["flags"]
+    for way, figures in record["measurements"].items():
+        if "fid" in figures:
+            size, result = f"{flags['features']:,}", f"{figures['fid']:.8g}"
+            memory = {"peak MB": "", "above the base MB": ""}
+        else:
+            size = f"{flags['reference']:,} x {flags['sample']:,}, {flags['features']:,}"
+            result = f"{figures['precision']:.4f}, {figures['recall']:.4f}"
+            memory = common.memory_cells(figures)
+        seconds = f"{statistics.median(figures['seconds']):.3g}"
+        yield {
+            "device": record["device"],
+            "way": WAYS[way],
+            "size": size,
+            "seconds": seconds,
+            **memory,
+            "result": result,
+        }
 
 
 def main(args):
-    common.run_benchmark(args, "metrics-*", measure, table)
+    common.run_benchmark(args, "metrics-*", measure, rows)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ The same noise and labels, equally many of each class, are sampled in every way,
 is compared with plain fp32, and judged by the classifier that is shipped with the model.
 """
 
+from functools import partial
+
 from benchmarks import common
 from runtime import cli
 
@@ -15,10 +17,9 @@ HOW = {"compiled": "compiled", "recorded": "CUDA graphs"}  # keys of a record, a
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="What lower precision and compiling change in images.")
+    parser = common.parser(__doc__)
     parser.add_argument("--images", type=cli.positive, default=1000, help="images of each way")
     cli.add_device_argument(parser)
-    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -33,16 +34,13 @@ def ways(device):
 def sample(dit, vae, sampler, y, device):
     """Latents (N, C, h, w) and uint8 images (N, H, W, 3), both on the CPU, for labels y (N,)."""
     import torch
-    from tqdm import tqdm
 
     import sampling
 
     shape = len(y), dit.in_channels, dit.input_size, dit.input_size
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    latents, images = [], []
-    for z, labels in zip(tqdm(noise.split(BATCH), leave=False, disable=None), y.split(BATCH)):
-        latents.append(sampler(z.to(device), labels.to(device)))
-        images.append(sampling.decode(vae, latents[-1]).cpu())
+    latents = [sampler(z.to(device), labels.to(device)) for z, labels in zip(noise.split(BATCH), y.split(BATCH))]
+    images = [sampling.decode(vae, batch).cpu() for batch in latents]
     return torch.cat(latents).cpu(), torch.cat(images)
 
 
@@ -70,52 +68,41 @@ def measure(args):
         vae = devices.speed_up_vae(load_vae(spec, device), device, dtype)
         if compiled:
             devices.compile_blocks(dit.blocks)
+        make_sampler = partial(sampling.make_sampler, dit, create_diffusion(STEPS), spec.cfg_scale)
         for name, schedule in ("full", None), ("router", router):
-            guidance = spec.guidance(None, 4.0)
-            sampler = sampling.make_sampler(dit, create_diffusion(STEPS), guidance, schedule, cuda_graphs=cuda_graphs)
+            sampler = make_sampler(schedule, cuda_graphs=cuda_graphs)
             latents, images = sample(dit, vae, sampler, y, device)
             plain_latents, plain_images = plain.setdefault(name, (latents, images))
             levels = (images.int() - plain_images.int()).abs()
             error = (latents - plain_latents).abs().max() / plain_latents.abs().max()
-            rows.append(
-                {
-                    "schedule": name,
-                    "dtype": dtype,
-                    "compiled": compiled,
-                    "recorded": cuda_graphs,
-                    "error": error.item(),
-                    "psnr_db": psnr(images, plain_images, 255) if levels.any() else None,
-                    "grey_levels": levels.max().item(),
-                    "differing": (levels > 0).float().mean().item(),
-                    "class_accuracy": classifier.class_accuracy(images, y),
-                }
-            )
+            row = {"schedule": name, "dtype": dtype, "compiled": compiled, "recorded": cuda_graphs}
+            row["error"] = error.item()
+            row["psnr_db"] = psnr(images, plain_images, 255) if levels.any() else None
+            row["grey_levels"] = levels.max().item()
+            row["differing"] = (levels > 0).float().mean().item()
+            row["class_accuracy"] = classifier.class_accuracy(images, y)
+            rows.append(row)
     return {"dtype": None, "rows": rows}
 
 
-def table(records):
-    """A Markdown table with a row for each way and schedule of each record."""
-    return common.markdown(
-        [
-            {
-                "device": record["device"],
-                "schedule": row["schedule"],
-                "dtype": row["dtype"],
-                "": " ".join(text for name, text in HOW.items() if row[name]),
-                "latents differ by": f"{row['error']:.1e}",
-                "PSNR, dB": "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}",
-                "grey levels, at most": row["grey_levels"],
-                "values that differ": f"{row['differing']:.3%}",
-                "in their class": f"{row['class_accuracy']:.1%}",
-            }
-            for record in records
-            for row in record["rows"]
-        ]
-    )
+def rows(record):
+    """A row for each way and schedule."""
+    for row in record["rows"]:
+        yield {
+            "device": record["device"],
+            "schedule": row["schedule"],
+            "dtype": row["dtype"],
+            "": " ".join(text for name, text in HOW.items() if row[name]),
+            "latents differ by": f"{row['error']:.1e}",
+            "PSNR, dB": "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}",
+            "grey levels, at most": row["grey_levels"],
+            "values that differ": f"{row['differing']:.3%}",
+            "in their class": f"{row['class_accuracy']:.1%}",
+        }
 
 
 def main(args):
-    common.run_benchmark(args, "precision-*", measure, table)
+    common.run_benchmark(args, "precision-*", measure, rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ and loading the model come before that, once a launch; "whole command" includes 
 
 import json
 import statistics
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,10 @@ from runtime import cli
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Scaling of sample_ddp.py from one process to two.")
+    parser = common.parser(__doc__)
     parser.add_argument("--images", type=cli.positive, default=2000, help="images of a run")
     parser.add_argument("--per-proc-batch-size", type=cli.positive, default=32, help="images sampled at a time")
     parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds of both runs, in turn")
-    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -33,40 +31,12 @@ def run(args, processes):
     """The record of sample_ddp.py of one run by `processes` processes, with its "command_seconds" added."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [
-            sys.executable,
-            *(torchrun if processes > 1 else []),
-            common.ROOT / "sample_ddp.py",
-            "--ckpt",
-            common.SHIPPED,
-        ]
-        command += ["--num-sampling-steps", 20, "--ddim-sample", "--accelerate-method", "dynamiclayer"]
-        command += ["--path", common.SHIPPED / "DDIM20_router.pt", "--thres", 0.1, "--num-fid-samples", args.images]
-        command += ["--per-proc-batch-size", args.per_proc_batch_size, "--device", "cpu", "--sample-dir", folder]
-        command += ["--record", record]
-        seconds = common.timed(partial(common.run_command, *command, OMP_NUM_THREADS="1"))[1]
+        flags = [*common.SHIPPED_MODEL, "--accelerate-method", "dynamiclayer", "--path", common.SHIPPED_ROUTER]
+        flags += ["--num-fid-samples", args.images, "--per-proc-batch-size", args.per_proc_batch_size]
+        flags += ["--sample-dir", folder, "--record", record]
+        command = partial(common.run_program, "sample_ddp.py", *flags, processes=processes, OMP_NUM_THREADS="1")
+        seconds = common.timed(command)[1]
         return json.loads(record.read_text()) | {"command_seconds": seconds}
-
-
-def figures(runs):
-    """The figures of `runs`, {processes: [records of the rounds]}."""
-
-    def each(value):
-        return {processes: [value(run) for run in some] for processes, some in runs.items()}
-
-    def shares(run):
-        return run["shares"] | {"sampling and decoding": run["shares"]["sampling"] + run["shares"]["decoding"]}
-
-    rates = each(lambda run: run["images_per_second"])
-    return {
-        "images": runs[1][0]["images"],
-        "images_per_second": rates,
-        "scaling": common.median_ratio(rates[2], rates[1]),
-        "shares": each(shares),
-        "seconds": each(lambda run: run["seconds"]),
-        "command_seconds": each(lambda run: run["command_seconds"]),
-    }
 
 
 def measure(args):
@@ -74,33 +44,35 @@ def measure(args):
 
     runs = common.in_turn({processes: partial(run, args, processes) for processes in (1, 2)}, args.repeats)
     torch.set_num_threads(1)  # which the record states
-    return figures(runs)
+    for some in runs.values():
+        for record in some:
+            shares = record["shares"]
+            shares["sampling and decoding"] = shares["sampling"] + shares["decoding"]
+    names = "images_per_second", "shares", "seconds", "command_seconds"
+    figures = {name: {count: [record[name] for record in some] for count, some in runs.items()} for name in names}
+    rates = figures["images_per_second"]
+    return {"images": args.images, "scaling": common.median_ratio(rates[2], rates[1]), **figures}
 
 
-def table(records):
-    """A Markdown table with a row for each number of processes of each record."""
-    rows = []
-    for record in records:
-        for processes in ("1", "2"):
-            share = statistics.median(run["sampling and decoding"] for run in record["shares"][processes])
-            rows.append(
-                {
-                    "device": record["device"],
-                    "images": f"{record['images']:,}",
-                    "processes, one thread each": processes,
-                    "images/s": f"{statistics.median(record['images_per_second'][processes]):.2f}",
-                    "ratio": f"{record['scaling']:.3f}" if processes == "2" else "1",
-                    "sampling and decoding": f"{share:.2%}",
-                    "everything else": f"{1 - share:.2%}",
-                    "seconds": f"{statistics.median(record['seconds'][processes]):.1f}",
-                    "whole command": f"{statistics.median(record['command_seconds'][processes]):.1f}",
-                }
-            )
-    return common.markdown(rows)
+def rows(record):
+    """A row for each number of processes."""
+    for processes in ("1", "2"):
+        share = statistics.median(run["sampling and decoding"] for run in record["shares"][processes])
+        yield {
+            "device": record["device"],
+            "images": f"{record['images']:,}",
+            "processes, one thread each": processes,
+            "images/s": f"{statistics.median(record['images_per_second'][processes]):.2f}",
+            "ratio": f"{record['scaling']:.3f}" if processes == "2" else "1",
+            "sampling and decoding": f"{share:.2%}",
+            "everything else": f"{1 - share:.2%}",
+            "seconds": f"{statistics.median(record['seconds'][processes]):.1f}",
+            "whole command": f"{statistics.median(record['command_seconds'][processes]):.1f}",
+        }
 
 
 def main(args):
-    common.run_benchmark(args, "scaling-*", measure, table)
+    common.run_benchmark(args, "scaling-*", measure, rows)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@
     python -m benchmarks.train_step --table
 
 An update is one draw: noise to step i, fill the cache there, a DDIM step, teacher and student at i-1, backward, AdamW.
-Weights, latents, labels and noise are random: the work does not depend on their values. No variant runs the VAE. All
-variants start from the same router and see the same inputs.
+Weights, latents, labels and noise are random: the work does not depend on their values. No variant runs the VAE.
 
-Times: all variants in turn in one process, after a warm-up update of each; a ratio is the median over the rounds.
-Memory: two updates of one variant in a fresh process. On a CPU the peak is that of the whole process, and "above the
-base" leaves out its peak before it made the model (Python, PyTorch's libraries). On a GPU the peak is that of the
-tensors, and the base is 0.
+Times: all variants in turn in one process, from the same router and inputs, after a warm-up update of each; a ratio is
+the median over the rounds. Memory: two updates of one variant in a fresh process. On a CPU the peak is that of the
+whole process, and "above the base" leaves out its peak before it made the model (Python, PyTorch's libraries). On a GPU
+the peak is that of the tensors, and the base is 0.
 """
 
 import statistics
@@ -27,19 +26,16 @@ VARIANTS = {
     "compiled": "ours, compiled",
 }
 SEED = 0
-L1, LR = 5e-6, 1e-3  # as published for DiT-XL/2 at 20 steps; an update takes as long with others
+STEPS, L1, LR = 20, 5e-6, 1e-3  # as published for DiT-XL/2; an update takes as long with others
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Time and peak memory of one update of router training.")
+    parser = common.parser(__doc__)
     parser.add_argument("--model", default="DiT-S/2", help="size and patch, as DiT-XL/2; its weights are random")
-    parser.add_argument("--image-size", type=int, choices=[256, 512], default=256, help="pixels a side")
     parser.add_argument("--batch-size", type=cli.positive, default=8, help="images of the one draw of an update")
-    parser.add_argument("--num-sampling-steps", type=cli.router_steps, default=20, help="denoising steps")
     parser.add_argument("--repeats", type=cli.positive, default=3, help="timed updates of each variant")
     cli.add_device_argument(parser)
     parser.add_argument("--compile", action="store_true", help="also measure with torch.compile of the blocks")
-    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -64,7 +60,7 @@ def load_models(names, load):
 class Updates:
     """The variants `names` of an update, ready to run: models, routers with their optimizers, and the inputs."""
 
-    def __init__(self, spec, batch_size, steps, device, names):
+    def __init__(self, spec, batch_size, device, names):
         import torch
 
         from diffusion import create_diffusion
@@ -72,15 +68,14 @@ class Updates:
         from router import Router
 
         self.models = load_models(names, lambda: load_dit(spec, device, random_seed=SEED))
-        self.diffusion = create_diffusion(steps)
+        self.diffusion = create_diffusion(STEPS)
         self.routers, self.optimizers = {}, {}
         dit = self.models[names[0]]
         for name in names:
             generator = torch.Generator().manual_seed(SEED)  # the same initial scores for all
-            self.routers[name] = Router(steps, dit.depth, generator).to(device)
+            self.routers[name] = Router(STEPS, dit.depth, generator).to(device)
             self.optimizers[name] = torch.optim.AdamW(self.routers[name].parameters(), lr=LR, weight_decay=0)
-        rows = Router.trained_steps(steps)
-        self.row = rows[len(rows) // 2]
+        self.row = Router.trained_steps(STEPS)[STEPS // 4]
         generator = torch.Generator().manual_seed(SEED)
         shape = batch_size, dit.in_channels, dit.input_size, dit.input_size
         self.x_start, self.noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
@@ -104,25 +99,16 @@ class Updates:
         router.clamp_()
 
 
-def make_updates(args, names):
-    """The `Updates` that the flags ask for, and their device."""
-    from pretrained.spec import model_spec
-    from runtime.devices import pick_device
-
-    device = pick_device(args.device)
-    spec = model_spec(args.model, args.image_size)
-    return Updates(spec, args.batch_size, args.num_sampling_steps, device, names), device
-
-
-def measure_memory(args, name):
+def measure_memory(spec, args, name):
     """Bytes of this process before the model is made ("base") and at the peak of two updates ("peak").
 
     Of the tensors on a GPU, else the resident set. The process must be a fresh one.
     """
     from runtime.devices import peak_memory, pick_device
 
-    base = peak_memory(pick_device(args.device))
-    updates, device = make_updates(args, [name])
+    device = pick_device(args.device)
+    base = peak_memory(device)
+    updates = Updates(spec, args.batch_size, device, [name])
     for _ in range(2):  # the second update finds the gradients that the first left
         updates.run(name)
     return {"base": base, "peak": peak_memory(device)}
@@ -131,11 +117,13 @@ def measure_memory(args, name):
 def measure(args):
     """Figures of all variants, with the ratios to the original."""
     from pretrained.spec import model_spec
+    from runtime.devices import pick_device
 
-    model_spec(args.model, args.image_size)  # refuses an unknown name before anything is measured
+    spec = model_spec(args.model)
     names = [name for name in VARIANTS if name != "compiled" or args.compile]
-    memory = {name: common.run_alone(measure_memory, args, name) for name in names}
-    updates, device = make_updates(args, names)
+    memory = {name: common.run_alone(measure_memory, spec, args, name) for name in names}
+    device = pick_device(args.device)
+    updates = Updates(spec, args.batch_size, device, names)
     seconds = common.time_in_turn({name: lambda name=name: updates.run(name) for name in names}, args.repeats, device)
     above = {name: memory[name]["peak"] - memory[name]["base"] for name in names}
     return {
@@ -152,30 +140,20 @@ def measure(args):
 def table(records):
     """A Markdown table with a row for each variant of each record; all ratios are to the original's."""
     head = ["model, batch, device", "update", "seconds", "ratio", "images/s", "peak GiB", "ratio"]
-    head += ["above the base GiB", "ratio"]
     rows = []
     for record in records:
         where = f"{record['flags']['model']}, {record['batch']}, {record['device']}"
         for name, seconds in record["seconds"].items():
             memory = record["memory_bytes"][name]
-            rows.append(
-                [
-                    where,
-                    VARIANTS[name],
-                    f"{statistics.median(seconds):.3g}",
-                    f"{record['time_ratio'][name]:.3f}",
-                    f"{record['images_per_second'][name]:.3g}",
-                    f"{memory['peak'] / 2**30:.2f}",
-                    f"{record['peak_ratio'][name]:.3f}",
-                    f"{(memory['peak'] - memory['base']) / 2**30:.2f}",
-                    f"{record['above_base_ratio'][name]:.3f}",
-                ]
-            )
-    return common.markdown(rows, head)
+            rate = f"{record['time_ratio'][name]:.3f}", f"{record['images_per_second'][name]:.3g}"
+            peak = f"{memory['peak'] / 2**30:.2f}", f"{record['peak_ratio'][name]:.3f}"
+            above = f"{(memory['peak'] - memory['base']) / 2**30:.2f}", f"{record['above_base_ratio'][name]:.3f}"
+            rows.append([where, VARIANTS[name], f"{statistics.median(seconds):.3g}", *rate, *peak, *above])
+    return common.markdown(rows, [*head, "above the base GiB", "ratio"])
 
 
 def main(args):
-    common.run_benchmark(args, "train-*", measure, table)
+    common.run_benchmark(args, "train-*", measure, table=table)
 
 
 if __name__ == "__main__":

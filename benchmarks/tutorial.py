@@ -31,9 +31,8 @@ ESTIMATES = [
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Seconds of each command of docs/tutorial.md.")
+    parser = common.parser(__doc__)
     parser.set_defaults(device="auto")  # as the commands choose it
-    common.add_record_and_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -75,7 +74,7 @@ def table(records):
 
 
 def main(args):
-    common.run_benchmark(args, "tutorial-*", measure, table)
+    common.run_benchmark(args, "tutorial-*", measure, table=table)
 
 
 if __name__ == "__main__":
