@@ -11,21 +11,17 @@ from pathlib import Path
 from runtime import cli
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "ckpt" / "fashion_mnist"
 THRESHOLD = 0.1
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Make the pictures of assets/.")
-    shipped = ROOT / "ckpt" / "fashion_mnist"
-    parser.add_argument(
-        "--ckpt", type=Path, default=shipped, help="model folder with DDIM20_router.pt and DDIM50_router.pt"
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "assets", help="folder to write the pictures into")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     return parser.parse_args(argv)
 
 
-def draw_samples(ckpt, seed, path, rows=8):
+def draw_samples(path, rows=8):
     import torch
 
     import sampling
@@ -35,11 +31,11 @@ def draw_samples(ckpt, seed, path, rows=8):
     from runtime.pictures import save_picture
 
     device = torch.device("cpu")
-    spec = model_spec(ckpt=str(ckpt))
+    spec = model_spec(ckpt=str(SHIPPED))
     dit, vae = load_dit(spec, device), load_vae(spec, device)
     labels = torch.arange(spec.num_classes).repeat(rows)
     shape = len(labels), dit.in_channels, dit.input_size, dit.input_size
-    z = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     latents = sampling.sample_latents(dit, create_diffusion(20), z, labels, spec.cfg_scale)
     save_picture([sampling.decode(vae, latents)], path, spec.num_classes)
 
@@ -49,8 +45,8 @@ def main(args):
     from training.plots import save_animation, save_heatmap
     from training.run_folder import frames
 
-    draw_samples(args.ckpt, args.seed, args.out / "samples.png")
-    scores = {f"DDIM-{steps}": Router.load(args.ckpt / f"DDIM{steps}_router.pt").scores() for steps in (20, 50)}
+    draw_samples(args.out / "samples.png")
+    scores = {f"DDIM-{steps}": Router.load(SHIPPED / f"DDIM{steps}_router.pt").scores() for steps in (20, 50)}
     save_heatmap(scores, THRESHOLD, args.out / "router.png")
     log = (ROOT / "demo" / "records" / "fashion-20.jsonl").read_text().splitlines()
     save_animation(frames(map(json.loads, log), 20), THRESHOLD, args.out / "router.gif")

@@ -60,7 +60,7 @@ def measure(args):
     device = devices.pick_device(args.device)
     spec = model_spec(ckpt=common.SHIPPED)
     classifier = inception.Graph(common.SHIPPED / "classifier.pb", device)
-    router, _ = load_schedule("dynamiclayer", common.SHIPPED / f"DDIM{STEPS}_router.pt", 0.1)
+    router, _ = load_schedule("dynamiclayer", common.SHIPPED_ROUTER, 0.1)
     y = torch.arange(args.images) % spec.num_classes
     plain, rows = {}, []
     for dtype, compiled, cuda_graphs in ways(device):

@@ -65,10 +65,10 @@ ROWS = tuple(
     for steps in (50, 40, 38, 20, 16, 15, 10)
     for method in (METHODS if steps in WITH_ROUTER else ["ddim"])
 )
-TABLES = {
-    "Fewer steps, or a router": lambda row: row.method in ("ddim", "router"),
-    "Which layers are reused": lambda row: row.steps in WITH_ROUTER,
-}
+TABLES = [
+    ("Fewer steps, or a router", lambda row: row.method in ("ddim", "router")),
+    ("Which layers are reused", lambda row: row.steps in WITH_ROUTER),
+]
 
 
 def row_list(text):
@@ -81,22 +81,20 @@ def row_list(text):
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(description="Speed and quality of the shipped model by method and number of steps.")
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=row_list, metavar="ROW,ROW", help="only these, as router-20; default: all")
     parser.add_argument("--processes", type=cli.positive, default=2, help="processes that sample, one thread each")
-    parser.add_argument(
-        "--samples",
-        type=cli.positive,
-        default=SAMPLES,
-        help=f"images of a row; any number but {SAMPLES} is a trial, kept in {FOLDER}-SAMPLES",
-    )
+    trial = f"images of a row; any number but {SAMPLES} is a trial, kept in {FOLDER}-SAMPLES"
+    parser.add_argument("--samples", type=cli.positive, default=SAMPLES, help=trial)
     parser.add_argument("--timing", action="store_true", help="measure the times again; with --rows: measure them")
     parser.add_argument("--table", action="store_true", help="make nothing, print the tables of the records")
     args = parser.parse_args(argv)
-    trial = args.samples != SAMPLES
-    args.folder = f"{FOLDER}-{args.samples}" if trial else FOLDER
-    args.results = common.ROOT / args.folder / "results" if trial else common.RESULTS / "table"
-    args.picture = common.ROOT / args.folder / "table.png" if trial else common.ROOT / "assets" / "table.png"
+    args.folder, args.results, assets = FOLDER, common.RESULTS / "table", common.ROOT / "assets"
+    if args.samples != SAMPLES:
+        args.folder = f"{FOLDER}-{args.samples}"
+        assets = common.ROOT / args.folder
+        args.results = assets / "results"
+    args.picture = assets / "table.png"
     return args
 
 
@@ -137,8 +135,8 @@ def sampling_flags(row, folder, samples):
 
 def sample(flags, seed, processes):
     """Make sample_ddp.py complete the set of these flags and this seed. Returns the Path of its .npz."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "sample_ddp.py"]
-    out = common.run_command(sys.executable, *torchrun, *flags, "--global-seed", seed, OMP_NUM_THREADS="1")
+    flags = [*flags, "--global-seed", seed]
+    out = common.run_program("sample_ddp.py", *flags, processes=processes, OMP_NUM_THREADS="1")
     return common.ROOT / re.search(r"^(?:Samples: )?(.+\.npz) (?:\(\d+ images|is there already)", out, re.M)[1]
 
 
@@ -151,7 +149,7 @@ def judge(npz):
     from evaluation.inception import Graph
 
     report, (reference, graph) = npz.with_suffix(".json"), JUDGES.values()
-    common.run_command(sys.executable, "evaluator.py", reference, npz, "--graph", graph, "--json", report)
+    common.run_program("evaluator.py", reference, npz, "--graph", graph, "--json", report)
     with np.load(npz) as arrays:
         images, labels = arrays["arr_0"], arrays["labels"]
     return {
@@ -167,17 +165,6 @@ def read(path):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def describe(schedule, costs):
-    """What a record says about a schedule; costs: of the model, as `DiT.multiply_adds` returns them."""
-    return {
-        "layers": schedule.compute.numel(),
-        "layers_run": int(schedule.compute.sum()),
-        "g_multiply_adds": schedule.multiply_adds(costs).sum().item() / 1e9,
-        "bound": schedule.speedup_bound(costs),
-        "sha256": schedule.sha256(),
-    }
-
-
 def fill(args):
     """Sample, judge and time what the records lack."""
     from importlib.metadata import version
@@ -191,24 +178,31 @@ def fill(args):
     device = devices.pick_device("auto")
     spec = model_spec(ckpt=str(common.ROOT / MODEL))
     dit = devices.set_precision(load_dit(spec, device), "tf32")
-    plans = {row: plan(row, dit.depth) for row in ROWS}
+    costs, plans = dit.multiply_adds(), {row: plan(row, dit.depth) for row in ROWS}
     judges = {name: sha256_of_file(released.find(common.ROOT / path)) for name, path in JUDGES.items()}
     versions = {name: version(name) for name in ("torch", "diffusers", "timm", "numpy")}
     # All rows with seed 0 come before some of them with other seeds.
     todo = sorted((seed, number) for number, row in enumerate(ROWS) if row in (args.rows or ROWS) for seed in row.seeds)
     for seed, row in ((seed, ROWS[number]) for seed, number in todo):
-        path, sampling = args.results / f"{row.name}.json", sampling_flags(row, args.folder, args.samples)
-        known = {"schedule": describe(plans[row], dit.multiply_adds()), "judges": judges}
-        flags, record = {"sample_ddp": sampling}, read(path)
+        path, schedule = args.results / f"{row.name}.json", plans[row]
+        described = {
+            "layers": schedule.compute.numel(),
+            "layers_run": int(schedule.compute.sum()),
+            "g_multiply_adds": schedule.multiply_adds(costs).sum().item() / 1e9,
+            "bound": schedule.speedup_bound(costs),
+            "sha256": schedule.sha256(),
+        }
+        flags = {"sample_ddp": sampling_flags(row, args.folder, args.samples)}
+        known, record = {"schedule": described, "judges": judges}, read(path)
         same = {name: record.get(name) for name in ("flags", *known)} == {"flags": flags, **known}
         seeds = record["seeds"] if same else {}  # what was sampled or judged otherwise is made again
         if str(seed) in seeds:
             continue
         print(f"{row.name}, seed {seed}:", file=sys.stderr, flush=True)
         if row.method not in ("ddim", "router"):
-            plans[row].save(common.ROOT / schedule_path(row, args.folder))
-        seeds = dict(sorted((seeds | {str(seed): judge(sample(sampling, seed, args.processes))}).items()))
-        write_record(path, flags, device, {**known, "versions": versions, "seeds": seeds})
+            schedule.save(common.ROOT / schedule_path(row, args.folder))
+        seeds[str(seed)] = judge(sample(flags["sample_ddp"], seed, args.processes))
+        write_record(path, flags, device, {**known, "versions": versions, "seeds": dict(sorted(seeds.items()))})
     path = args.results / "timing.json"
     if args.timing or not args.rows and list(read(path).get("rows", [])) != [row.name for row in ROWS]:
         print("times of all rows, in turn:", file=sys.stderr, flush=True)
@@ -264,10 +258,7 @@ def cells(row, record, timing):
 
 def tables(records, timing):
     """The tables of `records`, {row: its record}, as Markdown by title; without rows and tables that have no record."""
-    rows = {
-        title: [cells(row, record, timing) for row, record in records.items() if belongs(row)]
-        for title, belongs in TABLES.items()
-    }
+    rows = {title: [cells(row, records[row], timing) for row in filter(belongs, records)] for title, belongs in TABLES}
     return {title: common.markdown(some) for title, some in rows.items() if some}
 
 
@@ -279,26 +270,30 @@ def missing(records, timing):
     return names + ([f"the times of {', '.join(untimed)}"] if untimed else [])
 
 
-def save_curves(curves, xlabel, ylabel, path):
-    """Write a PNG of `curves`, {label: [(x, y, text), ...]}: points with texts, joined by a line; y logarithmic."""
+def save_curves(records, timing, path):
+    """Write a PNG with a curve for each method: FID, logarithmic, by seconds, at each point its number of steps."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import StrMethodFormatter
 
     from runtime.files import atomic_write
 
+    curves = {}
+    for row, record in records.items():
+        if row.name in timing["rows"]:
+            seconds = statistics.median(timing["rows"][row.name]["seconds"])
+            curves.setdefault(row.method, []).append((seconds, record["seeds"]["0"]["metrics"]["fid"], str(row.steps)))
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(6, 5), dpi=110, layout="constrained")
         axis = figure.subplots()
-    for (label, points), marker in zip(curves.items(), "os^v<>DPX*" * len(curves)):
+    for (method, points), marker in zip(curves.items(), "os^v<>D"):
         x, y, texts = zip(*sorted(points))
-        axis.plot(x, y, marker=marker, markersize=5, linewidth=0.8, label=label)
-        for point, text in zip(zip(x, y), texts):
+        axis.plot(x, y, marker=marker, markersize=5, linewidth=0.8, label=METHODS[method])
+        for *point, text in zip(x, y, texts):
             axis.annotate(text, point, (4, 3), textcoords="offset points", fontsize=7)
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.set(xlabel=f"seconds a batch of {timing['batch']} images", ylabel="FID")
     axis.legend()
     with atomic_write(path) as part:
         figure.savefig(part, format="png", metadata={"Software": None})
@@ -311,14 +306,8 @@ def show(args):
     records = {row: record for row, record in records.items() if record}
     for title, text in tables(records, timing).items():
         print(f"\n{title}:\n\n{text}")
-    curves = {}
-    for row, record in records.items():
-        if row.name in timing.get("rows", {}):
-            seconds = statistics.median(timing["rows"][row.name]["seconds"])
-            fid = record["seeds"]["0"]["metrics"]["fid"]
-            curves.setdefault(METHODS[row.method], []).append((seconds, fid, str(row.steps)))
-    if curves:
-        save_curves(curves, f"seconds a batch of {timing['batch']} images", "FID", args.picture)
+    if records and timing:
+        save_curves(records, timing, args.picture)
         print(f"\nPicture: {args.picture}")
     left = missing(records, timing)
     if left:

@@ -13,12 +13,11 @@ from runtime import cli
 
 
 def parse_args(argv=None):
-    from demo.train_loop import MODEL_FOLDER, add_arguments
+    from demo.train_loop import MODEL_FOLDER, parser
 
-    parser = cli.ArgumentParser(description="Train the classifier that judges samples of the Fashion-MNIST model.")
-    add_arguments(parser, name="classifier", steps=4000)
-    parser.add_argument("--out", type=Path, default=MODEL_FOLDER / "classifier.pb", help="graph file to write")
-    return parser.parse_args(argv)
+    result = parser(__doc__, name="classifier", updates=4000, batch_size=128)
+    result.add_argument("--out", type=Path, default=MODEL_FOLDER / "classifier.pb", help="graph file to write")
+    return result.parse_args(argv)
 
 
 def build_classifier():
@@ -92,7 +91,7 @@ def main(args):
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     classifier = build_classifier().to(device)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.lr, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=1e-2)
 
     def loss_of_batch():
         index = torch.randint(len(images), (args.batch_size,), generator=generator)
@@ -101,7 +100,7 @@ def main(args):
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
         return torch.nn.functional.cross_entropy(classifier(x.roll(shift, (2, 3))), labels[index].to(device))
 
-    settings = {"updates": args.steps, "lr": args.lr, "work": args.work}
+    settings = {"updates": args.steps, "work": args.work}
     loss = train(loss_of_batch, optimizer, generator, **settings, classifier=classifier)
     save_graph(classifier, args.out)
     held_out, classes = load_split(args.data, "test")

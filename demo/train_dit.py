@@ -2,7 +2,7 @@
 
     python -m demo.train_dit            # writes demo/work/fashion_mnist/{config.json,dit.safetensors}
 
-If it is stopped, the same command continues. `--export` writes the averaged weights of the checkpoint.
+If it is stopped, the same command continues. The model folder gets the weights averaged over the updates.
 """
 
 from functools import partial
@@ -14,14 +14,12 @@ MODEL = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=192, depth=1
 
 
 def parse_args(argv=None):
-    from demo.train_loop import MODEL_FOLDER, add_arguments
+    from demo.train_loop import MODEL_FOLDER, parser
 
-    parser = cli.ArgumentParser(description="Train the DiT of the shipped Fashion-MNIST model.")
-    add_arguments(parser, name="dit", steps=9200, batch_size=64)
-    parser.add_argument("--ema", type=cli.fraction, default=0.999, help="decay of the averaged weights, per update")
-    parser.add_argument("--export", action="store_true", help="only write the averaged weights of --work")
-    parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="model folder to write; holds vae/ already")
-    return parser.parse_args(argv)
+    result = parser(__doc__, name="dit", updates=9200, batch_size=64)
+    result.add_argument("--out", type=Path, default=MODEL_FOLDER, help="model folder to write; holds vae/ already")
+    result.add_argument("--compile", action="store_true", help="torch.compile; faster, needs a C++ compiler")
+    return result.parse_args(argv)
 
 
 def encode_all(vae, images, device):
@@ -65,16 +63,11 @@ def main(args):
     from diffusion import create_diffusion
     from models import DiT
     from runtime.devices import pick_device
-    from runtime.files import load_tensors
 
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     model = DiT(**MODEL).to(device)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    if args.export:
-        ema.load_state_dict(load_tensors(args.work)["ema"])
-        return export(ema.module.state_dict(), args.out)
-
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     images, labels = load_split(args.data, "train")
     vae = AutoencoderKL.from_pretrained(args.out / "vae", local_files_only=True, use_safetensors=True)
     mean, std = encode_all(vae.to(device).eval(), images, device)
@@ -82,7 +75,7 @@ def main(args):
     diffusion = create_diffusion()
     # Everything random is drawn on the CPU, so that the run is the same on every device.
     generator = torch.Generator().manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True)
     forward = torch.compile(model) if args.compile else model
 
     def loss_of_batch():
@@ -99,8 +92,7 @@ def main(args):
         mse, bits = diffusion.pretraining_loss(output.float(), x_start, x, i, noise)
         return (mse + bits).mean()
 
-    settings = {"updates": args.steps, "lr": args.lr, "work": args.work}
-    settings["after"] = partial(ema.update_parameters, model)
+    settings = {"updates": args.steps, "work": args.work, "after": partial(ema.update_parameters, model)}
     loss = train(loss_of_batch, optimizer, generator, **settings, model=model, ema=ema)
     print(f"final loss {loss}")
     export(ema.module.state_dict(), args.out)

@@ -16,17 +16,17 @@ HERE = Path(__file__).resolve().parent
 MODEL_FOLDER = HERE / "work" / "fashion_mnist"  # not ckpt/: a trial does not replace the shipped model
 
 
-def add_arguments(parser, name, steps, batch_size=128):
-    """Add the flags that the three programs have in common."""
+def parser(description, name, updates, batch_size):
+    """A parser with the flags that the three programs have in common."""
+    result = cli.ArgumentParser(description=description)
     work = HERE / "work" / f"{name}.pt"
-    parser.add_argument("--data", type=Path, default=HERE / "data", help="folder that demo/fashion_mnist.py wrote")
-    parser.add_argument("--steps", type=cli.positive, default=steps, help="updates in all, earlier launches included")
-    parser.add_argument("--batch-size", type=cli.positive, default=batch_size, help="images an update")
-    parser.add_argument("--lr", type=cli.finite, default=1e-3, help="peak learning rate")
-    parser.add_argument("--work", type=Path, default=work, help="checkpoint, resumed if present, written every minute")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; faster, needs a C++ compiler")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="seed of weights and batches")
-    cli.add_device_argument(parser)
+    result.add_argument("--data", type=Path, default=HERE / "data", help="folder that demo/fashion_mnist.py wrote")
+    result.add_argument("--steps", type=cli.positive, default=updates, help="updates in all, earlier launches included")
+    result.add_argument("--batch-size", type=cli.positive, default=batch_size, help="images an update")
+    result.add_argument("--work", type=Path, default=work, help="checkpoint, resumed if present, written every minute")
+    result.add_argument("--seed", type=cli.seed, default=0, help="seed of weights and batches")
+    cli.add_device_argument(result)
+    return result
 
 
 def load_split(data, split):
@@ -47,9 +47,9 @@ def normalise(images):
     return images.float() / 127.5 - 1
 
 
-def learning_rate(update, updates, peak):
-    """Linear warm-up over 1 % of the updates, constant, linear to 0 over the last 30 %."""
-    return peak * min(1, (update + 1) / (0.01 * updates), (updates - update) / (0.3 * updates))
+def learning_rate(update, updates):
+    """Linear warm-up over 1 % of the updates to 1e-3, constant, linear to 0 over the last 30 %."""
+    return 1e-3 * min(1, (update + 1) / (0.01 * updates), (updates - update) / (0.3 * updates))
 
 
 def autocast(device):
@@ -57,7 +57,7 @@ def autocast(device):
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def train(loss_of_batch, optimizer, generator, *, updates, lr, work, after=lambda: None, **state):
+def train(loss_of_batch, optimizer, generator, *, updates, work, after=lambda: None, **state):
     """Train until there were `updates` updates; returns the mean of the last 200 losses, None without an update.
 
     loss_of_batch: draws a batch with `generator` and returns its loss, a 0-d tensor. after: called after each update.
@@ -74,18 +74,13 @@ def train(loss_of_batch, optimizer, generator, *, updates, lr, work, after=lambd
         done = saved["step"]
         print(f"continuing {work} at update {done}", flush=True)
 
-    def save():
-        checkpoint = {name: item.state_dict() for name, item in state.items()}
-        with atomic_write(work) as part:
-            torch.save(checkpoint | {"generator": generator.get_state(), "step": done}, part)
-
     stop = []
     previous = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGTERM, signal.SIGINT)}
     losses, saved_at = [], time.monotonic()
     bar = tqdm(total=updates, initial=done, mininterval=1, disable=None)
     while done < updates and not stop:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(done, updates, lr)
+            group["lr"] = learning_rate(done, updates)
         loss = loss_of_batch()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -95,12 +90,11 @@ def train(loss_of_batch, optimizer, generator, *, updates, lr, work, after=lambd
         bar.update()
         losses = losses[-199:] + [loss.detach()]
         if done % 200 == 0:
-            mean = torch.stack(losses).mean().item()
-            bar.set_postfix(loss=f"{mean:.4f}")
-            if not sys.stderr.isatty():
-                print(f"update {done} loss {mean:.4f}", flush=True)
+            bar.write(f"update {done} loss {torch.stack(losses).mean():.4f}", file=sys.stderr)
         if time.monotonic() - saved_at > 60 or done == updates or stop:
-            save()
+            checkpoint = {name: item.state_dict() for name, item in state.items()}
+            with atomic_write(work) as part:
+                torch.save(checkpoint | {"generator": generator.get_state(), "step": done}, part)
             saved_at = time.monotonic()
     bar.close()
     for s, handler in previous.items():

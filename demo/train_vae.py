@@ -10,15 +10,16 @@ from pathlib import Path
 
 from runtime import cli
 
+KL_WEIGHT = 1e-4  # per latent value
+
 
 def parse_args(argv=None):
-    from demo.train_loop import MODEL_FOLDER, add_arguments
+    from demo.train_loop import MODEL_FOLDER, parser
 
-    parser = cli.ArgumentParser(description="Train the autoencoder of the shipped Fashion-MNIST model.")
-    add_arguments(parser, name="vae", steps=4000, batch_size=32)
-    parser.add_argument("--kl", type=cli.non_negative, default=1e-4, help="weight of the KL term, per latent value")
-    parser.add_argument("--out", type=Path, default=MODEL_FOLDER / "vae", help="folder to write, as diffusers saves it")
-    return parser.parse_args(argv)
+    result = parser(__doc__, name="vae", updates=4000, batch_size=32)
+    result.add_argument("--out", type=Path, default=MODEL_FOLDER / "vae", help="folder to write, as diffusers saves it")
+    result.add_argument("--compile", action="store_true", help="torch.compile; faster, needs a C++ compiler")
+    return result.parse_args(argv)
 
 
 def main(args):
@@ -42,7 +43,7 @@ def main(args):
         sample_size=32,
     ).to(device)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters", flush=True)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0)
+    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0)
 
     def objective(x, noise):
         with autocast(device):
@@ -50,7 +51,7 @@ def main(args):
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         error = decoded.float() - x
         # L1 keeps edges; the square keeps large errors rare.
-        return error.abs().mean() + error.square().mean() + args.kl * posterior.kl().mean() / noise[0].numel()
+        return error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean() / noise[0].numel()
 
     if args.compile:
         objective = torch.compile(objective)
@@ -60,7 +61,7 @@ def main(args):
         noise = torch.randn((args.batch_size, 4, 8, 8), generator=generator)
         return objective(normalise(images[index]).to(device), noise.to(device))
 
-    loss = train(loss_of_batch, optimizer, generator, updates=args.steps, lr=args.lr, work=args.work, vae=vae)
+    loss = train(loss_of_batch, optimizer, generator, updates=args.steps, work=args.work, vae=vae)
     vae.eval()
     held_out, _ = load_split(args.data, "test")
     x = normalise(held_out[:2000]).to(device)
