@@ -119,8 +119,6 @@ def test_image_k_follows_from_its_own_stream_and_the_end_is_reported(make):
     assert_close(made["arr_0"], images)
     assert made["manifest"].items() >= {"images": 23, "cfg_scale": 2.0, "seed": 0, "router": None}.items()
     assert f"(23 images, SHA-256 of arr_0 {hashlib.sha256(made['arr_0'].tobytes()).hexdigest()})" in out
-    shares = re.findall(r"(\S+)% (?:sampling|decoding|waiting for the disk|assembling|other)", out)
-    assert len(shares) == 5 and sum(map(float, shares)) == pytest.approx(100, abs=0.3)
     record = json.loads(Path("r.json").read_text())
     assert (record["images"], record["processes"], record["flags"]["num_fid_samples"]) == (23, 1, 23)
     assert record["images_per_second"] == pytest.approx(23 / record["seconds"])
@@ -140,30 +138,20 @@ def test_image_k_follows_from_its_own_stream_and_the_end_is_reported(make):
     ],
 )
 def test_other_ways_of_sampling(make, monkeypatch, more, options):
-    """With the CPU's stand-ins for a backend of torch.compile and for a CUDA graph."""
+    """With stand-ins on the CPU for the backend of torch.compile and for a CUDA graph."""
     monkeypatch.setattr(devices, "compile_blocks", functools.partial(devices.compile_blocks, backend="eager"))
     monkeypatch.setattr(devices, "pick_device", lambda *_: torch.device("cpu"))
+    sizes, denoise = set(), DiT.denoise
+    monkeypatch.setattr(DiT, "denoise", lambda self, x, *more: sizes.add(len(x)) or denoise(self, x, *more))
     torch._dynamo.reset()
     counters.clear()
     made, _ = make(f"{more} --per-proc-batch-size 8")
     images, labels = expected(range(0, 23, 6), **options)
     assert np.array_equal(made["labels"][::6], labels)
     assert_close(made["arr_0"][::6], images)
+    assert max(sizes) == (8 if options.get("scale") == 1 else 16)  # only guidance doubles the batch
     # The last batch has 7 images; if it were not filled up, it would compile four more graphs.
     assert ("--compile" in more) <= counters["stats"]["unique_graphs"] <= 4
-
-
-def test_lower_precision_changes_images_a_little(make):
-    images = make("--dtype bf16")[0]["arr_0"].astype(int)
-    assert 0 < abs(images - expected(range(23))[0]).mean() < 8
-
-
-def test_guidance_of_1_does_not_double_the_batch(make, monkeypatch):
-    sizes, denoise = [], DiT.denoise
-    monkeypatch.setattr(DiT, "denoise", lambda self, x, *more: sizes.append(len(x)) or denoise(self, x, *more))
-    make("--cfg-scale 1")
-    make("--cfg-scale 1.5", "guided")
-    assert sizes == [23] * STEPS + [46] * STEPS
 
 
 def test_a_schedule_file_gives_the_images_of_its_router(make):
@@ -193,9 +181,6 @@ def test_any_processes_and_batch_size_give_the_same_set(make, folder):
         assert np.array_equal(other["labels"], first["labels"])
         assert_close(other["arr_0"], first["arr_0"])
     assert np.array_equal(one["arr_0"], three["arr_0"])
-
-
-# Names of sets, and sets that exist
 
 
 def test_the_name_of_a_set_distinguishes_runs():
@@ -233,9 +218,6 @@ def test_a_damaged_shard_is_sampled_again(make):
     assert "the shard of images 4 to 7 is damaged: they are sampled again" in out
     assert "19 of 23 images are there" in out and sampled(out) == 4
     assert np.array_equal(again["arr_0"], made["arr_0"])
-
-
-# Refusals
 
 
 @pytest.mark.parametrize(
@@ -332,8 +314,8 @@ def sampled(out):
 
 
 @slow
-def test_killed_at_random_moments_it_continues_with_any_processes(finish, folder):
-    """Alone, one of two, all of two, one of three; no finished image is sampled again."""
+def test_killed_at_random_moments_it_continues_with_any_processes(undisturbed, folder):
+    """Killed alone, one of two, all of two, one of three; no finished image is sampled again."""
     moments, before = random.Random(0), {}
     for processes, victims in ((1, "all"), (2, "one"), (2, "all"), (3, "one")):
         if victims == "all":
@@ -350,8 +332,14 @@ def test_killed_at_random_moments_it_continues_with_any_processes(finish, folder
         after = shards()
         assert len(after) > len(before) and before.items() <= after.items()
         before = after
-    out = finish()
+    # Without torchrun, rank 0 samples the images of a rank that died.
+    first, second = start_ranks("sample_ddp.py", LONG, LONG, cwd=folder)
+    wait_for_shards(3, first)
+    second.kill()
+    out = output_of(first)
+    output_of(second)
     assert f"{2 * len(before)} of {COUNT} images are there" in out and sampled(out) == COUNT - 2 * len(before)
+    assert first.returncode == 0 and "other processes ended early" in out and npz_in().read_bytes() == undisturbed
 
 
 @slow
@@ -372,17 +360,6 @@ def test_two_machines_share_the_work_and_continue_after_the_death_of_rank_0(undi
 
 
 @slow
-def test_rank_0_samples_the_images_of_a_rank_that_died(undisturbed, folder):
-    first, second = start_ranks("sample_ddp.py", LONG, LONG, cwd=folder)
-    wait_for_shards(6, first)
-    second.kill()
-    out = output_of(first)
-    second.communicate()
-    assert first.returncode == 0 and "other processes ended early" in out
-    assert sampled(out) == COUNT and npz_in().read_bytes() == undisturbed
-
-
-@slow
 @pytest.mark.parametrize("number, processes", [(signal.SIGINT, None), (signal.SIGTERM, 2)])
 def test_a_signal_ends_it_with_one_line_and_keeps_finished_images(finish, folder, number, processes):
     process = start("sample_ddp.py", *LONG, cwd=folder, launcher=processes and torchrun(processes))
@@ -390,12 +367,12 @@ def test_a_signal_ends_it_with_one_line_and_keeps_finished_images(finish, folder
     process.send_signal(number)
     out, there = output_of(process), 2 * len(shards())
     (line,) = (line for line in out.splitlines() if "sample_ddp.py: " in line)
-    told = re.fullmatch(rf"\S+ interrupted: (\d+) of {COUNT} images are finished, the same command continues", line)
+    counted = re.fullmatch(rf"\S+ interrupted: (\d+) of {COUNT} images are finished, the same command continues", line)
     assert 10 <= there < COUNT and not list(SAMPLES.glob("**/.*.part"))
     if processes:  # rank 0 may count while the other rank still writes its batches
-        assert int(told[1]) <= there
+        assert int(counted[1]) <= there
     else:
-        assert int(told[1]) == there and process.returncode == 130 and "Traceback" not in out
+        assert int(counted[1]) == there and process.returncode == 130 and "Traceback" not in out
     assert sampled(finish()) == COUNT - there
 
 

@@ -28,15 +28,6 @@ def test_numpy_reads_arrays_that_were_written_whole_or_in_parts(tmp_path):
     assert (tmp_path / "parts.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed, write_npz])
-@pytest.mark.parametrize("rows", [1, 4, 11, 100])
-def test_the_parts_of_an_array_that_anyone_wrote(tmp_path, save, rows):
-    save(tmp_path / "a.npz", arr_0=ARRAYS["arr_0"])
-    parts = list(read_parts(tmp_path / "a.npz", "arr_0", rows))
-    assert [len(part) for part in parts] == [min(rows, 11 - i) for i in range(0, 11, rows)]
-    assert np.array_equal(np.concatenate(parts), ARRAYS["arr_0"])
-
-
 @pytest.mark.parametrize("parts", [[np.zeros((2, 3))], [np.zeros((4, 3))] * 2, [np.zeros((4, 3), np.float32)]])
 def test_parts_of_another_shape_or_dtype_are_refused(parts):
     with pytest.raises(ValueError, match="part"):

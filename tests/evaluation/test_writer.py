@@ -3,6 +3,7 @@
 import threading
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -62,26 +63,17 @@ def test_writing_runs_beside_sampling_and_a_bounded_number_of_batches_waits():
 
 def test_a_failed_write_ends_the_run_early():
     sampled = []
-
-    def write(start, images, labels):
-        raise OSError("full")
-
+    writer = SampleWriter(lambda *k: sampled.append(k) or sample(*k), Vae, Mock(side_effect=OSError("full")), CPU)
     with pytest.raises(OSError, match="full"):
-        SampleWriter(lambda *k: sampled.append(k) or sample(*k), Vae, write, CPU).run([(k, k + 1) for k in range(50)])
+        writer.run([(k, k + 1) for k in range(50)])
     assert len(sampled) <= AHEAD + 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_batches_decoded_before_an_interruption_are_written(error):
-    written = []
-
-    def fail_at_3(start, stop):
-        if start == 3:
-            raise error
-        return sample(start, stop)
-
+    written, latents = [], Mock(side_effect=[*(sample(k, k + 1) for k in range(3)), error])
+    writer = SampleWriter(latents, Vae, lambda k, *_: time.sleep(0.05) or written.append(k), CPU)
     with pytest.raises(error):
-        writer = SampleWriter(fail_at_3, Vae, lambda k, *_: time.sleep(0.05) or written.append(k), CPU)
         writer.run([(k, k + 1) for k in range(6)])
     assert written == [0, 1, 2]
 
