@@ -247,8 +247,7 @@ def errors_tell_what_is_finished(samples, memory_hint):
 def report(images, seconds, spent, overlaps, processes):
     """Print where the time of rank 0 went, and return it as a dict for the record.
 
-    images: sampled by this launch in `seconds`; spent: seconds of rank 0 by purpose, with "assembling".
-    overlaps: whether decoding ran beside the sampling of the next batch.
+    images: sampled by this launch in `seconds`; spent: seconds of rank 0 by purpose; overlaps: as in `SampleWriter`.
     """
     total = seconds + spent["assembling"]
     shares = {name: part / total for name, part in spent.items()}

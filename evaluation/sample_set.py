@@ -41,8 +41,7 @@ def set_name(spec, manifest, ckpt, path):
     parts += [Path(ckpt).stem if ckpt else "pretrained"] if spec.registered else []
     parts += [f"size-{manifest['image_size']}"]
     parts += [f"vae-{spec.vae}"] if spec.vae in ("ema", "mse") else []
-    parts += [f"cfg-{manifest['cfg_scale']}", f"seed-{manifest['seed']}"]
-    parts += [f"{manifest['sampler']}-{manifest['steps']}"]
+    parts += [f"cfg-{manifest['cfg_scale']}", f"seed-{manifest['seed']}", f"{manifest['sampler']}-{manifest['steps']}"]
     if path:
         # The checkpoints of all trainings have the same names, so the hash is needed.
         router, schedule = manifest["router"], manifest["schedule"]
@@ -255,7 +254,7 @@ class SampleSet:
         except Exception as error:
             raise _unreadable(path, error) from error
 
-    def assemble(self, progress=None):
+    def assemble(self, progress=iter):
         """Write the .npz of an open set from its shards, whole or not at all, then remove the shards.
 
         Holds `ROWS` images at a time. progress: wraps the iterable of shards. Returns the SHA-256 of arr_0's bytes.
@@ -268,7 +267,7 @@ class SampleSet:
         digest, labels = hashlib.sha256(), []
 
         def parts():
-            for start, stop in progress(ranges) if progress else ranges:
+            for start, stop in progress(ranges):
                 try:
                     shard, number = self._read(start, stop), start
                     labels.append(next(shard))
