@@ -6,8 +6,8 @@ A *layer* is the attention or the MLP of a block. At each step the value `comput
     False         use the remembered output,
     0-d tensor    in [0, 1]: blend the remembered and the fresh output. This is router training.
 
-`apply_layer` is the only place that knows this rule. A layer's output is remembered before its gate is applied.
-This file knows neither diffusion nor the router.
+`apply_layer` alone decides this; `Blend` is the formula of the blend. A layer's output is remembered before its gate is
+applied. This file knows neither diffusion nor the router.
 
 Sources: Peebles and Xie 2023, arXiv:2212.09748 (the model); Ma et al. 2024, arXiv:2406.01733 (the rule).
 """
@@ -65,9 +65,8 @@ def apply_layer(layer: Callable[[], Tensor], compute: Compute, slot: Slot) -> tu
         raise ValueError("a layer is reused before it ran: the first step of a schedule must run every layer")
     if compute is False:
         return slot, slot
-    return Blend.apply(
-        slot, layer(), compute
-    ), None  # training blends only in the last call with a cache: free the memory
+    output = Blend.apply(slot, layer(), compute)
+    return output, None  # training blends only in the last call with a cache, so the memory is freed
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

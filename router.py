@@ -1,7 +1,7 @@
 """`Router`: learnable scores of a DiT's layers, their files, and their training loss.
 
 There is one logit per step and layer, independent of the input; its sigmoid is the layer's score. The scores of a step
-are one `Parameter`, so that the optimizer's state of a step changes only if that step was drawn.
+are one `Parameter`, so that the optimiser's state of a step changes only if that step was drawn.
 Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.
 """
 

@@ -69,8 +69,8 @@ def main(args):
 
     cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
     dit, vae = load_models(args, spec, schedule, cfg_scale, device, dtype)
-    name = args.accelerate_method and ("schedule" if args.accelerate_method == "schedule" else "router")
-    schedules = {name or "full": schedule}
+    name = {None: "full", "schedule": "schedule"}.get(args.accelerate_method, "router")
+    schedules = {name: schedule}
     if args.compare:
         schedules = {"full": None} | schedules
     latents, times = sample_in_turn(args, dit, schedules, cfg_scale, labels, device)
@@ -132,9 +132,8 @@ def sample_in_turn(args, dit, schedules, cfg_scale, labels, device):
     latents, times = {}, {name: [] for name in samplers}
     for repeat in range(args.repeats + 1):
         for name, sample in samplers.items():  # in turn, so that a machine that slows down slows all of them
-            noise = torch.Generator(device).manual_seed(
-                args.seed + 1
-            )  # of ancestral sampling, the same in every repeat
+            # The noise of ancestral sampling is the same in every repeat.
+            noise = torch.Generator(device).manual_seed(args.seed + 1)
             synchronize(device)
             start = time.perf_counter()
             latents[name] = sample(z, y, randn_like=partial(draw_like, generator=noise))

@@ -70,7 +70,7 @@ def _modulations_by_step(dit: DiT, timesteps: Tensor, y: Tensor) -> Callable[[in
 
     @lru_cache(maxsize=1)
     def group(g: int) -> tuple[int, list[Tensor]]:
-        """The lowest step of group g and the modulations of its steps; groups count in the order in which steps run."""
+        """The lowest step of group g and the modulations of its steps; group 0 runs first."""
         stop = steps - g * at_once
         start = max(0, stop - at_once)
         return start, dit.modulations(conditions[start:stop])

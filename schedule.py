@@ -1,6 +1,7 @@
 """`Schedule`: the plan of which layer runs at which step. Plain data; knows no model and no router.
 
-Schedule.every_nth(steps=20, depth=12, interval=2).save("fora2.pt")   # use it with --accelerate-method schedule --path
+Schedule.every_nth(steps=20, depth=12, interval=2).save("fora2.pt")
+python sample.py --accelerate-method schedule --path fora2.pt ...
 """
 
 import hashlib
@@ -137,7 +138,7 @@ class Schedule:
         return self.compute.tolist()
 
     def distinct_rows(self) -> int:
-        """Number of different rows, and of graphs if whole steps were compiled."""
+        """Number of different rows."""
         return len(self.compute.flatten(1).unique(dim=0))
 
     def cached_share(self) -> float:
@@ -149,7 +150,7 @@ class Schedule:
         return costs["fixed"] + (self.compute * torch.tensor(costs["layer"])).sum(dim=(1, 2))
 
     def speedup_bound(self, costs: Mapping[str, Any]) -> float:
-        """Multiply-adds of the full run divided by those of this schedule: no speed-up can be larger."""
+        """Multiply-adds of the full run divided by those of this schedule: the speed-up if time followed them."""
         full = Schedule.full(self.steps, self.depth)
         return full.multiply_adds(costs).sum().item() / self.multiply_adds(costs).sum().item()
 

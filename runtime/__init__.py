@@ -1,1 +1,1 @@
-"""Errors, files, devices, processes, downloads: what every program needs. Knows no model."""
+"""Errors, files, devices, processes, downloads: what every program needs. Imports no model."""

@@ -56,7 +56,7 @@ def number(kind, accepts, rule):
 
 positive = number(int, lambda value: value >= 1, "a whole number of at least 1")
 non_negative_int = number(int, lambda value: value >= 0, "a whole number of at least 0")
-# The models were trained with 1000 steps. A router decides about the second step of each pair.
+# The models were trained with 1000 steps. A router decides only the second step of each pair, so it needs two.
 sampling_steps = number(int, lambda value: 1 <= value <= 1000, "a whole number from 1 to 1000")
 router_steps = number(int, lambda value: 2 <= value <= 1000, "a whole number from 2 to 1000")
 fraction = number(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
@@ -113,7 +113,7 @@ def add_sampling_arguments(parser, cfg_scale):
         "--cfg-scale",
         metavar="SCALE",
         type=finite,
-        help=f"guidance, 1 is none; without it {cfg_scale}, or what a model folder recommends",
+        help=f"guidance, 1 is none; default: {cfg_scale}, or what a model folder recommends",
     )
     group.add_argument(
         "--accelerate-method",

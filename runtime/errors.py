@@ -12,7 +12,7 @@ class UserError(ValueError):
 def explain(error, memory_hint=None):
     """Return one line for the user about an exception that is no bug of ours, or None if it is one.
 
-    No bugs are `UserError`, files that cannot be used (an OSError that nobody else handled), and too little memory.
+    Not bugs: `UserError`, files that cannot be used (an OSError that nobody else handled), and too little memory.
     memory_hint: what to pass if memory runs out.
     """
     # An error of a data loading process holds a traceback: its last line is the error.

@@ -1,7 +1,8 @@
 """The released files of released.csv: downloaded when they are used, and checked.
 
-A file is hashed before its first use. `NAME.sha256` beside it keeps the hash, and as its own time the file's: while the
-two agree, the file is not hashed again. If no SHA-256 is published, the hash of the first use is required from then on.
+A file is hashed before its first use. `NAME.sha256` beside it keeps the hash, and its modification time is set to the
+file's: while the two times agree, the file is not hashed again. If no SHA-256 is published, the hash of the first use
+is required from then on.
 The Hub's client retries and locks, but checks no hash, and its current version does not resume after a restart.
 """
 
@@ -29,7 +30,7 @@ class File:
     """A file to download; size in bytes, and SHA-256, are None if they are not published.
 
     name: what a user types; the two files of a VAE share it.
-    folder: its place below the repository; files of the Hugging Face Hub belong into the Hub's cache.
+    folder: its place below the repository; files of the Hugging Face Hub belong in the Hub's cache.
     """
 
     name: str
@@ -56,7 +57,7 @@ class File:
 
     @property
     def kept(self):
-        """The file with the SHA-256 of the last time that the file was hashed."""
+        """The file that keeps the SHA-256 that was computed last."""
         return self.path.with_name(f"{self.path.name}.sha256")
 
     def exists(self):
@@ -117,7 +118,7 @@ def fetch_vae(kind):
 def fetch(name, mirror=None):
     """Return the Path of a released file (for a VAE: of its folder), downloaded if missing, and checked.
 
-    mirror: URL of a folder that has the files by their names (but the VAEs); None is $L2C_MIRROR, if set.
+    mirror: URL of a folder that has the files by their names (except the VAEs); None is $L2C_MIRROR, if set.
     Raises UserError if the file is unknown, cannot be downloaded, or is not the released one (it is left alone).
     """
     files = [file for file in FILES if file.name == name]
