@@ -1,7 +1,6 @@
 """The benchmark of the two backends, with a narrow network."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -12,26 +11,18 @@ from conftest import run
 from benchmarks import common, extraction
 from benchmarks.inception_graph import inception_v3
 
-PROGRAM = "benchmarks/extraction.py"
-SMALL = ["--image-size", 16, "--batch-size", 3, "--batches", 2, "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory):
-    return inception_v3(tmp_path_factory.mktemp("graph") / "narrow.pb", narrower=16)
-
 
 @pytest.mark.slow
 @needs_tensorflow
-def test_a_record_holds_what_was_measured(graph, tmp_path):
-    flags = [*SMALL, "--graph", graph, "--repeats", 1, "--record", "extraction-small.json"]
-    result = run(PROGRAM, *flags, cwd=tmp_path)
+def test_a_record_holds_what_was_measured(tmp_path):
+    graph = inception_v3(tmp_path / "narrow.pb", narrower=16)
+    flags = ["--image-size", 16, "--batch-size", 3, "--batches", 2, "--device", "cpu", "--graph", graph]
+    result = run("benchmarks/extraction.py", *flags, "--repeats", 1, "--record", "r.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert os.listdir(tmp_path) == ["extraction-small.json"]
-    saved = json.loads((tmp_path / "extraction-small.json").read_text())
+    saved = json.loads((tmp_path / "r.json").read_text())
     assert list(saved["measurements"]) == ["tensorflow", "torch"]
-    for rounds in saved["measurements"].values():
-        assert len(rounds) == 1 and rounds[0]["seconds"] > 0 and 1e8 < rounds[0]["peak_bytes"] < 1e10
+    for (figures,) in saved["measurements"].values():
+        assert figures["seconds"] > 0 and 1e8 < figures["peak_bytes"] < 1e10
     assert saved["measurements"]["torch"][0]["version"] == saved["torch"] == torch.__version__
     assert 0 < saved["distance"] < 1e-5
     assert "| narrow.pb | 16 | 3 |" in result.stdout
@@ -55,7 +46,7 @@ def test_backends_run_in_turn_and_must_agree(value, agree, tmp_path, monkeypatch
         # The median of 2/2, 6/4 and 10/6; 256 images in the median of 2, 4 and 6 seconds.
         assert "| PyTorch 1 | x.pb | 256 | 64 | 64 | 1.500 | 5 |" in capsys.readouterr().out
     else:
-        with pytest.raises(RuntimeError, match="tensorflow and torch are .* apart"):
+        with pytest.raises(RuntimeError, match="apart"):
             extraction.main(args)
         assert not (tmp_path / "r.json").exists()
     assert launched == ["tensorflow", "torch"] * 3

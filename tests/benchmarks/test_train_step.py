@@ -1,6 +1,5 @@
 """The benchmark of router training: its original variant computes what ours does, and its record holds all variants."""
 
-import copy
 import json
 
 import pytest
@@ -38,17 +37,11 @@ def test_the_original_has_our_loss_and_router_gradient_and_leaves_gradients_in_t
     assert {name for name, value in left.items() if value is None} == {"pos_embed"}
 
 
-@pytest.fixture
-def make_updates(monkeypatch):
-    """A function of names: their `Updates` of a small model."""
+def test_an_update_moves_the_drawn_row_alone_and_the_variants_move_it_alike(monkeypatch):
     monkeypatch.setattr(loading, "load_dit", lambda spec, device, random_seed: random_dit(random_seed))
-    return lambda names: train_step.Updates(None, 2, 6, torch.device("cpu"), names)
-
-
-def test_an_update_moves_the_drawn_row_alone_and_the_variants_move_it_alike(make_updates):
     names = ["original", "ours", "bf16", "checkpointing"]
-    updates = make_updates(names)
-    before = copy.deepcopy(updates.routers["ours"].state())
+    updates = train_step.Updates(None, 2, torch.device("cpu"), names)
+    before = {key: value.clone() for key, value in updates.routers["ours"].state().items()}
     for name in 2 * names:
         updates.run(name)
     shared = {id(p) for p in updates.models["ours"].parameters()}
@@ -58,23 +51,31 @@ def test_an_update_moves_the_drawn_row_alone_and_the_variants_move_it_alike(make
             assert torch.equal(row, before[key]) == (key != f"{updates.row}.prob")
             torch.testing.assert_close(row, updates.routers["ours"].state()[key], rtol=0, atol=2e-3 if own else 1e-5)
         assert {id(p) for p in updates.models[name].parameters()}.isdisjoint(shared) == own
-    grads = [p.grad for p in updates.models["ours"].parameters() if p.grad is not None]
-    assert grads and all(p.grad is None for p in updates.models["bf16"].parameters())
 
 
 @pytest.mark.slow
 def test_a_record_holds_what_was_measured(tmp_path, monkeypatch, capfd):
     for name in ("bf16", "checkpointing"):  # the memory of each variant takes a process of seconds
         monkeypatch.delitem(train_step.VARIANTS, name)
-    record = tmp_path / "train-s8.json"
-    flags = ["--model", "DiT-S/8", "--batch-size", 2, "--repeats", 2, "--device", "cpu", "--record", record]
+    flags = [
+        "--model",
+        "DiT-S/8",
+        "--batch-size",
+        2,
+        "--repeats",
+        2,
+        "--device",
+        "cpu",
+        "--record",
+        tmp_path / "r.json",
+    ]
     result = call("benchmarks/train_step.py", *flags, capfd=capfd)
     assert result.returncode == 0, result.stderr
-    saved, names = json.loads(record.read_text()), ["original", "ours"]
-    assert list(saved["seconds"]) == names and all(len(times) == 2 for times in saved["seconds"].values())
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert list(saved["seconds"]) == ["original", "ours"] and all(
+        len(times) == 2 for times in saved["seconds"].values()
+    )
     assert {saved[ratio]["original"] for ratio in ("time_ratio", "peak_ratio", "above_base_ratio")} == {1.0}
     assert all(0 < memory["base"] < memory["peak"] for memory in saved["memory_bytes"].values())
     # The gradients of 33 million parameters alone are more than the rest at this batch.
     assert saved["above_base_ratio"]["ours"] < 0.9
-    assert saved["device"] and saved["torch"] == torch.__version__ and saved["flags"]["model"] == "DiT-S/8"
-    assert [line.split(" | ")[1] for line in result.stdout.splitlines()[2:4]] == list(train_step.VARIANTS.values())[:2]
