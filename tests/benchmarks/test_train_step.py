@@ -14,7 +14,7 @@ from router import Router, router_loss
 
 
 def loss_and_gradients(loss, dit):
-    """Losses (N,), the gradients (2*depth,) of a router's row, and those of the DiT by name, of one seeded draw."""
+    """Losses (N,) of a seeded draw, and the gradients of a router's row (2*depth,) and of the DiT by name."""
     diffusion = create_diffusion(10)
     torch.manual_seed(1)
     router = Router(10, dit.depth)
@@ -57,24 +57,12 @@ def test_an_update_moves_the_drawn_row_alone_and_the_variants_move_it_alike(monk
 def test_a_record_holds_what_was_measured(tmp_path, monkeypatch, capfd):
     for name in ("bf16", "checkpointing"):  # the memory of each variant takes a process of seconds
         monkeypatch.delitem(train_step.VARIANTS, name)
-    flags = [
-        "--model",
-        "DiT-S/8",
-        "--batch-size",
-        2,
-        "--repeats",
-        2,
-        "--device",
-        "cpu",
-        "--record",
-        tmp_path / "r.json",
-    ]
+    record = tmp_path / "r.json"
+    flags = ["--model", "DiT-S/8", "--batch-size", 2, "--repeats", 2, "--device", "cpu", "--record", record]
     result = call("benchmarks/train_step.py", *flags, capfd=capfd)
     assert result.returncode == 0, result.stderr
-    saved = json.loads((tmp_path / "r.json").read_text())
-    assert list(saved["seconds"]) == ["original", "ours"] and all(
-        len(times) == 2 for times in saved["seconds"].values()
-    )
+    saved = json.loads(record.read_text())
+    assert [len(saved["seconds"][name]) for name in ("original", "ours")] == [2, 2]
     assert {saved[ratio]["original"] for ratio in ("time_ratio", "peak_ratio", "above_base_ratio")} == {1.0}
     assert all(0 < memory["base"] < memory["peak"] for memory in saved["memory_bytes"].values())
     # The gradients of 33 million parameters alone are more than the rest at this batch.

@@ -1,8 +1,6 @@
 """The programs that made the shipped model, on a few images, and the shipped model itself."""
 
 import gzip
-import json
-import re
 import signal
 import struct
 
@@ -10,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from backends import BACKENDS, TOLERANCE, relative
-from conftest import DATA, ROOT, assert_refused, call, run
+from conftest import DATA, ROOT, assert_refused, call
 from PIL import Image
 
 import sampling
+from demo import fashion_mnist
+from demo.train_classifier import build_classifier, save_graph
+from demo.train_loop import train
 from diffusion import create_diffusion
 from pretrained.loading import load_dit, load_vae
 from pretrained.spec import model_spec
@@ -29,26 +30,18 @@ def write_idx(path, array):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A folder of four files like the originals: 40 and 20 random images of all ten classes."""
-    folder = tmp_path_factory.mktemp("idx")
-    random = np.random.default_rng(0)
+def data(tmp_path_factory):
+    """A folder of four files like the originals, 40 and 20 random images of all ten classes, and of their export."""
+    folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for part, count in (("train", 40), ("t10k", 20)):
         write_idx(folder / f"{part}-images-idx3-ubyte.gz", random.integers(0, 256, (count, 28, 28), dtype=np.uint8))
         write_idx(folder / f"{part}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8) % 10)
+    fashion_mnist.main(fashion_mnist.parse_args(["--source", str(folder), "--out", str(folder)]))
     return folder
 
 
-@pytest.fixture(scope="module")
-def data(source, tmp_path_factory):
-    out = tmp_path_factory.mktemp("data")
-    result = run("demo/fashion_mnist.py", "--source", source, "--out", out, cwd=out)
-    assert result.returncode == 0, result.stderr
-    return out
-
-
-def test_the_export_keeps_pixels_and_labels(source, data):
-    raw = gzip.decompress((source / "train-images-idx3-ubyte.gz").read_bytes())[16:]
+def test_the_export_keeps_pixels_and_labels(data):
+    raw = gzip.decompress((data / "train-images-idx3-ubyte.gz").read_bytes())[16:]
     image = np.asarray(Image.open(data / "train" / "3_dress" / "00013.png"))
     assert image.shape == (32, 32, 3)
     assert np.array_equal(image[2:30, 2:30, 1], np.frombuffer(raw, np.uint8).reshape(40, 28, 28)[13])
@@ -56,12 +49,14 @@ def test_the_export_keeps_pixels_and_labels(source, data):
     assert [len(list((data / split).glob("*/*.png"))) for split in ("train", "test")] == [40, 20]
 
 
-def test_damaged_and_missing_originals_are_refused(source, tmp_path, capfd):
+def test_damaged_and_missing_data_is_refused(data, tmp_path, capfd):
     def export():
         return call("demo/fashion_mnist.py", "--source", tmp_path, "--out", tmp_path / "out", capfd=capfd)
 
+    training = call("demo/train_vae.py", "--data", tmp_path / "none", capfd=capfd)
+    assert_refused(training, "no such folder", "demo.fashion_mnist")
     assert_refused(export(), "lacks train-images")
-    for path in source.iterdir():
+    for path in data.glob("*.gz"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     images = tmp_path / "train-images-idx3-ubyte.gz"
     for content in (images.read_bytes()[:300], gzip.compress(b"\0\0\x08\x03" + b"\0" * 12 + b"x"), b"", b"<html>"):
@@ -70,39 +65,25 @@ def test_damaged_and_missing_originals_are_refused(source, tmp_path, capfd):
 
 
 def test_the_programs_run_from_images_to_a_model_folder_that_samples(data, tmp_path, capfd):
-    out, judge = tmp_path / "model", tmp_path / "classifier.pb"
-
-    def program(name, *flags):
-        result = call(f"demo/{name}.py", *flags, "--device", "cpu", capfd=capfd)
+    def program(path, *flags):
+        result = call(path, *flags, "--device", "cpu", capfd=capfd)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    def training(name, path):
+    def training(name, out):
         work = tmp_path / f"{name}.pt"
-        return program(name, "--data", data, "--steps", 2, "--batch-size", 4, "--work", work, "--out", path)
+        flags = ["--data", data, "--steps", 2, "--batch-size", 4, "--work", work, "--out", tmp_path / out]
+        return program(f"demo/{name}.py", *flags)
 
-    assert "PSNR on held-out images" in training("train_vae", out / "vae")
-    assert "final loss" in training("train_dit", out)
-    assert "accuracy on the test images" in training("train_classifier", judge)
-    assert "continuing" in training("train_dit", out)
-    assert json.loads((out / "vae" / "config.json").read_text())["scaling_factor"] > 0
-    Router(2, 12).save(tmp_path / "router.pt")
-    flags = ["--data", data, "--samples", 20, "--num-sampling-steps", 2, "--path", tmp_path / "router.pt"]
-    printed = program("class_accuracy", "--ckpt", out, "--classifier", judge, *flags)
-    assert "20 samples, 2 steps, guidance 2.0, without router" in printed and "guidance 2.0, with /" in printed
+    assert "PSNR on held-out images" in training("train_vae", "model/vae")
+    assert "final loss" in training("train_dit", "model")
+    assert "accuracy on the test images" in training("train_classifier", "classifier.pb")
+    assert "continuing" in training("train_dit", "model")
     flags = ["--num-sampling-steps", 2, "--repeats", 1, "--out", tmp_path / "sample.png"]
-    sampled = call("sample.py", "--ckpt", out, *flags, capfd=capfd)
-    assert sampled.returncode == 0, sampled.stderr
-
-
-def test_a_training_without_its_data_is_refused(tmp_path, capfd):
-    result = call("demo/train_vae.py", "--data", tmp_path / "none", capfd=capfd)
-    assert_refused(result, "no such folder", "demo.fashion_mnist")
+    program("sample.py", "--ckpt", tmp_path / "model", *flags)
 
 
 def test_a_training_that_was_stopped_continues_as_if_never_stopped(tmp_path):
-    from demo.train_loop import train
-
     def launch(work, stop_at=None):
         torch.manual_seed(0)
         model, generator = torch.nn.Linear(3, 1), torch.Generator().manual_seed(1)
@@ -115,7 +96,7 @@ def test_a_training_that_was_stopped_continues_as_if_never_stopped(tmp_path):
                 signal.raise_signal(signal.SIGTERM)
             return model(torch.randn(4, 3, generator=generator)).square().mean()
 
-        train(loss_of_batch, optimizer, generator, updates=7, lr=0.1, work=work, model=model)
+        train(loss_of_batch, optimizer, generator, updates=7, work=work, model=model)
         return model.weight.detach()
 
     whole = launch(tmp_path / "whole.pt")
@@ -127,8 +108,6 @@ def test_a_training_that_was_stopped_continues_as_if_never_stopped(tmp_path):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_classifiers_graph_computes_what_the_module_does(backend, tmp_path):
-    from demo.train_classifier import build_classifier, save_graph
-
     torch.manual_seed(0)
     classifier = build_classifier()
     with torch.no_grad():  # fresh norms would change nothing
@@ -188,22 +167,3 @@ def test_the_pictures_of_assets_are_made(tmp_path, capfd):
         assert made.n_frames == shipped.n_frames
         pair = [np.asarray(gif.convert("RGB"), float) for gif in (made, shipped)]
         assert abs(pair[0] - pair[1]).mean() < 2  # fonts may differ
-
-
-def test_the_error_of_routers_is_0_without_reuse_and_grows_with_it(model_folder, image_folder, tmp_path, capfd):
-    for name, logit in (("none", 5.0), ("some", 0.0), ("all", -5.0)):
-        router = Router(4, 3)
-        with torch.no_grad():
-            for row in router.routers:
-                row.prob.fill_(logit)
-            if name == "some":
-                router.routers[0].prob[0] = -5.0
-        router.save(tmp_path / f"{name}.pt")
-    paths = [tmp_path / f"{name}.pt" for name in ("none", "some", "all")]
-    flags = ["--ckpt", model_folder, "--data-path", image_folder, "--samples", 16, "--batch-size", 5, "--device", "cpu"]
-    result = call("demo/teacher_error.py", *paths, *flags, capfd=capfd)
-    assert result.returncode == 0, result.stderr
-    assert re.findall(r"cached (\S+)% of all", result.stdout) == ["0.0", "4.2", "50.0"]  # 0, 1 and 12 of 24
-    errors = [float(error) for error in re.findall(r"mean squared error (\S+) ", result.stdout)]
-    assert errors[0] == 0 < errors[1] < errors[2]
-    assert_refused(call("demo/teacher_error.py", *paths, *flags, "--samples", 17, capfd=capfd), "16 images", "17")
