@@ -168,7 +168,9 @@ def test_a_schedule_file_gives_the_images_of_its_router(make):
 
 def test_any_processes_and_batch_size_give_the_same_set(make, folder):
     """World sizes 1, 2 (under torchrun) and 3, batches of 7 and 32; with --deterministic the same bits."""
+    torch.set_num_threads(2)  # the other processes have one thread
     first, one = make(f"{ROUTER} --per-proc-batch-size 7", "1")[0], make(f"{ROUTER} --deterministic", "2")[0]
+    assert torch.get_num_threads() == 1  # the bits of a larger model depend on it
     flags = [*FLAGS, *ROUTER.split(), "--sample-dir"]
     for result, processes in (
         (run("sample_ddp.py", *flags, 3, cwd=folder, processes=2), 2),

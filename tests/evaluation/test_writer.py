@@ -61,11 +61,12 @@ def test_writing_runs_beside_sampling_and_a_bounded_number_of_batches_waits():
     assert writer.seconds["disk"] > 0
 
 
-def test_a_failed_write_ends_the_run_early():
-    sampled = []
-    writer = SampleWriter(lambda *k: sampled.append(k) or sample(*k), Vae, Mock(side_effect=OSError("full")), CPU)
+@pytest.mark.parametrize("batches", [50, 1])
+def test_a_failed_write_ends_the_run_early(batches):
+    sampled, full = [], Mock(side_effect=OSError("full"))
+    writer = SampleWriter(lambda *k: sampled.append(k) or sample(*k), Vae, lambda *_: time.sleep(0.05) or full(), CPU)
     with pytest.raises(OSError, match="full"):
-        writer.run([(k, k + 1) for k in range(50)])
+        writer.run([(k, k + 1) for k in range(batches)])
     assert len(sampled) <= AHEAD + 2
 
 
