@@ -34,6 +34,9 @@ def ints(*numbers):
     return {"list": {"i": numbers}}
 
 
+SAME, ONES, WINDOW = {"padding": {"s": b"SAME"}}, {"strides": ints(1, 1, 1, 1)}, {"ksize": ints(1, 1, 1, 1)}
+
+
 def empty_graph():
     """A graph with only the node that images are fed to."""
     graph = RandomGraph()
@@ -124,39 +127,18 @@ def test_convolutions_and_pools_pad_as_tensorflow(op, backend, evaluate):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("place", ["alone", "after a convolution", "after a convolution with two readers"])
-def test_batch_norm_scales_if_the_node_says_so(place, scaled, backend, evaluate):
-    x, graph = values(2, 5, 5, 3), empty_graph()
-    mean, beta, gamma = values(3, seed=1), values(3, seed=2), values(3, seed=3)
-    variance = np.array([0.01, 1.0, 20.0], np.float32)
-    source, before = "ExpandDims", x.astype(float)
-    if place != "alone":
-        kernel = values(1, 1, 3, 3, seed=4)
-        weights = graph.constant("w", kernel)
-        source = graph.node(
-            "conv", "Conv2D", source, weights, strides=ints(1, 1, 1, 1), padding={"s": b"SAME"}, **FLOATS
-        )
-        before = before @ kernel[0, 0]
+def test_batch_norm_after_a_convolution_scales_if_the_node_says_so(scaled, backend, evaluate):
+    x, kernel, graph = values(2, 5, 5, 3), values(1, 1, 3, 3, seed=4), empty_graph()
+    mean, beta, gamma, variance = *(values(3, seed=k) for k in (1, 2, 3)), np.array([0.01, 1.0, 20.0], np.float32)
+    graph.node("conv", "Conv2D", "ExpandDims", graph.constant("w", kernel), **SAME, **ONES, **FLOATS)
     moments = [graph.constant(name, moment) for name, moment in zip("mvbg", (mean, variance, beta, gamma))]
     attrs = {"variance_epsilon": {"f": 0.001}, "scale_after_normalization": {"b": scaled}}
-    output = graph.node("y", "BatchNormWithGlobalNormalization", source, *moments, **attrs, **FLOATS)
+    graph.node("y", "BatchNormWithGlobalNormalization", "conv", *moments, **attrs, **FLOATS)
+    graph.node("both", "Sub", "y", "conv", **FLOATS)  # a second reader of the convolution
+    before = x.astype(float) @ kernel[0, 0]
     expected = (before - mean) / np.sqrt(variance.astype(float) + 0.001) * (gamma if scaled else 1) + beta
-    if place.endswith("readers"):
-        output, expected = graph.node("both", "Sub", "y", source, **FLOATS), expected - before
-    assert_close(evaluate(backend, graph, x, output), expected, tolerance=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("axis", [1, 3, -1])
-def test_the_axis_comes_first_in_concat_and_last_in_concat_v2(axis, backend, evaluate):
-    x = values(2, 3, 3, 3)
-    for op in ("Concat", "ConcatV2"):
-        graph = empty_graph()
-        names = ["ExpandDims", graph.node("relu", "Relu", "ExpandDims", **FLOATS), "ExpandDims"]
-        names.insert(0 if op == "Concat" else 3, graph.constant("axis", np.int32(axis)))
-        more = {"Tidx": {"type": INT}} if op == "ConcatV2" else {}
-        graph.node("y", op, *names, N={"i": 3}, **more, **FLOATS)
-        assert np.array_equal(evaluate(backend, graph, x), np.concatenate([x, np.maximum(x, 0), x], axis))
+    assert_close(evaluate(backend, graph, x), expected, tolerance=1e-5)
+    assert_close(evaluate(backend, graph, x, "both"), expected - before, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -164,13 +146,17 @@ def test_the_small_operations(backend, evaluate):
     x, bias, graph = values(3, 2, 2, 3), values(3, seed=1), empty_graph()
     graph.constant("b", bias)
     graph.constant("two", np.float32(2))
+    graph.constant("axis", np.int32(1))
     graph.node("late", "Identity", "ExpandDims:0", **FLOATS)
     graph.node("same", "Identity", "ExpandDims:0", "^late", **FLOATS)
     graph.node("biased", "BiasAdd", "same", "b", **FLOATS)
     graph.node("doubled", "Mul", "biased", "two", **FLOATS)
     graph.node("less", "Sub", "two", graph.node("relu", "Relu", "biased", **FLOATS), **FLOATS)
-    expected = {"same": x, "biased": x + bias, "doubled": (x + bias) * 2, "b": bias}
-    for name, array in (expected | {"less": 2 - np.maximum(x + bias, 0)}).items():
+    graph.node("joined", "Concat", "axis", "same", "biased", N={"i": 2}, **FLOATS)
+    graph.node("joined2", "ConcatV2", "same", "biased", "axis", N={"i": 2}, Tidx={"type": INT}, **FLOATS)
+    expected = {"same": x, "biased": x + bias, "doubled": (x + bias) * 2, "less": 2 - np.maximum(x + bias, 0)}
+    expected |= dict.fromkeys(("joined", "joined2"), np.concatenate([x, x + bias], 1))
+    for name, array in expected.items():
         assert_close(evaluate(backend, graph, x, name), array)
 
 
@@ -227,42 +213,24 @@ def test_both_backends_agree(width, request):
 
 
 def test_type_batch_and_memory_layout_do_not_change_features(narrow_file, monkeypatch):
-    x, network, lengths, resize = images(5, 40), Graph(narrow_file), [], graph_ops.resize_bilinear
+    x, network = images(5, 40), Graph(narrow_file)
     expected = network.features(x)
     read_only = x.copy()
     read_only.flags.writeable = False
     strided = torch.from_numpy(x).permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
     one_by_one = [torch.cat(parts) for parts in zip(*(network.features(x[k : k + 1]) for k in range(5)))]
-    monkeypatch.setattr(graph_ops, "resize_bilinear", lambda x, *size: lengths.append(len(x)) or resize(x, *size))
     monkeypatch.setattr(inception, "CPU_IMAGES", 2)
     for actual in (one_by_one, *map(network.features, (x.astype(np.float32), read_only, strided))):
         assert distance(actual, expected) < TOLERANCE
-    assert lengths == [2, 2, 1] * 3  # a CPU computes few images at a time
-
-
-def test_values_are_freed_after_their_last_reader(narrow_file):
-    graph = Graph(narrow_file)
-    last = {name: number for number, operation in enumerate(graph.operations) for name in operation.inputs}
-    freed = {name: number for number, operation in enumerate(graph.operations) for name in operation.unneeded}
-    assert freed == {name: number for name, number in last.items() if name not in graph.outputs}
-
-
-def test_only_needed_operations_run_and_batch_norm_and_relu_join_their_convolution(narrow_file):
-    names = [operation.name for operation in Graph(narrow_file).operations]
-    # The resize, two operations with a constant each, convolutions, joins and pools.
-    assert len(names) == 1 + 4 + 94 + 11 + 9 + 5
-    assert not [name for name in names if name.endswith(("/Conv2D", "/batchnorm", "/conv2d_params", "DecodeJpeg"))]
-    names = {operation.name for operation in Graph(narrow_file, outputs=("mixed_6/conv",), weights=None).operations}
-    assert "mixed_5/join" in names and "mixed_6/tower/conv" not in names and "pool_3" not in names
 
 
 def small_classifier(path, std=1.0):
     """Another network with the same names: 8 x 8 pixels, convolutions with a bias, ConcatV2."""
     graph = RandomGraph()
-    source, same = graph.head(side=8), {"padding": {"s": b"SAME"}, "strides": ints(1, 1, 1, 1)}
+    source = graph.head(side=8)
     for name, c_in, c_out in (("first", 3, 4), ("second", 4, 3)):
         weights = graph.constant(f"{name}/w", graph.normal(3, 3, c_in, c_out, std=std))
-        graph.node(name, "Conv2D", source, weights, **same, **FLOATS)
+        graph.node(name, "Conv2D", source, weights, **SAME, **ONES, **FLOATS)
         bias = graph.constant(f"{name}/b", graph.normal(c_out))
         source = graph.node(f"{name}/biased", "BiasAdd", name, bias, **FLOATS)
         if name == "first":
@@ -294,21 +262,20 @@ def test_a_smaller_network_has_its_own_sizes_and_class_accuracy(backend, small_f
 
 
 def test_tf32_is_off_while_the_network_runs_and_restored_afterwards(small_file, monkeypatch):
-    seen, resize, before = [], graph_ops.resize_bilinear, torch.backends.cudnn.allow_tf32
+    seen, resize = [], graph_ops.resize_bilinear
 
     def look(*args):
         seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
         return resize(*args)
 
     monkeypatch.setattr(graph_ops, "resize_bilinear", look)
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
     try:
-        for tf32 in (True, False):
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-            Graph(small_file).features(images(1, 8))
-            assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is tf32
+        Graph(small_file).features(images(1, 8))
+        assert torch.backends.cuda.matmul.allow_tf32
     finally:
-        torch.backends.cudnn.allow_tf32 = before
-    assert seen == [("ieee", "ieee")] * 2
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert seen == [("ieee", "ieee")]
 
 
 # Refusals
@@ -324,8 +291,7 @@ def assert_refused(words, function, *args, **kwargs):
 def test_other_files_are_refused_before_tensorflow_is_imported(backend, small_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     whole, graph = small_file.read_bytes(), message_classes()["GraphDef"]
-    noise, unknown_fields, nameless_node = np.random.default_rng(0).bytes(1000), b"\x7a\x02ab", b"\x0a\x02\x12\x00"
-    for content in (b"", b"<!DOCTYPE html>", bytes(1000), noise, unknown_fields, nameless_node):
+    for content in (b"", b"<!DOCTYPE html>", bytes(1000), np.random.default_rng(0).bytes(1000)):
         small_file.write_bytes(content)
         assert_refused("small.pb is not a TensorFlow graph", backend, small_file)
     assert_refused("no such file: .*missing.pb", backend, small_file.with_name("missing.pb"))
@@ -339,8 +305,6 @@ def test_other_files_are_refused_before_tensorflow_is_imported(backend, small_fi
         assert_refused(f"no node {name}: it is another network", backend, small_file)
 
 
-SAME, ONES, WINDOW = {"padding": {"s": b"SAME"}}, {"strides": ints(1, 1, 1, 1)}, {"ksize": ints(1, 1, 1, 1)}
-POOL = WINDOW | ONES | SAME
 CUT_OFF = {"dtype": FLOAT, "tensor_content": bytes(8), "tensor_shape": {"dim": [{"size": 3}]}}
 # Words of the message, and the operation, inputs and attributes of the node y that causes it.
 BAD_NODES = [
@@ -349,17 +313,11 @@ BAD_NODES = [
     ("waits for itself", "Relu", ["y"], {}),
     (r"node y \(Sub\) has 1 inputs, not 2", "Sub", ["ExpandDims"], {}),
     (r"node ExpandDims \(Placeholder\) is not a constant", "Conv2D", ["ExpandDims", "ExpandDims"], SAME | ONES),
-    (r"node y \(Conv2D\) has weights of shape \(2,\)", "Conv2D", ["ExpandDims", "size"], SAME | ONES),
     ("has dilations", "Conv2D", ["ExpandDims", "w"], SAME | ONES | {"dilations": ints(1, 2, 2, 1)}),
-    ("constants that do not fit together", "BiasAdd", ["conv", "size"], {}),
     (r"node y \(MaxPool\) has no attribute padding", "MaxPool", ["ExpandDims"], WINDOW | ONES),
-    ("padding b'EXPLICIT'", "MaxPool", ["ExpandDims"], POOL | {"padding": {"s": b"EXPLICIT"}}),
-    ("layout b'NCHW'", "AvgPool", ["ExpandDims"], POOL | {"data_format": {"s": b"NCHW"}}),
-    (r"has strides \[2, 2, 2, 2\]", "AvgPool", ["ExpandDims"], POOL | {"strides": ints(2, 2, 2, 2)}),
+    ("layout b'NCHW'", "AvgPool", ["ExpandDims"], WINDOW | ONES | SAME | {"data_format": {"s": b"NCHW"}}),
     ("half-pixel centers", "ResizeBilinear", ["ExpandDims", "size"], {"half_pixel_centers": {"b": True}}),
-    (r"node w \(Const\) has 12 values of type float32", "ResizeBilinear", ["ExpandDims", "w"], {}),
     (r"node y \(Const\) does not hold the values of its shape \[3\]", "Const", [], {"value": {"tensor": CUT_OFF}}),
-    ("values of type 7", "Const", [], {"value": {"tensor": {"dtype": 7}}}),
 ]
 
 
@@ -368,16 +326,8 @@ def test_unsupported_nodes_are_named(words, op, inputs, attrs, tmp_path):
     graph = empty_graph()
     graph.constant("size", np.array([4, 4]))
     graph.constant("w", np.zeros((1, 1, 3, 4)))
-    graph.node("conv", "Conv2D", "ExpandDims", "w", **SAME, **ONES)
     graph.node("y", op, *inputs, **attrs)
     assert_refused(f"graph.pb: .*{words}", Graph, graph.save(tmp_path / "graph.pb"), outputs=("y",), weights=None)
-
-
-def test_values_that_are_not_finite_are_refused_and_their_node_is_named(small_file):
-    graph, x = Graph(small_file), images(2, 8).astype(np.float32)
-    for value in (np.nan, np.inf):
-        x[1, 3, 3] = value
-        assert_refused("small.pb: node ResizeBilinear makes values that are NaN or infinite", graph.features, x)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -385,13 +335,6 @@ def test_weights_that_overflow_are_refused_and_their_node_is_named(backend, tmp_
     graph = backend(small_classifier(tmp_path / "small.pb", std=1e25))  # the second convolution makes 1e50
     node = "node second/biased makes values" if backend is Graph else "node mixed_6/conv/CheckNumerics fails .*NaN"
     assert_refused(node, graph.features, images(2, 8))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_images_of_another_shape_or_type_are_refused(backend, small_file):
-    graph = backend(small_file)
-    for x in (np.zeros((2, 8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((2, 8, 8, 3))):
-        assert_refused("uint8 or float32 .N, H, W, 3. is needed", graph.features, x)
 
 
 def test_without_tensorflow_only_its_backend_is_refused(small_file, monkeypatch):

@@ -22,11 +22,6 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def covariance(seed, size, samples=None):
-    x = normal(seed, samples or 3 * size, size)
-    return np.cov(x * np.linspace(0.1, 2, size), rowvar=False)
-
-
 def fid(x, y):
     return frechet_distance(*statistics(x), *statistics(y))
 
@@ -56,16 +51,6 @@ def test_precision_and_recall_equal_the_originals(published, dtype):
 # Statistics
 
 
-@pytest.mark.parametrize("samples", [2, 7, 100])
-def test_statistics_are_numpys_mean_and_covariance(samples, monkeypatch):
-    monkeypatch.setattr(metrics, "TILE", 16)
-    features = normal(0, samples, 9).astype(np.float32)
-    mu, sigma = statistics(features)
-    assert mu.dtype == sigma.dtype == np.float64 and np.array_equal(sigma, sigma.T)
-    np.testing.assert_allclose(mu, features.mean(0, dtype=np.float64), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(sigma, np.cov(features, rowvar=False), rtol=1e-12, atol=1e-12)
-
-
 def test_batches_of_any_size_add_up_even_far_from_zero():
     features = normal(1, 500, 6) + 1e6
     exact = np.cov(features - 1e6, rowvar=False)
@@ -76,12 +61,7 @@ def test_batches_of_any_size_add_up_even_far_from_zero():
         mu, sigma = moments.statistics()
         np.testing.assert_allclose(mu, features.mean(0), rtol=1e-14)
         np.testing.assert_allclose(sigma, exact, rtol=1e-8, atol=1e-9)  # the features have ten digits after the point
-
-
-@pytest.mark.parametrize("samples", [0, 1])
-def test_fewer_than_two_samples_have_no_covariance(samples):
-    with pytest.raises(ValueError, match=f"{samples} features have no covariance"):
-        statistics(np.zeros((samples, 4)))
+        assert mu.dtype == sigma.dtype == np.float64 and np.array_equal(sigma, sigma.T)
 
 
 # FID
@@ -108,27 +88,15 @@ def test_fid_agrees_with_the_singular_values_of_the_samples(samples, smallest):
     traces = sum(np.square(z).sum() for z in centred)
     expected = np.square(x.mean(0) - y.mean(0)).sum() + traces
     expected -= 2 * np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
-    # With scales below 1e-4, some squared eigenvalues are lost in rounding. How many depends on the processor: the
-    # error was 2.0e-8, 1.8e-8 and 1.1e-8 of the traces with OPENBLAS_CORETYPE=Haswell, Prescott and Sandybridge.
+    # With scales below 1e-4, some squared eigenvalues are lost in rounding: 2.0e-8 of the traces were measured.
     assert fid(x, y) == pytest.approx(expected, rel=0, abs=(5e-8 if smallest else 1e-12) * traces)
-
-
-def test_covariances_of_constant_features_and_in_float32_work():
-    sigma, mu = covariance(0, 12), np.zeros(12)
-    assert frechet_distance(mu, np.zeros((12, 12)), mu, sigma) == pytest.approx(np.trace(sigma), rel=1e-12)
-    low = covariance(1, 12, 5).astype(np.float32)
-    assert np.linalg.eigvalsh(low.astype(np.float64))[0] < 0  # from rounding
-    exact = frechet_distance(mu, sigma, mu, covariance(1, 12, 5))
-    assert frechet_distance(mu, sigma, mu, low) == pytest.approx(exact, rel=1e-3)
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
         (dict(mu1=np.zeros(4)), r"\(4,\), \(3, 3\)"),
-        (dict(sigma2=np.eye(4)), r"\(4, 4\)"),
         (dict(mu1=np.array([0, np.nan, 0])), "mu1 or mu2 is not finite"),
-        (dict(sigma2=np.diag([1, np.inf, 1])), "sigma2 is not finite"),
         (dict(sigma1=np.triu(np.ones((3, 3)))), "sigma1 is not symmetric"),
         (dict(sigma2=np.diag([1, -0.5, 1])), "sigma2 has a negative eigenvalue"),
     ],
@@ -148,27 +116,10 @@ def test_the_score_is_one_for_equal_rows_and_the_number_of_classes_for_certain_a
     assert inception_score(np.eye(7, 9).repeat(3, 0)) == pytest.approx(7, rel=1e-12)  # two classes never occur
 
 
-def test_a_shorter_last_run_counts_in_full():
-    rows = np.eye(4)[[0, 1, 2, 3, 0, 1]]
-    assert inception_score(rows, 4) == pytest.approx((4 + 2) / 2, rel=1e-12)
-    assert inception_score(rows[[0, 4, 1, 5, 2, 3]], 2) == pytest.approx((1 + 1 + 2) / 3, rel=1e-12)
-
-
-def test_the_score_follows_its_definition():
-    p = np.random.default_rng(0).dirichlet(np.full(11, 0.3), 50)
-    expected = np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
-    assert inception_score(p) == pytest.approx(expected, rel=1e-12)
-    assert inception_score(p.astype(np.float16)) == pytest.approx(expected, rel=1e-2)
-
-
-@pytest.mark.parametrize(
-    "bad, split, words",
-    [(bad, 5, "probabilities are") for bad in ([[1.5, -0.5]], [[np.nan, 1]], [[0.5, 0.4]], [1.0], np.zeros((0, 3)))]
-    + [(np.eye(2), 0, "split is 0")],
-)
-def test_the_score_refuses_what_is_not_a_distribution(bad, split, words):
-    with pytest.raises(ValueError, match=words):
-        inception_score(np.array(bad), split)
+@pytest.mark.parametrize("bad", [[[1.5, -0.5]], [[np.nan, 1]], [[0.5, 0.4]], [1.0], np.zeros((0, 3))])
+def test_the_score_refuses_what_is_not_a_distribution(bad):
+    with pytest.raises(ValueError, match="probabilities are"):
+        inception_score(np.array(bad))
 
 
 # Precision and recall
@@ -192,11 +143,6 @@ def test_points_on_a_line_counted_by_hand(dtype):
     # 2 is on the edge of the ball of 1, 4 inside that of 10, 30 in none; 0 is on the edge of the ball of 2.
     assert precision_recall(reference, sample, 1, dtype) == (pytest.approx(2 / 3), 1)
     assert precision_recall(reference, sample + 100, 1, dtype) == (0, 0)
-    # k = 3: the ball of 0 is 0+-3, that of 7 is 7+-6. Samples that are far apart have large balls.
-    reference = np.array([0, 1, 2, 3, 7], np.float32)[:, None]
-    for at, inside in ((-3, 1), (-3.25, 0), (13, 1), (13.25, 0)):
-        sample = np.array([at, 50, 60, 70], np.float32)[:, None]
-        assert precision_recall(reference, sample, dtype=dtype) == (inside / 4, 1)
 
 
 def whole_numbers(seed, count, features=6):
@@ -205,7 +151,7 @@ def whole_numbers(seed, count, features=6):
 
 
 @DTYPES
-@pytest.mark.parametrize("tile", [1, 7, 50, 64, 1000])
+@pytest.mark.parametrize("tile", [7, 64, 1000])
 def test_the_size_of_tiles_does_not_change_the_result(dtype, tile):
     reference, sample = whole_numbers(0, 50), whole_numbers(1, 64) + 1
     expected = brute_force(reference, sample, 3)
@@ -254,11 +200,8 @@ def test_if_memory_runs_out_smaller_tiles_are_tried(published, monkeypatch):
     "change, words",
     [
         (dict(reference=whole_numbers(0, 3)), r"reference is \(3, 6\): .* N above k = 3"),
-        (dict(sample=np.zeros((9, 0))), r"sample is \(9, 0\)"),
         (dict(sample=whole_numbers(0, 9, 5)), "reference has 6 features a point, sample 5"),
         (dict(reference=np.full((9, 6), np.nan)), "reference is not finite"),
-        (dict(dtype="bf16"), "'bf16' is neither"),
-        (dict(tile=0), "tile 0"),
     ],
 )
 def test_precision_and_recall_refuse_unusable_input(change, words):
@@ -278,10 +221,3 @@ def test_a_gpu_agrees_and_keeps_the_settings_of_torch(published, dtype):
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
     assert result == pytest.approx(precision_recall(*sets, dtype=dtype), abs=0.005)
-
-
-def test_progress_counts_every_tile():
-    # Tiles of 4 points, 3 and 5 of them: 6 and 15 pairs for the radii, 15 between the sets.
-    calls = []
-    precision_recall(normal(0, 10, 3), normal(1, 19, 3), tile=4, progress=lambda *call: calls.append(call))
-    assert calls == [(done, 36) for done in range(1, 37)]
