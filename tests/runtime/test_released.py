@@ -2,7 +2,6 @@ import argparse
 import errno
 import hashlib
 import os
-import re
 import socket
 
 import huggingface_hub
@@ -58,26 +57,8 @@ def requests(server):
     return [path for path, _, _ in server.asked]
 
 
-def change_bytes(file):
-    """Other bytes with the same size and time, which only a hash can see."""
-    stat = file.path.stat()
-    file.path.write_bytes(CONTENT[::-1])
-    os.utime(file.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-
-
 def change_time(file):
     os.utime(file.path, ns=(0, file.path.stat().st_mtime_ns + 10**9))
-
-
-def test_the_table():
-    files = released.FILES
-    assert len(files) == 11 and len(released.names()) == 9
-    assert len({file.path for file in files}) == len(files)
-    for file in files:
-        assert (file.size is None) == (file.sha256 is None)
-        assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)
-        assert file.licence and file.url.startswith("https://") and file.url.endswith(f"/{file.path.name}")
-        assert file.folder in ("ckpt", "pretrained_models") or re.fullmatch("[0-9a-f]{40}", file.hub[1])
 
 
 def test_a_missing_file_is_downloaded_and_then_used_without_a_request(server, table):
@@ -96,16 +77,6 @@ def test_a_wrong_file_that_exists_is_refused_and_left_alone(server, table, conte
     assert file.path.read_bytes() == content and server.asked == []
 
 
-def test_a_folder_or_a_dangling_link_is_refused_and_left_alone(server, table, tmp_path):
-    file = table()
-    file.path.mkdir(parents=True)
-    assert "not a file" in refused(released.fetch, "model.pt")
-    file.path.rmdir()
-    file.path.symlink_to(tmp_path / "elsewhere")
-    assert "not a file" in refused(released.fetch, "model.pt")
-    assert file.path.is_symlink() and server.asked == []
-
-
 @pytest.mark.parametrize("known", [{}, UNKNOWN], ids=["published", "first use"])
 @pytest.mark.parametrize("present", [False, True], ids=["downloaded", "present"])
 def test_a_file_is_hashed_again_only_if_its_time_changed_or_by_force(table, known, present, capsys):
@@ -113,34 +84,15 @@ def test_a_file_is_hashed_again_only_if_its_time_changed_or_by_force(table, know
     released.fetch("model.pt")
     assert file.kept.read_text() == f"{SHA256}  model.pt\n"
     assert ("no SHA-256 is published" in capsys.readouterr().out) == (known == UNKNOWN)
-    change_bytes(file)
+    stat = file.path.stat()
+    file.path.write_bytes(CONTENT[::-1])  # of the same size and time: only a hash can tell
+    os.utime(file.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert released.fetch("model.pt") == file.path
     assert SHA256 in refused(released.check, file, force=True)
     change_time(file)
     assert SHA256 in refused(released.fetch, "model.pt") and file.path.read_bytes() == CONTENT[::-1]
     file.path.write_bytes(CONTENT)
     assert released.fetch("model.pt") == file.path
-
-
-def test_a_file_whose_hash_cannot_be_kept_is_hashed_at_each_use(table, capsys):
-    file = table(CONTENT, **UNKNOWN)
-    file.kept.mkdir()
-    assert released.fetch("model.pt") == file.path
-    assert "not kept: cannot write" in capsys.readouterr().out
-    file = table()
-    assert released.fetch("model.pt") == file.path
-    change_bytes(file)
-    assert SHA256 in refused(released.fetch, "model.pt")
-
-
-def test_a_damaged_kept_hash_is_never_trusted(table):
-    file = table(CONTENT)
-    released.fetch("model.pt")
-    file.kept.write_text("nonsense")
-    assert released.fetch("model.pt") == file.path and file.kept.read_text() == f"{SHA256}  model.pt\n"
-    file.kept.write_text("nonsense")
-    table(**UNKNOWN)
-    assert f"{file.kept} says nonsense" in refused(released.fetch, "model.pt")
 
 
 def test_the_hash_of_the_first_use_is_required_of_the_next_download(server, table):
@@ -179,14 +131,12 @@ def test_a_vae_comes_from_the_hub_and_is_checked(hub, tmp_path):
 
 
 def test_faults_of_the_hub_and_of_the_disk_are_one_line(hub):
-    verbosity = huggingface_hub.utils.logging.get_verbosity()
     hub.sends = huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
     hub.sends.__cause__ = RuntimeError("no route\nand more")
     message = refused(released.fetch_vae, "ema")
     assert message.startswith(f"cannot download {hub.file.url} (no route)") and message.endswith(str(hub.file.path))
     hub.sends = OSError(errno.ENOSPC, "No space left on device", "/cache/blobs/x")
     assert refused(released.fetch_vae, "ema").startswith("cannot write /cache/blobs/x: No space left")
-    assert huggingface_hub.utils.logging.get_verbosity() == verbosity
 
 
 def test_the_real_client_of_the_hub_finds_files_in_their_places(table):
@@ -225,7 +175,6 @@ def test_without_a_network_one_line_names_the_url_and_the_place(hub, table, monk
         file = table(url=f"http://127.0.0.1:{closed.getsockname()[1]}/model.pt")
         assert_refused(call("download.py", capfd=capfd), file.url, "refused", f"put it at {file.path}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert_refused(call("download.py", capfd=capfd), "HF_HUB_OFFLINE", file.url, f"put it at {file.path}")
     monkeypatch.setattr(released, "FILES", (hub.file,))
     assert_refused(call("download.py", capfd=capfd), "HF_HUB_OFFLINE", hub.file.url, f"put it at {hub.file.path}")
     assert hub.asked == []
@@ -264,10 +213,6 @@ def test_a_mirror_has_the_files_by_their_names(server, table, monkeypatch, capfd
 
 
 @pytest.mark.parametrize("mirror", ["host/files", "ftp://host/", "http://", "http://me:word@host/", "http://h/?a"])
-def test_a_mirror_that_is_no_url_of_a_folder_is_refused(table, monkeypatch, mirror, capfd):
+def test_a_mirror_that_is_no_url_of_a_folder_is_refused(table, mirror, capfd):
     table()
-    result = call("download.py", "--mirror", mirror, capfd=capfd)
-    assert_refused(result, "http://HOST/FOLDER")
-    assert result.returncode == 2
-    monkeypatch.setenv("L2C_MIRROR", mirror)
-    assert "http://HOST/FOLDER" in refused(released.fetch, "model.pt")
+    assert_refused(call("download.py", "--mirror", mirror, capfd=capfd), "http://HOST/FOLDER")
