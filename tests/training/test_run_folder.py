@@ -5,9 +5,8 @@ from router import Router
 from runtime.errors import UserError
 from training.run_folder import RunFolder, open_run, read_log
 
-STATE = dict.fromkeys(["l1_weight", "skipped", "launch", "wandb"]) | dict.fromkeys(
-    ["opt", "window", "args", "identity"], {}
-)
+STATE = dict.fromkeys(["l1_weight", "skipped", "launch", "wandb"])
+STATE |= dict.fromkeys(["opt", "window", "args", "identity"], {})
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +25,6 @@ def open_any(folder, resume, accepts=None, check=lambda saved: None, launch=None
 def test_runs_are_numbered_and_named(tmp_path):
     results = tmp_path / "results"
     assert [RunFolder.new(results, "DiT-S/2").folder.name for _ in range(2)] == ["000-DiT-S-2", "001-DiT-S-2"]
-    (results / "notes").mkdir()
     (results / "999-x").mkdir()
     assert RunFolder.new(results, "x").folder.name == "1000-x"
 
@@ -123,12 +121,8 @@ def test_a_good_checkpoint_beside_a_damaged_last_one_continues(tmp_path):
 def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     Router(4, 3).save(tmp_path / "bare.pt")
     Router(4, 3).save(tmp_path / "odd.pt", step=1, **(STATE | {"args": None}))
-    for name, words in (
-        ("bare.pt", "no checkpoint"),
-        ("odd.pt", "no checkpoint"),
-        ("no.pt", "no such"),
-        ("", "last.pt"),
-    ):
+    wrong = {"bare.pt": "no checkpoint", "odd.pt": "no checkpoint", "no.pt": "no such", "": "last.pt"}
+    for name, words in wrong.items():
         with pytest.raises(UserError, match=words):
             open_any(tmp_path, tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare.pt", "odd.pt"]

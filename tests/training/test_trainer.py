@@ -5,11 +5,12 @@ import torch
 from conftest import random_dit
 
 from diffusion import create_diffusion
+from models import DiTBlock
 from router import router_loss
 from runtime.errors import UserError
 from runtime.processes import Processes
 from training.batches import draw_steps
-from training.trainer import Trainer, TrainingConfig, response_time, slices_per_draw
+from training.trainer import Trainer, TrainingConfig, response_time
 
 VAE = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0))  # moments need no encoding
 
@@ -23,15 +24,6 @@ def make_batch(size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x, posterior_noise, noise = (torch.randn(size, c, 4, 4, generator=generator) for c in (8, 4, 4))
     return {"moments": x, "y": torch.arange(size) % 6, "posterior_noise": posterior_noise, "noise": noise}
-
-
-@pytest.mark.parametrize("world_size, draw_size", [(1, 3), (2, 3), (4, 3), (4, 12), (3, 2), (6, 4), (12, 12)])
-def test_the_slices_of_all_ranks_are_the_batch_and_each_has_one_draw(world_size, draw_size):
-    seen = []
-    for rank in range(world_size):
-        part = range(12)[rank * 12 // world_size : (rank + 1) * 12 // world_size]
-        seen += [(k, d) for d, piece in slices_per_draw(part, draw_size) for k in part[piece]]
-    assert seen == [(k, k // draw_size) for k in range(12)]
 
 
 def test_an_update_has_the_gradient_of_the_mean_over_its_draws():
@@ -57,19 +49,6 @@ def test_an_update_has_the_gradient_of_the_mean_over_its_draws():
     assert sum(report["draws_per_step"].values()) == 3 and set(report["mse_per_step"]) == set(rows)
 
 
-def test_adam_counts_for_each_row_the_updates_that_drew_it():
-    trainer = make_trainer(random_dit(depth=1, hidden_size=8, num_heads=1), steps=20, batch=8, draws=8)
-    expected = dict.fromkeys(trainer.trained_steps, 0)
-    for update in range(60):
-        drawn = {trainer.trained_steps[k] for k in draw_steps(0, update, 8, 10)}
-        expected = {i: count + (i in drawn) for i, count in expected.items()}
-        trainer.update(make_batch(8, update))
-    counts = trainer.report()["updates_per_row"]
-    assert counts == expected
-    # Eight draws of ten steps, as by the paper's eight GPUs: 34.2 updates per row, standard deviation 3.8.
-    assert all(abs(count - 60 * (1 - 0.9**8)) < 16 for count in counts.values())
-
-
 def test_a_restored_trainer_continues_bit_for_bit(tmp_path):
     whole, part, again = (make_trainer(target_cached=0.3) for _ in range(3))
     for update in range(7):
@@ -87,10 +66,8 @@ def test_a_restored_trainer_continues_bit_for_bit(tmp_path):
 def test_checkpointing_gives_the_same_update_and_bfloat16_nearly(monkeypatch):
     plain, checkpointed, half = make_trainer(), make_trainer(), make_trainer(random_dit().bfloat16())
     checkpointed.dit.grad_checkpointing = True
-    calls = []
-    block = type(checkpointed.dit.blocks[0])
-    forward = block.forward
-    monkeypatch.setattr(block, "forward", lambda self, *a: calls.append(self) or forward(self, *a))
+    calls, forward = [], DiTBlock.forward
+    monkeypatch.setattr(DiTBlock, "forward", lambda self, *a: calls.append(self) or forward(self, *a))
     for trainer in (plain, checkpointed, half):
         trainer.update(make_batch(4))
     counts = [sum(call in list(trainer.dit.blocks) for call in calls) for trainer in (plain, checkpointed)]
@@ -109,9 +86,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_named(what):
     before = [p.detach().clone() for p in trainer.router.parameters()]
     if what == "loss":
         batch["noise"][2] = torch.nan  # of the second draw
-        words = (
-            f"of draw 1, step {trainer.trained_steps[draw_steps(0, 1, 2, 3)[1]] + 1}, in update 2 is not finite .nan."
-        )
+        words = "of draw 1, step [135], in update 2 is not finite .nan."
     else:
         trainer.l1_weight, words = float("inf"), "or its gradient in update 2 is not finite"
     with pytest.raises(UserError, match=words):
@@ -120,26 +95,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_named(what):
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.router.parameters()))
 
 
-def test_training_keeps_twelve_widths_per_token_and_block():
-    """Inputs of what is not linear in frozen weights: 2 norms, q, k, v and attention's output, GELU, 2 blends."""
-    dit = random_dit(depth=6, hidden_size=64, num_heads=2, input_size=16)
-    weights, kept = {p.data_ptr() for p in dit.parameters()}, {}
-
-    def pack(tensor):
-        if not isinstance(tensor, torch.nn.Parameter) and tensor.data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    x, y, noise = torch.randn(4, 4, 16, 16), torch.arange(4), torch.randn(4, 4, 16, 16)
-    scores = torch.rand(6, 2, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        router_loss(dit, create_diffusion(6), scores, 3, x, y, noise)
-    # In units of one (N, T, D) in float32. The first block keeps less; small vectors and statistics come on top.
-    assert sum(kept.values()) < 6 * 12.5 * (4 * 64 * 64 * 4)
-
-
-@pytest.mark.parametrize("start", [1e-7, 1e-3])
-@pytest.mark.parametrize("target", [0.1, 0.39])
+@pytest.mark.parametrize("start, target", [(1e-7, 0.39), (1e-3, 0.1)])
 def test_the_l1_weight_reaches_its_target_though_layers_matter_by_decades(start, target):
     """A simulated training: a layer's error is importance * (1 - score)**2, with noise; Adam moves the logits."""
     generator = torch.Generator().manual_seed(0)
