@@ -214,8 +214,6 @@ def test_without_locks_each_process_downloads_for_itself(server, path, monkeypat
         raise OSError(errno.ENOLCK, "its file system has no locks")
 
     monkeypatch.setattr(fetching, "lock_file", no_locks)
-    with fetching._locked_part(path) as one, fetching._locked_part(path) as two:
-        assert one != two
     server.acts = [Act(cut=30_000), Act(status=404)]
     failure(fetch, server, path)
     assert files(path) == []

@@ -1,12 +1,10 @@
-import signal
-
 import numpy as np
 import pytest
 import torch
 
 from pretrained.spec import model_spec
 from runtime.noise import random_stream
-from training.batches import BatchSampler, TrainingSamples, draw_steps, load_batches, make_loader, sample_posterior
+from training.batches import BatchSampler, TrainingSamples, draw_steps, make_loader, sample_posterior
 from training.images import ImageSource
 
 
@@ -65,19 +63,3 @@ def test_posterior_samples_have_the_given_moments():
     noise = torch.randn(2000, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     x = sample_posterior(moments, noise, 0.5)
     assert x.mean().item() == pytest.approx(1.5, abs=0.01) and x.std().item() == pytest.approx(0.25, abs=0.01)
-
-
-def test_a_killed_worker_does_not_disturb_what_is_saved_afterwards():
-    def broken_loader():
-        yield "batch"
-        raise ConnectionResetError
-
-    before = signal.signal(signal.SIGCHLD, lambda *_: None)  # PyTorch's handler raises in the middle of anything
-    try:
-        batches = load_batches(broken_loader())
-        assert next(batches) == "batch"
-        with pytest.raises(RuntimeError, match="^DataLoader worker"):
-            next(batches)
-        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGCHLD, before)

@@ -26,24 +26,20 @@ def test_the_middle_square_is_cropped_and_scaled():
     assert center_crop(Image.new("L", (9, 31)), 8).size == (8, 8)
 
 
-GREY, BLACK, ALPHA = (np.full((8, 8), value, np.uint8) for value in (100, 155, 30))
-
-
-@pytest.mark.parametrize(
-    "name, image",
-    [
-        ("grey.jpg", Image.fromarray(GREY)),
-        ("alpha.png", Image.fromarray(np.dstack([GREY, GREY, GREY, ALPHA]))),
-        ("grey-alpha.png", Image.fromarray(np.dstack([GREY, ALPHA]))),
-        ("16-bit.png", Image.fromarray(np.full((8, 8), 100 * 257, np.uint16))),
-        ("palette.gif", Image.fromarray(np.dstack([GREY] * 3)).quantize(4)),
-        ("cmyk.jpg", Image.merge("CMYK", [Image.fromarray(x) for x in (BLACK, BLACK, BLACK, 0 * GREY)])),
-    ],
-)
-def test_pictures_of_all_modes_become_rgb(tmp_path, name, image):
-    image.save(tmp_path / name)
-    loaded = load_image(tmp_path / name)
-    assert loaded.mode == "RGB" and np.abs(np.asarray(loaded).astype(int) - 100).max() <= 2
+def test_pictures_of_all_modes_become_rgb(tmp_path):
+    grey, black, alpha = (np.full((8, 8), value, np.uint8) for value in (100, 155, 30))
+    pictures = {
+        "grey.jpg": Image.fromarray(grey),
+        "alpha.png": Image.fromarray(np.dstack([grey, grey, grey, alpha])),
+        "grey-alpha.png": Image.fromarray(np.dstack([grey, alpha])),
+        "16-bit.png": Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)),
+        "palette.gif": Image.fromarray(np.dstack([grey] * 3)).quantize(4),
+        "cmyk.jpg": Image.merge("CMYK", [Image.fromarray(x) for x in (black, black, black, 0 * grey)]),
+    }
+    for name, image in pictures.items():
+        image.save(tmp_path / name)
+        loaded = load_image(tmp_path / name)
+        assert loaded.mode == "RGB" and np.abs(np.asarray(loaded).astype(int) - 100).max() <= 2, name
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (64, 3)])
