@@ -98,15 +98,10 @@ def describe(args, spec, dit, vae, schedule_entries, device, dtype):
 
 
 def main(args):
-    """Load, describe, open the set, sample, wait for the other ranks, assemble, report."""
-    import time
-    from functools import partial
-
+    """Load, describe, open the set, then sample, assemble and report."""
     import torch
-    from tqdm import tqdm
 
     from evaluation.sample_set import SampleSet, set_name
-    from evaluation.writer import SampleWriter
     from runtime import devices, records
     from runtime.files import check_writable
     from runtime.processes import Processes
@@ -144,19 +139,32 @@ def main(args):
             print(schedule.describe(dit.multiply_adds()))
     processes.disconnect()  # from here on no rank waits for a message of another, which may be dead
 
+    sampler = make_batch_sampler(args, dit, schedule, manifest["cfg_scale"], batch_size, device)
+    memory_hint = None if args.deterministic else f"--per-proc-batch-size below {batch_size}"
+    with errors_tell_what_is_finished(samples, memory_hint), cli.sigterm_interrupts():
+        figures = sample_and_assemble(samples, processes, sampler, vae, ranges, batch_size, device)
+    if args.record and processes.is_main:
+        records.write_record(args.record, vars(args), device, {"dtype": dtype} | figures)
+
+
+def sample_and_assemble(samples, processes, sampler, vae, ranges, batch_size, device):
+    """Sample this rank's share of `ranges`; on the main process wait for the others, assemble the set and report.
+
+    Returns the figures of the report, None on other ranks.
+    """
+    import time
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from evaluation.writer import SampleWriter
+
     # In a log file one line per minute is enough.
     pace = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60}
     bar = partial(tqdm, smoothing=0, disable=not processes.is_main, **pace)
     finished = samples.count_finished() if processes.is_main else 0
-    sampler = make_batch_sampler(args, dit, schedule, manifest["cfg_scale"], batch_size, device)
-    writer = SampleWriter(sampler, vae, samples.write, device)
-    memory_hint = None if args.deterministic else f"--per-proc-batch-size below {batch_size}"
-    since = time.perf_counter()
-    with (
-        bar(total=samples.count, initial=finished, unit="image") as images_bar,
-        errors_tell_what_is_finished(samples, memory_hint),
-        cli.sigterm_interrupts(),
-    ):
+    writer, since = SampleWriter(sampler, vae, samples.write, device), time.perf_counter()
+    with bar(total=samples.count, initial=finished, unit="image") as images_bar:
 
         def show():
             if processes.is_main:
@@ -164,17 +172,15 @@ def main(args):
 
         writer.run(ranges[processes.rank :: processes.size], show)
         if not processes.is_main:
-            return
+            return None
         writer.run(samples.wait_for_others(processes.size, batch_size, show), show)
-        seconds = time.perf_counter() - since
-        images_bar.close()
-        digest = samples.assemble(partial(bar, desc="assembling", unit="shard"))
+    seconds = time.perf_counter() - since
+    digest = samples.assemble(partial(bar, desc="assembling", unit="shard"))
     spent = writer.seconds | {"assembling": time.perf_counter() - since - seconds}
     images = sum(stop - start for start, stop in ranges)
     figures = report(images, seconds, spent, writer.overlaps, processes.size)
     print(f"Samples: {samples.npz} ({samples.count} images, SHA-256 of arr_0 {digest})")
-    if args.record:
-        records.write_record(args.record, vars(args), device, {"dtype": dtype} | figures)
+    return figures
 
 
 def check_equal(manifest, processes):

@@ -160,7 +160,7 @@ class LatentSource:
         """
         path = shard_path(self.folder, index // SHARD)
         try:
-            file, start, (_, flips, *shape) = _open_shard(path, 1 + self.about["flips"])
+            file, start, (_, flips, *shape) = _open_shard(self, index // SHARD)
             size = 2 * prod(shape)  # bytes
             values = os.pread(file.fileno(), size, start + (index % SHARD * flips + flip) * size)
             moments = np.frombuffer(values, np.float16).reshape(shape)
@@ -174,14 +174,17 @@ class LatentSource:
 
 
 # Opening a shard for each sample takes time, and a process may have 1024 open files. Shards are not memory-mapped: if
-# a mapped file is truncated, reading it kills the process.
+# a mapped file is truncated, reading it kills the process. The key is the source, since a path may become another file.
 @functools.lru_cache(maxsize=256)
-def _open_shard(path, flips):
-    """Return an open shard, the offset of its values, and their shape. Raises ValueError if it is another file."""
-    file = path.open("rb")
+def _open_shard(source, shard):
+    """Return an open shard of a `LatentSource`, the offset of its values, and their shape.
+
+    Raises ValueError if it is another file.
+    """
+    file = shard_path(source.folder, shard).open("rb")
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another version of .npy")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if fortran_order or dtype != np.float16 or len(shape) != 5 or shape[1] != flips:
+    if fortran_order or dtype != np.float16 or len(shape) != 5 or shape[1] != 1 + source.about["flips"]:
         raise ValueError(f"{dtype} {shape}")
     return file, file.tell(), shape

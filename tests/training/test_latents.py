@@ -46,6 +46,10 @@ def test_latents_are_the_moments_of_both_flips_in_half_precision(spec, make, mon
             torch.testing.assert_close(moments, encode(vae, x[None])[0], rtol=1e-3, atol=1e-3)
     assert not torch.equal(source.load(0, False)[0], source.load(0, True)[0])
     assert source.fingerprint() == images.fingerprint()
+    shutil.rmtree(folder)
+    monkeypatch.setattr(latents, "SHARD", 20)  # other files of the same names
+    make()
+    assert torch.equal(LatentSource(folder, spec, "name").load(15, True)[0], moments)
 
 
 def test_an_unreadable_image_is_replaced_as_in_a_folder_of_images(spec, make, tmp_path):
