@@ -245,7 +245,6 @@ def test_wrong_flags_are_refused_in_one_line(sample, more, words):
     [
         ("--num-fid-samples 0", "error: argument --num-fid-samples: 0 is not a whole number of at least 1"),
         pytest.param(f"{SCHEDULE} none.pt", "error: no such file: none.pt", marks=slow),
-        pytest.param("--device tpu", "error: device 'tpu' cannot be used here", marks=slow),
     ],
 )
 def test_a_refusal_under_torchrun_is_printed_once(folder, more, line):
