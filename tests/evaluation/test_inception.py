@@ -1,15 +1,17 @@
-"""The network run by PyTorch, each operation against loops in NumPy and all against TensorFlow if it is installed."""
+"""The network run by PyTorch against TensorFlow, operation by operation and as a whole."""
 
 import itertools
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 from backends import BACKENDS, TOLERANCE, needs_tensorflow, relative
+from conftest import ROOT
 
 from benchmarks.inception_graph import RandomGraph, inception_v3
-from evaluation import graph_ops, inception, inception_tf
+from evaluation import graph_ops, inception_tf
 from evaluation.graph_file import FLOAT, FLOATS, INT, message_classes, read_nodes
 from evaluation.inception import Graph
 from runtime.errors import UserError
@@ -21,7 +23,7 @@ def distance(actual, expected):
 
 
 def assert_close(actual, expected, tolerance=2e-6):
-    actual = np.asarray(actual)
+    actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape
     assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
@@ -44,107 +46,64 @@ def empty_graph():
     return graph
 
 
+# One operation at a time
+
+
 @pytest.fixture
-def evaluate(tmp_path):
-    def evaluate(backend, graph, x, output="y"):
-        """The value of a node for x (N, H, W, 3)."""
-        network = backend(graph.save(tmp_path / "graph.pb"), outputs=(output,), weights=None)
-        return network.run(torch.from_numpy(x))[0].numpy()
+def assert_agree(tmp_path):
+    def assert_agree(graph, x, *outputs, tolerance=2e-6):
+        """Both backends give the same values of the nodes `outputs` for x (N, H, W, 3)."""
+        path, x = graph.save(tmp_path / "graph.pb"), torch.from_numpy(x)
+        actual, expected = (
+            backend(path, outputs=outputs, weights=None).run(x) for backend in (Graph, inception_tf.Graph)
+        )
+        for pair in zip(actual, expected, strict=True):
+            assert_close(*pair, tolerance)
 
-    return evaluate
-
-
-# One operation at a time, against loops in float64
-
-
-def resize_slowly(x, height, width):
-    """The resize of the first TensorFlow pixel by pixel, every operation in float32."""
-
-    def position(i, size, out):
-        source = np.float32(i) * (np.float32(size) / np.float32(out))
-        low = int(np.floor(source))
-        return low, min(low + 1, size - 1), source - np.float32(low)
-
-    result = np.empty((len(x), height, width, x.shape[3]), np.float32)
-    for i, j in itertools.product(range(height), range(width)):
-        top, bottom, down = position(i, x.shape[1], height)
-        left, right, along = position(j, x.shape[2], width)
-        upper, lower = (x[:, row, left] + (x[:, row, right] - x[:, row, left]) * along for row in (top, bottom))
-        result[:, i, j] = upper + (lower - upper) * down
-    return result
+    return assert_agree
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@needs_tensorflow
 @pytest.mark.parametrize("shape, size", [((2, 5, 7), (9, 4)), ((1, 6, 6), (6, 6)), ((2, 32, 32), (29, 31))])
-def test_the_resize_equals_the_first_tensorflows_bit_for_bit(shape, size, backend, evaluate):
-    x = np.random.default_rng(0).uniform(0, 255, (*shape, 3)).astype(np.float32)
+def test_the_resize_equals_tensorflows_bit_for_bit(shape, size, assert_agree):
     graph = empty_graph()
     graph.constant("size", np.array(size))
     graph.node("y", "ResizeBilinear", "ExpandDims", "size", align_corners={"b": False}, **FLOATS)
-    assert np.array_equal(evaluate(backend, graph, x), resize_slowly(x, *size))
+    assert_agree(graph, np.random.default_rng(0).uniform(0, 255, (*shape, 3)).astype(np.float32), "y", tolerance=0)
 
 
-def over_windows(x, size, stride, same, function):
-    """function(window inside the image, rows and columns cut off before it), for each window of x (N, H, W, C)."""
-    outs, starts = [], []
-    for n, k in zip(x.shape[1:3], size):
-        out = -(-n // stride) if same else (n - k) // stride + 1
-        before = max((out - 1) * stride + k - n, 0) // 2 if same else 0
-        outs.append(out)
-        starts.append([i * stride - before for i in range(out)])
-
-    def cell(top, left):
-        inside = x[:, max(top, 0) : top + size[0], max(left, 0) : left + size[1]].astype(float)
-        return function(inside, max(-top, 0), max(-left, 0))
-
-    return np.stack([np.stack([cell(top, left) for left in starts[1]], 1) for top in starts[0]], 1)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", ["Conv2D", "AvgPool", "MaxPool"])
-def test_convolutions_and_pools_pad_as_tensorflow(op, backend, evaluate):
-    sizes = itertools.product([(7, 8), (6, 9)], [(3, 3), (1, 5), (2, 2), (1, 1)], [1, 2], [b"SAME", b"VALID"])
-    for image, size, stride, padding in sizes:
-        x, weights = values(2, *image, 3) - 4, values(*size, 3, 4, seed=1)  # negative, so that zeros would win
-
-        def product(window, top, left, weights=weights):
-            inside = weights[top : top + window.shape[1], left : left + window.shape[2]].astype(float)
-            return np.einsum("nhwc,hwco->no", window, inside)
-
-        functions = {
-            "AvgPool": lambda window, *_: window.mean((1, 2)),
-            "MaxPool": lambda window, *_: window.max((1, 2)),
-        }
-        expected = over_windows(x, size, stride, padding == b"SAME", functions.get(op, product))
-        graph = empty_graph()
+@needs_tensorflow
+@pytest.mark.parametrize("image", [(7, 8), (6, 9)])
+def test_convolutions_and_pools_pad_as_tensorflow(image, assert_agree):
+    graph, outputs = empty_graph(), []
+    for size, stride, padding in itertools.product([(3, 3), (1, 5), (2, 2), (1, 1)], [1, 2], [b"SAME", b"VALID"]):
         attrs = {"strides": ints(1, stride, stride, 1), "padding": {"s": padding}} | FLOATS
-        if op == "Conv2D":
-            graph.node("y", op, "ExpandDims", graph.constant("w", weights), **attrs)
-        else:
-            graph.node("y", op, "ExpandDims", ksize=ints(1, *size, 1), **attrs)
-        assert_close(evaluate(backend, graph, x), expected)
+        weights = graph.constant(f"w{len(outputs)}", values(*size, 3, 4, seed=1))
+        outputs.append(graph.node(f"y{len(outputs)}", "Conv2D", "ExpandDims", weights, **attrs))
+        for op in ("AvgPool", "MaxPool"):
+            outputs.append(graph.node(f"y{len(outputs)}", op, "ExpandDims", ksize=ints(1, *size, 1), **attrs))
+    assert_agree(graph, values(2, *image, 3) - 4, *outputs)  # negative, so that zeros would win
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@needs_tensorflow
 @pytest.mark.parametrize("scaled", [False, True])
-def test_batch_norm_after_a_convolution_scales_if_the_node_says_so(scaled, backend, evaluate):
-    x, kernel, graph = values(2, 5, 5, 3), values(1, 1, 3, 3, seed=4), empty_graph()
-    mean, beta, gamma, variance = *(values(3, seed=k) for k in (1, 2, 3)), np.array([0.01, 1.0, 20.0], np.float32)
-    graph.node("conv", "Conv2D", "ExpandDims", graph.constant("w", kernel), **SAME, **ONES, **FLOATS)
-    moments = [graph.constant(name, moment) for name, moment in zip("mvbg", (mean, variance, beta, gamma))]
+@pytest.mark.parametrize("outputs", [["y"], ["both"]], ids=["alone", "two readers"])
+def test_batch_norm_after_a_convolution_scales_if_the_node_says_so(scaled, outputs, assert_agree):
+    graph = empty_graph()
+    moments = [values(3, seed=1), np.array([0.01, 1.0, 20.0], np.float32), values(3, seed=2), values(3, seed=3)]
+    weights = graph.constant("w", values(1, 1, 3, 3, seed=4))
+    graph.node("conv", "Conv2D", "ExpandDims", weights, **SAME, **ONES, **FLOATS)
+    names = [graph.constant(name, moment) for name, moment in zip("mvbg", moments)]
     attrs = {"variance_epsilon": {"f": 0.001}, "scale_after_normalization": {"b": scaled}}
-    graph.node("y", "BatchNormWithGlobalNormalization", "conv", *moments, **attrs, **FLOATS)
+    graph.node("y", "BatchNormWithGlobalNormalization", "conv", *names, **attrs, **FLOATS)
     graph.node("both", "Sub", "y", "conv", **FLOATS)  # a second reader of the convolution
-    before = x.astype(float) @ kernel[0, 0]
-    expected = (before - mean) / np.sqrt(variance.astype(float) + 0.001) * (gamma if scaled else 1) + beta
-    assert_close(evaluate(backend, graph, x), expected, tolerance=1e-5)
-    assert_close(evaluate(backend, graph, x, "both"), expected - before, tolerance=1e-5)
+    assert_agree(graph, values(2, 5, 5, 3), *outputs, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_small_operations(backend, evaluate):
-    x, bias, graph = values(3, 2, 2, 3), values(3, seed=1), empty_graph()
-    graph.constant("b", bias)
+@needs_tensorflow
+def test_the_small_operations(assert_agree):
+    graph = empty_graph()
+    graph.constant("b", values(3, seed=1))
     graph.constant("two", np.float32(2))
     graph.constant("axis", np.int32(1))
     graph.node("late", "Identity", "ExpandDims:0", **FLOATS)
@@ -154,10 +113,7 @@ def test_the_small_operations(backend, evaluate):
     graph.node("less", "Sub", "two", graph.node("relu", "Relu", "biased", **FLOATS), **FLOATS)
     graph.node("joined", "Concat", "axis", "same", "biased", N={"i": 2}, **FLOATS)
     graph.node("joined2", "ConcatV2", "same", "biased", "axis", N={"i": 2}, Tidx={"type": INT}, **FLOATS)
-    expected = {"same": x, "biased": x + bias, "doubled": (x + bias) * 2, "less": 2 - np.maximum(x + bias, 0)}
-    expected |= dict.fromkeys(("joined", "joined2"), np.concatenate([x, x + bias], 1))
-    for name, array in expected.items():
-        assert_close(evaluate(backend, graph, x, name), array)
+    assert_agree(graph, values(3, 2, 2, 3), "same", "biased", "doubled", "less", "joined", "joined2")
 
 
 # The whole network
@@ -212,49 +168,19 @@ def test_both_backends_agree(width, request):
         assert relative(network.probabilities(actual[0]), tensorflow.probabilities(actual[0])) < TOLERANCE
 
 
-def test_type_batch_and_memory_layout_do_not_change_features(narrow_file, monkeypatch):
-    x, network = images(5, 40), Graph(narrow_file)
-    expected = network.features(x)
-    read_only = x.copy()
-    read_only.flags.writeable = False
-    strided = torch.from_numpy(x).permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
-    one_by_one = [torch.cat(parts) for parts in zip(*(network.features(x[k : k + 1]) for k in range(5)))]
-    monkeypatch.setattr(inception, "CPU_IMAGES", 2)
-    for actual in (one_by_one, *map(network.features, (x.astype(np.float32), read_only, strided))):
-        assert distance(actual, expected) < TOLERANCE
-
-
-def small_classifier(path, std=1.0):
-    """Another network with the same names: 8 x 8 pixels, convolutions with a bias, ConcatV2."""
-    graph = RandomGraph()
-    source = graph.head(side=8)
-    for name, c_in, c_out in (("first", 3, 4), ("second", 4, 3)):
-        weights = graph.constant(f"{name}/w", graph.normal(3, 3, c_in, c_out, std=std))
-        graph.node(name, "Conv2D", source, weights, **SAME, **ONES, **FLOATS)
-        bias = graph.constant(f"{name}/b", graph.normal(c_out))
-        source = graph.node(f"{name}/biased", "BiasAdd", name, bias, **FLOATS)
-        if name == "first":
-            source = graph.node("relu", "Relu", source, **FLOATS)
-    axis = graph.constant("axis", np.int32(3))
-    graph.node("join", "ConcatV2", "relu", source, axis, N={"i": 2}, Tidx={"type": INT}, **FLOATS)
-    graph.random_convolution("mixed_6/conv", "join", 7, 9, (3, 3), 2)
-    graph.tail(graph.pool("pool_3", "AvgPool", "mixed_6/conv", 4, 1, b"VALID"), 9, 10)
-    return graph.save(path)
-
-
 @pytest.fixture
 def small_file(tmp_path):
-    return small_classifier(tmp_path / "small.pb")
+    """A copy of the shipped classifier: the same names, images of 32x32 pixels, 64 features, 10 classes."""
+    return shutil.copy(ROOT / "ckpt" / "fashion_mnist" / "classifier.pb", tmp_path / "small.pb")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_smaller_network_has_its_own_sizes_and_class_accuracy(backend, small_file):
-    graph, x = backend(small_file), images(7, 10)
+    graph, x = backend(small_file), images(7, 40)
     pool, spatial = graph.features(x)
-    assert pool.shape == (7, 9) and spatial.shape == (7, 4 * 4 * 7)
+    assert pool.shape == (7, 64) and spatial.shape == (7, 8 * 8 * 7)
     probabilities = graph.probabilities(pool)
     assert probabilities.shape == (7, 10)
-    assert distance(graph.features(x), Graph(small_file).features(x)) < TOLERANCE
     labels = probabilities.argmax(1)
     labels[[1, 4]] = (labels[[1, 4]] + 1) % 10
     for batch_size in (3, 100):
@@ -331,10 +257,14 @@ def test_unsupported_nodes_are_named(words, op, inputs, attrs, tmp_path):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_weights_that_overflow_are_refused_and_their_node_is_named(backend, tmp_path):
-    graph = backend(small_classifier(tmp_path / "small.pb", std=1e25))  # the second convolution makes 1e50
-    node = "node second/biased makes values" if backend is Graph else "node mixed_6/conv/CheckNumerics fails .*NaN"
-    assert_refused(node, graph.features, images(2, 8))
+def test_weights_that_overflow_are_refused_and_their_node_is_named(backend, small_file):
+    message = message_classes()["GraphDef"].FromString(small_file.read_bytes())
+    (node,) = (node for node in message.node if node.name == "conv_1/conv2d_params")
+    (tensor,) = (attr.value.tensor for attr in node.attr if attr.key == "value")
+    tensor.tensor_content = np.full(9 * 32 * 64, 1e37, np.float32).tobytes()
+    small_file.write_bytes(message.SerializeToString())
+    words = "node conv_1.* makes values that are NaN" if backend is Graph else "node conv_1/CheckNumerics fails .*"
+    assert_refused(words, backend(small_file).features, images(2, 8))
 
 
 def test_without_tensorflow_only_its_backend_is_refused(small_file, monkeypatch):
@@ -357,13 +287,10 @@ def test_tensorflow_out_of_memory_is_a_memory_error(small_file, monkeypatch):
 
 @needs_tensorflow
 def test_tensorflow_refuses_in_one_line(tmp_path, small_file):
-    graph = RandomGraph(producer=9)  # TensorFlow refuses the old batch norm in newer files
-    graph.node("ExpandDims", "Placeholder", dtype={"type": FLOAT})
-    graph.random_convolution("y", "ExpandDims", 3, 3)
-    odd = empty_graph()
-    odd.node("y", "Sharpen", "ExpandDims")
-    for file, words in ((graph, "BatchNorm"), (odd, "Sharpen")):
-        words, path = f"graph.pb cannot be imported by TensorFlow .*{words}", file.save(tmp_path / "graph.pb")
-        assert_refused(words, inception_tf.Graph, path, outputs=("y",), weights=None)
+    graph = empty_graph()
+    graph.node("y", "Sharpen", "ExpandDims")
+    path = graph.save(tmp_path / "graph.pb")
+    words = "graph.pb cannot be imported by TensorFlow .*Sharpen"
+    assert_refused(words, inception_tf.Graph, path, outputs=("y",), weights=None)
     if not torch.cuda.is_available():
         assert_refused("finds no GPU", inception_tf.Graph, small_file, device="cuda")

@@ -136,15 +136,6 @@ def brute_force(reference, sample, k):
     return (between <= reference_radii[:, None]).any(0).mean(), (between <= sample_radii).any(1).mean()
 
 
-@DTYPES
-def test_points_on_a_line_counted_by_hand(dtype):
-    # k = 1: the balls of the reference are 0+-1, 1+-1, 10+-9, those of the samples 2+-2, 4+-2, 30+-26.
-    reference, sample = (np.array(points, np.float32)[:, None] for points in ([0, 1, 10], [2, 4, 30]))
-    # 2 is on the edge of the ball of 1, 4 inside that of 10, 30 in none; 0 is on the edge of the ball of 2.
-    assert precision_recall(reference, sample, 1, dtype) == (pytest.approx(2 / 3), 1)
-    assert precision_recall(reference, sample + 100, 1, dtype) == (0, 0)
-
-
 def whole_numbers(seed, count, features=6):
     """Points with squared distances that are whole numbers and exact in float16."""
     return np.random.default_rng(seed).integers(-6, 7, (count, features)).astype(np.float32)
