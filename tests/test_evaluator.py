@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from backends import needs_tensorflow
 from conftest import DATA, ROOT, assert_refused, call, run
 from PIL import Image
 
-import evaluator
 from evaluation.inception import Graph
 from runtime import released
 
@@ -178,12 +176,6 @@ def test_doubts_are_one_line_each_and_part_of_the_record(folder, tmp_path, image
     assert [f"evaluator.py: warning: {text}" for text in saved] == lines
 
 
-def test_fewer_samples_than_published_values_use_cause_a_warning(folder):
-    sets = evaluator.open_sets(folder / "a.npz", folder / "b.npz")
-    (text,) = evaluator.find_doubts(sets, SimpleNamespace(is_published=True))
-    assert "250 samples" in text and "50000" in text
-
-
 def test_if_memory_runs_out_smaller_batches_are_tried(folder, monkeypatch, evaluate):
     plain, run = evaluate(folder / "a.npz", folder / "b.npz")[0], Graph.run
 
@@ -212,11 +204,6 @@ def test_unusable_input_is_refused_in_one_line(folder, tmp_path, images, refused
     np.savez(tmp_path / "mu.npz", mu=np.zeros(64), sigma=np.eye(64))
     refused(tmp_path / "mu.npz", a, *graph, words=["mu_s, pool, sigma_s", "--metrics"])
     refused(a, a, "--graph", tmp_path / "none.pb", words=["no such file", "none.pb"])
-
-
-def test_missing_samples_are_reported_before_the_reference_is_downloaded(tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(released, "fetch", lambda name: pytest.fail(f"{name} was to be fetched"))
-    refused("VIRTUAL_imagenet256_labeled.npz", tmp_path / "none.npz", words=["no such file", "none.npz"])
 
 
 def test_statistics_of_another_graph_are_refused(folder, stored, tmp_path, images, refused):

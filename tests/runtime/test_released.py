@@ -198,14 +198,13 @@ def test_list_and_check_show_the_state_of_each_file(server, monkeypatch, tmp_pat
     assert call("download.py", "nothing.pt", "right", capfd=capfd).returncode == 2
 
 
-@pytest.mark.parametrize("by", ["flag", "environment"])
-def test_a_mirror_has_the_files_by_their_names(server, table, monkeypatch, capfd, by):
+def test_a_mirror_has_the_files_by_their_names_and_the_flag_wins(server, table, monkeypatch, capfd):
     file = table(url="http://127.0.0.1:9/elsewhere/model.pt")
-    flags = ["--mirror", server.address] if by == "flag" else []
-    monkeypatch.setenv("L2C_MIRROR", "http://127.0.0.1:9" if flags else f"{server.address}/")
+    monkeypatch.setenv("L2C_MIRROR", f"{server.address}/")
     server.acts = [Act(status=404)]
-    assert_refused(call("download.py", *flags, capfd=capfd), server.url, f"download {file.url} elsewhere")
-    result = call("download.py", *flags, capfd=capfd)
+    assert_refused(call("download.py", capfd=capfd), server.url, f"download {file.url} elsewhere")
+    monkeypatch.setenv("L2C_MIRROR", "http://127.0.0.1:9")
+    result = call("download.py", "--mirror", server.address, capfd=capfd)
     assert result.returncode == 0 and f"model.pt: {file.path}" in result.stdout
     assert requests(server) == ["/model.pt"] * 2 and file.path.read_bytes() == CONTENT
 
