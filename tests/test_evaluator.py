@@ -9,7 +9,6 @@ import scipy.linalg
 import torch
 from backends import needs_tensorflow
 from conftest import DATA, ROOT, assert_refused, call, run
-from PIL import Image
 
 from evaluation.inception import Graph
 from runtime import released
@@ -148,13 +147,6 @@ def test_a_reference_with_statistics_and_images_uses_statistics_for_fid(folder, 
     direct, _ = evaluate(folder / "a.npz", folder / "b.npz")
     assert abs(float(printed["FID"])) < 1e-6 < float(direct["FID"])
     assert [printed[name] for name in NAMES[3:]] == [direct[name] for name in NAMES[3:]]
-
-
-def test_a_folder_of_pngs_equals_the_npz_of_its_images(folder, tmp_path, evaluate):
-    for k, image in enumerate(np.load(folder / "b.npz")["arr_0"]):
-        Image.fromarray(image).save(tmp_path / f"{k:06d}.png")
-    printed = [evaluate(folder / "a.npz", path)[0] for path in (folder / "b.npz", tmp_path)]
-    assert printed[0] == printed[1]
 
 
 def test_the_shipped_reference_scores_real_images_well(folder, evaluate):

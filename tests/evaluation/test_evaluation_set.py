@@ -124,9 +124,8 @@ def test_float_images_are_doubted_by_their_range(tmp_path):
         assert "float32" in text and "uint8" in text and ("mean nothing" in text) == meaningless
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_images_that_are_not_finite_are_refused_by_number(tmp_path, value):
+def test_images_that_are_not_finite_are_refused_by_number(tmp_path):
     images = pixels(5, dtype=np.float32)
-    images[3, 1, 1, 1] = value
+    images[3, 1, 1, 1] = np.nan
     with pytest.raises(UserError, match="image 3 "):
         doubts(tmp_path, images)

@@ -240,7 +240,6 @@ BAD_NODES = [
     (r"node y \(Sub\) has 1 inputs, not 2", "Sub", ["ExpandDims"], {}),
     (r"node ExpandDims \(Placeholder\) is not a constant", "Conv2D", ["ExpandDims", "ExpandDims"], SAME | ONES),
     ("has dilations", "Conv2D", ["ExpandDims", "w"], SAME | ONES | {"dilations": ints(1, 2, 2, 1)}),
-    (r"node y \(MaxPool\) has no attribute padding", "MaxPool", ["ExpandDims"], WINDOW | ONES),
     ("layout b'NCHW'", "AvgPool", ["ExpandDims"], WINDOW | ONES | SAME | {"data_format": {"s": b"NCHW"}}),
     ("half-pixel centers", "ResizeBilinear", ["ExpandDims", "size"], {"half_pixel_centers": {"b": True}}),
     (r"node y \(Const\) does not hold the values of its shape \[3\]", "Const", [], {"value": {"tensor": CUT_OFF}}),

@@ -152,11 +152,7 @@ def test_retries_end_after_five_failures_without_progress(server, path):
     assert len(server.asked) == 5 + 9 + 4 and not path.exists()
 
 
-@pytest.mark.parametrize(
-    "act",
-    [Act(status=403), Act(status=404), Act(status=302, headers={"Location": "file:///etc/passwd"})],
-    ids=lambda act: str(act.status),
-)
+@pytest.mark.parametrize("act", [Act(status=404), Act(status=302, headers={"Location": "file:///etc/passwd"})])
 def test_lasting_faults_end_at_once(server, path, pauses, act):
     server.rest = act
     failure(fetch, server, path)

@@ -79,18 +79,13 @@ def test_checkpointing_gives_the_same_update_and_bfloat16_nearly(monkeypatch):
     assert (exact.grad - near.grad).norm() < 0.1 * exact.grad.norm()
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_loss_that_is_not_finite_changes_nothing_and_is_named(what):
-    trainer, batch = make_trainer(), make_batch(4)
-    trainer.update(batch)
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    trainer = make_trainer()
+    trainer.update(make_batch(4))
     before = [p.detach().clone() for p in trainer.router.parameters()]
-    if what == "loss":
-        batch["noise"][2] = torch.nan  # of the second draw
-        words = "of draw 1, step [135], in update 2 is not finite .nan."
-    else:
-        trainer.l1_weight, words = float("inf"), "or its gradient in update 2 is not finite"
-    with pytest.raises(UserError, match=words):
-        trainer.update(batch)
+    trainer.l1_weight = float("inf")
+    with pytest.raises(UserError, match="or its gradient in update 2 is not finite"):
+        trainer.update(make_batch(4))
     assert trainer.updates_done == 1
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.router.parameters()))
 
