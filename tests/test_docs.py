@@ -62,8 +62,10 @@ SMALLER = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("document", ["README.md", "docs/guide.md", "docs/tutorial.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", *(pytest.param(f"docs/{name}.md", marks=pytest.mark.slow) for name in ("guide", "tutorial"))],
+)
 def test_the_commands_on_the_small_model_run_as_typed(document, tmp_path):
     """In a folder like a clone, whose files are links, with images to train on."""
     for name in FILES:

@@ -19,7 +19,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 1 << 30  # bytes of the process
@@ -241,7 +240,6 @@ def fuzz(kind, every, folder):
     return figures | {"peak_bytes": peak_resident()}
 
 
-@pytest.mark.slow
 def test_a_mutated_file_is_used_or_refused():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, __file__, "1"]

@@ -216,7 +216,6 @@ def test_wrong_files_are_refused_in_one_line(model_folder, tmp_path, monkeypatch
     assert (tmp_path / "keep.txt").read_text() == "mine"
 
 
-@pytest.mark.slow
 def test_refusals_as_a_user_meets_them(sample, model_folder, tmp_path):
     """One of each program exit, in processes of their own: argparse, a damaged folder, weights of another model."""
     assert_refused(run("sample.py", "--frobnicate", cwd=tmp_path), "--frobnicate")
@@ -228,7 +227,6 @@ def test_refusals_as_a_user_meets_them(sample, model_folder, tmp_path):
     assert_refused(sample("--model", "DiT-S/8", ckpt=tmp_path / "wrong.pt"), "does not fit")
 
 
-@pytest.mark.slow
 def test_released_files_that_cannot_be_fetched_name_their_url(tmp_path):
     result = run(
         "sample.py", *METHOD, "--path", "ckpt/DDIM20_router.pt", cwd=tmp_path, https_proxy="http://127.0.0.1:9"

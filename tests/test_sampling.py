@@ -130,7 +130,6 @@ def test_compiled_blocks_are_four_graphs_without_breaks_and_compute_the_same():
     assert not counters["graph_break"]
 
 
-@pytest.mark.slow
 def test_several_precisions_and_sizes_compile_in_one_process():
     """Each takes four graphs, and torch by itself gives up at eight."""
     _, diffusion, z, y = setup()
