@@ -19,15 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SHIPPED = ROOT / "ckpt" / "fashion_mnist"
 SHIPPED_ROUTER = SHIPPED / "DDIM20_router.pt"
-SHIPPED_MODEL = [
-    "--ckpt",
-    SHIPPED,
-    "--num-sampling-steps",
-    20,
-    "--ddim-sample",
-    "--device",
-    "cpu",
-]  # flags of sample*.py
+# Flags of sample.py and sample_ddp.py.
+SHIPPED_MODEL = ["--ckpt", SHIPPED, "--num-sampling-steps", 20, "--ddim-sample", "--device", "cpu"]
 
 
 def parser(description):

@@ -304,9 +304,7 @@ def title(record):
 def cells(row):
     full = row["schedule"] == "full"
     return {
-        "schedule": row["schedule"],
-        "mode": row["mode"],
-        "dtype": row["dtype"],
+        **{name: row[name] for name in ("schedule", "mode", "dtype")},
         "seconds": f"{statistics.median(row['seconds']):.4g}",
         "against the reference": f"{row['against_reference']:.3f}" if row["against_reference"] else "",
         "against full (bound)": "" if full else f"{row['against_full']:.3f} ({row['bound_against_full']:.3f})",

@@ -24,11 +24,8 @@ CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-bo
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description="Export Fashion-MNIST as an ImageFolder of 32x32 RGB images.")
-    parser.add_argument(
-        "--source",
-        type=Path,
-        help=f"folder of the four original .gz files; default: {SYSTEM} if present, else they are downloaded",
-    )
+    source = f"folder of the four original .gz files; default: {SYSTEM} if present, else they are downloaded"
+    parser.add_argument("--source", type=Path, help=source)
     parser.add_argument("--out", type=Path, default=HERE / "data", help="folder to write train/ and test/ into")
     return parser.parse_args(argv)
 

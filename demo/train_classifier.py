@@ -100,8 +100,7 @@ def main(args):
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
         return torch.nn.functional.cross_entropy(classifier(x.roll(shift, (2, 3))), labels[index].to(device))
 
-    settings = {"updates": args.steps, "work": args.work}
-    loss = train(loss_of_batch, optimizer, generator, **settings, classifier=classifier)
+    loss = train(loss_of_batch, optimizer, generator, updates=args.steps, work=args.work, classifier=classifier)
     save_graph(classifier, args.out)
     held_out, classes = load_split(args.data, "test")
     share = inception.Graph(args.out, device).class_accuracy(held_out.permute(0, 2, 3, 1), classes)
