@@ -170,7 +170,7 @@ def compute_metrics(arrays, network, names, distance, device):
 
 
 def set_figures(images, arrays):
-    """What a record says about a set, and which of the `arrays` used were stored in it."""
+    """The entry of a set in a record: its hash, its counts, and which of the used `arrays` were stored in it."""
     return {
         "sha256": images.sha256(),
         "images": images.count or images.about.get("images"),
