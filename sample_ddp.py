@@ -12,7 +12,7 @@ stopped, with any number of processes and any batch size. Several machines need 
 import contextlib
 import sys
 
-from runtime import cli
+from runtime import cli, signals
 
 CFG_SCALE = 1.5  # as published for FID
 DETERMINISTIC_BATCH = 8  # images of every batch with --deterministic; image k is always at the same place in it
@@ -141,7 +141,7 @@ def main(args):
 
     sampler = make_batch_sampler(args, dit, schedule, manifest["cfg_scale"], batch_size, device)
     memory_hint = None if args.deterministic else f"--per-proc-batch-size below {batch_size}"
-    with errors_tell_what_is_finished(samples, memory_hint), cli.sigterm_interrupts():
+    with errors_tell_what_is_finished(samples, memory_hint), signals.sigterm_interrupts():
         figures = sample_and_assemble(samples, processes, sampler, vae, ranges, batch_size, device)
     if args.record and processes.is_main:
         records.write_record(args.record, vars(args), device, {"dtype": dtype} | figures)

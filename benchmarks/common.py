@@ -12,7 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from runtime import cli
+from runtime import cli, signals
 from runtime.memory import peak_resident
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def run_benchmark(args, pattern, measure, rows=None, table=None):
         return show(records)
     if args.record:
         check_writable(args.record)
-    with cli.sigterm_interrupts():
+    with signals.sigterm_interrupts():
         figures = measure(args)
 
     import torch  # after measuring, so that the process that starts the others is small

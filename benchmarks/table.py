@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from benchmarks import common
-from runtime import cli
+from runtime import cli, signals
 
 # Relative to the repository, where the programs are launched.
 MODEL = "ckpt/fashion_mnist"
@@ -316,7 +316,7 @@ def show(args):
 
 def main(args):
     if not args.table:
-        with cli.sigterm_interrupts():
+        with signals.sigterm_interrupts():
             fill(args)
     show(args)
 

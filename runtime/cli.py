@@ -9,11 +9,13 @@ import sys
 import time
 import warnings
 
-from runtime.errors import UserError, explain
+from runtime.errors import LostPeer, UserError, explain
+from runtime.signals import second_signal_ends
 
-# Seconds that the other ranks give rank 0 to print why the job ends, and the pause from one rank's message to the next.
-WAIT_FOR_MAIN = 60
-BETWEEN_RANKS = 10
+# Seconds that the other ranks give rank 0 to print why the job ends, and the pause from one rank's message to the next:
+# if rank 0 knows the error too, and if it may have met one of the same kind.
+WAIT_FOR_MAIN, BETWEEN_RANKS = 60, 10
+WAIT_FOR_SAME, BETWEEN_SAME = 3, 0.5
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -163,19 +165,6 @@ def check_sampling_arguments(parser, args):
 
 
 @contextlib.contextmanager
-def sigterm_interrupts():
-    """In this block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that work can end in order.
-
-    Do not wait for other ranks in the block: such a wait ignores signals that Python handles.
-    """
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
 def one_line_warnings():
     """In this block a warning is one line on standard error; yields the list of the warnings so far."""
     program, texts = os.path.basename(sys.argv[0]), []
@@ -193,7 +182,7 @@ def _rank():
     return int(os.environ.get("RANK", "0"))
 
 
-def _outlives_main():
+def _outlives_main(wait=WAIT_FOR_MAIN, between_ranks=BETWEEN_RANKS):
     """Wait until torchrun ends this rank; return True if it does not, False at once without torchrun.
 
     All ranks refuse the same input and rank 0 prints it. When a rank exits, torchrun ends the others, and that must not
@@ -203,7 +192,7 @@ def _outlives_main():
         return False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    time.sleep(WAIT_FOR_MAIN + BETWEEN_RANKS * int(os.environ.get("LOCAL_RANK", "0")))
+    time.sleep(wait + between_ranks * int(os.environ.get("LOCAL_RANK", "0")))
     return True
 
 
@@ -217,6 +206,15 @@ def run(main, args, memory_hint=None):
     # takes 0.5 s on two idle cores took 2.2 s beside two busy loops; with few spins it takes 0.5 s and 1.15 s.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if sys.stdout is None:  # the shell closed it
+        sys.stdout = open(os.devnull, "w")
+    # Print what the terminal cannot show as escapes: file names that are not UTF-8, and most texts in an ASCII locale.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    with second_signal_ends():
+        _run(main, args, memory_hint)
+
+
+def _run(main, args, memory_hint):
     program = os.path.basename(sys.argv[0])
     try:
         main(args)
@@ -229,9 +227,12 @@ def run(main, args, memory_hint=None):
             sys.stdout.flush()
         except OSError:  # Python would report it again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, UserError) and error.printed_by_main and _rank() != 0:
-            _outlives_main()
-            sys.exit(1)
+        if _rank() != 0:
+            if isinstance(error, UserError) and error.printed_by_main:
+                _outlives_main()
+                sys.exit(1)
+            if not isinstance(error, LostPeer):
+                _outlives_main(WAIT_FOR_SAME, BETWEEN_SAME)
         sys.exit(f"{program}: error: {text}")
     except KeyboardInterrupt as interrupt:
         if _rank() == 0:

@@ -9,6 +9,10 @@ class UserError(ValueError):
     printed_by_main = False  # True if rank 0 raises it too and prints it for all ranks
 
 
+class LostPeer(UserError):
+    """A message of this rank failed, because another rank has ended or cannot be reached."""
+
+
 def explain(error, memory_hint=None):
     """Return one line for the user about an exception that is no bug of ours, or None if it is one.
 

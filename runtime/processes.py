@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from runtime.errors import UserError, explain, first_line
+from runtime.errors import LostPeer, UserError, explain, first_line
 from runtime.memory import out_of_memory
 
 
@@ -54,14 +54,14 @@ class Processes:
 
     @contextlib.contextmanager
     def exchange(self):
-        """Turn a failed message in this block into a UserError: another rank has ended."""
+        """Turn a failed message in this block into a LostPeer error."""
         try:
             yield
         except RuntimeError as error:  # errors of torch.distributed are RuntimeErrors too
             if out_of_memory(error):
                 raise
             lost = f"process {self.rank} lost the others ({first_line(error)})"
-            raise UserError(f"{lost}: one of them has ended, or cannot be reached") from error
+            raise LostPeer(f"{lost}: one of them has ended, or cannot be reached") from error
 
     def _meet(self, store):
         """Wait for all ranks of this start; return the part of `store` that belongs to it.

@@ -4,15 +4,24 @@ Sample k of a training (k counts over all updates and ranks) is the same image, 
 dropped or not, and the same noise: its random numbers depend on the seed and k alone.
 """
 
+import multiprocessing
 import os
+import shutil
 import signal
+import threading
 from itertools import count
+from multiprocessing.util import Finalize
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from runtime.errors import UserError
 from runtime.noise import random_stream
+from runtime.signals import end_with_parent
+
+SHARED_MEMORY = Path("/dev/shm")  # of Linux; Docker gives it 64 MB
 
 
 def draw_steps(seed, update, draws, choices):
@@ -109,25 +118,50 @@ def make_loader(dataset, batches, workers, device=None):
         dataset,
         batch_sampler=batches,
         num_workers=min(workers, os.cpu_count() or 1),
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=end_with_parent,
         pin_memory=device is not None and device.type == "cuda",
     )
 
 
-def _ignore_signals(worker):
-    """Ignore Ctrl-C and SIGTERM, which reach data loading workers too: the process that started them ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def load_batches(loader):
-    """Yield the batches of a DataLoader. Raises RuntimeError ("DataLoader worker ...") if a worker was killed."""
+    """Yield the batches of a DataLoader, and end its workers with the loop over them, whatever they are doing.
+
+    Raises RuntimeError ("DataLoader worker ...") if a worker was killed, and UserError if shared memory is full.
+    """
+    if loader.num_workers and SHARED_MEMORY.exists() and shutil.disk_usage(SHARED_MEMORY).free < 2**20:
+        raise _shared_memory_is_full()
+    others = multiprocessing.active_children()
+    batches = iter(loader)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    # At exit too: the traceback of an error keeps this generator alive, and Python waits for workers that go on.
+    end_workers = Finalize(None, _kill, [workers], exitpriority=1)
     try:
-        yield from loader
+        yield from batches
     except (ConnectionError, EOFError) as error:
         # PyTorch's handler of SIGCHLD raises this too, but later, and would interrupt the saving of a checkpoint.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise RuntimeError("DataLoader worker is gone") from error
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise _shared_memory_is_full() from error
+    finally:
+        end_workers()
+
+
+def _shared_memory_is_full():
+    return UserError(
+        f"{SHARED_MEMORY} is full, through which data loading processes return images: pass --num-workers 0, or give "
+        "it more space (docker run --shm-size=8g)"
+    )
+
+
+def _kill(workers):
+    alive = [worker for worker in workers if worker.is_alive()]
+    if alive and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take them for workers that failed
+    for worker in alive:
+        worker.kill()
 
 
 def skipped_names(texts):

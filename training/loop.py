@@ -3,13 +3,13 @@
 import contextlib
 import os
 import shlex
-import signal
 import time
 
 from tqdm import tqdm
 
 from runtime.devices import peak_memory
 from runtime.errors import UserError
+from runtime.signals import caught_signals
 from training.batches import load_batches, skipped_names
 from training.images import check_skipped
 
@@ -53,7 +53,8 @@ class Output:
 def run_updates(trainer, loader, output, log_every, ckpt_every):
     """Make all updates that are left; return whether a signal stopped them before.
 
-    An error of this rank, or of one that has ended, is raised after the last complete update is saved.
+    An error of this rank, or of one that has ended, is raised after the last complete update is saved; so is the
+    KeyboardInterrupt of a second signal.
     """
     config, is_main = trainer.config, trainer.processes.is_main
     skipped, stopped, logged, clock = [], False, trainer.updates_done, time.perf_counter()
@@ -77,32 +78,20 @@ def run_updates(trainer, loader, output, log_every, ckpt_every):
                         "memory_bytes": peak_memory(trainer.device),
                     }
                     output.log(line)
-                    if is_main:
-                        bar.write(describe(line))
                     trainer.start_window()
                     logged, clock = update, time.perf_counter()
                 if save_now:
                     output.save(trainer)
+                if log_now and is_main:
+                    bar.write(describe(line))
                 if done:
                     break
-        except (UserError, RuntimeError):
+        except (UserError, RuntimeError, OSError, KeyboardInterrupt):
             # If saving fails too, for example on a full disk, the first error is the one to report.
             with contextlib.suppress(UserError):
                 output.save(trainer)
             raise
     return stopped
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """Yield a list to which SIGINT and SIGTERM append: all ranks then stop after the same update (`Trainer.update`)."""
-    signals = []
-    handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def share_skipped(trainer, skipped, total, bar):
