@@ -216,20 +216,24 @@ def main(args):
         if not args.sample:
             return
 
-        start = time.perf_counter()
+        values, fault, start = {}, None, time.perf_counter()
         try:
             for name, value in compute_metrics(arrays, network, args.metrics, args.distance, device):
                 values[name] = value
-                print(f"{METRICS[name][0]}: {value:.6g}", flush=True)
         except ValueError as error:
-            raise UserError(f"{args.reference} and {args.sample} cannot be compared: {error}") from error
+            fault = UserError(f"{args.reference} and {args.sample} cannot be compared: {error}")
         seconds["metrics"] = time.perf_counter() - start
-    if args.record:
+    # Saved before it is printed: the output may be a pipe that was closed.
+    if args.record and not fault:
         figures = {"metrics": {METRICS[name][0].lower().replace(" ", "_"): value for name, value in values.items()}}
         figures |= {role: set_figures(images, arrays[role]) for role, images in sets.items()}
         backend = network and {"name": network.backend, "graph_sha256": network.sha256, "versions": network.versions}
         figures |= {"backend": backend, "seconds": seconds, "warnings": warned}
         records.write_record(args.record, vars(args), device, figures)
+    for name, value in values.items():
+        print(f"{METRICS[name][0]}: {value:.6g}")
+    if fault:
+        raise fault
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def main(args):
     from runtime import devices
     from runtime.files import check_writable
     from runtime.pictures import picture_format
+    from runtime.records import write_record
 
     device = devices.pick_device(args.device, cuda_graphs=args.cuda_graphs)
     dtype = devices.pick_dtype(args.dtype, device)
@@ -73,11 +74,19 @@ def main(args):
     schedules = {name: schedule}
     if args.compare:
         schedules = {"full": None} | schedules
-    latents, times = sample_in_turn(args, dit, schedules, cfg_scale, labels, device)
-    images = {} if vae is None else save_images(args, spec, vae, latents, labels, out)
+    latents, times, capturing = sample_in_turn(args, dit, schedules, cfg_scale, labels, device)
+    # Results are saved before they are printed: the output may be a pipe that was closed.
+    images = {} if vae is None else save_images(args, vae, latents, labels, out)
     if args.compare:
         batch = len(labels) * (1 if cfg_scale == 1.0 else 2)
-        compare(args, dit, schedule, images or latents, times, batch, device, dtype)
+        figures = compare(dit, schedule, images or latents, times, batch) | {"dtype": dtype}
+        if args.record:
+            write_record(args.record, vars(args), device, figures)
+    print_times(args, times, capturing)
+    if images:
+        print_picture(args, spec, labels, out, name)
+    if args.compare:
+        print_comparison(figures, name, "images" if images else "latents")
 
 
 def load_models(args, spec, schedule, cfg_scale, device, dtype):
@@ -103,11 +112,11 @@ def load_models(args, spec, schedule, cfg_scale, device, dtype):
 
 
 def sample_in_turn(args, dit, schedules, cfg_scale, labels, device):
-    """Sample with each of `schedules` in turn, --repeats times after a warm-up, and print the times.
+    """Sample with each of `schedules` in turn, --repeats times after a warm-up.
 
-    Returns the latents and the list of seconds of each schedule, by its name.
+    Returns the latents, the list of seconds, and the seconds for capturing CUDA graphs (0 without them) of each
+    schedule, by its name. Raises UserError if latents are not finite.
     """
-    import statistics
     import time
     from functools import partial
 
@@ -116,7 +125,7 @@ def sample_in_turn(args, dit, schedules, cfg_scale, labels, device):
 
     from diffusion import create_diffusion
     from runtime.devices import synchronize
-    from sampling import make_sampler
+    from sampling import check_finite, make_sampler
 
     def draw_like(x, generator):
         return torch.randn(x.shape, generator=generator, device=device)
@@ -138,58 +147,74 @@ def sample_in_turn(args, dit, schedules, cfg_scale, labels, device):
             start = time.perf_counter()
             latents[name] = sample(z, y, randn_like=partial(draw_like, generator=noise))
             synchronize(device)
-            if repeat:  # the first one is the warm-up
+            if repeat:
                 times[name].append(time.perf_counter() - start)
-    for name, seconds in times.items():
-        label = f" ({name})" if args.compare else ""
-        spread = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
-        print(f"Sampling time: {statistics.mean(seconds):.3f}±{spread:.3f}{label}")
-        if args.cuda_graphs:
-            print(f"Capturing the CUDA graph{label}: {samplers[name].seconds:.3f} s, once")
-    return latents, times
+            else:  # the warm-up
+                check_finite(latents[name].isfinite().flatten(1).all(1, keepdim=True))
+    capturing = {name: sampler.seconds if args.cuda_graphs else 0.0 for name, sampler in samplers.items()}
+    return latents, times, capturing
 
 
-def save_images(args, spec, vae, latents, labels, out):
+def save_images(args, vae, latents, labels, out):
     """Decode the latents of each schedule, save all images as one picture, and return them by the schedule's name."""
     from runtime.pictures import save_picture
     from sampling import decode
 
     images = {name: decode(vae, some).cpu() for name, some in latents.items()}
-    columns = min(len(labels), 10) if args.compare else 4 if len(labels) <= 8 else 10
-    save_picture(list(images.values()), out, columns)
-    if spec.class_names:
-        print("Classes: " + ", ".join(spec.class_names[label] for label in labels[:columns]))
-    rows = f" (above without the {list(images)[1]}, below with it)" if args.compare else ""
-    print(f"Picture: {out}{rows}")
+    save_picture(list(images.values()), out, picture_columns(args, labels))
     return images
 
 
-def compare(args, dit, schedule, results, times, batch, device, dtype):
-    """Print speed-up, bound, rates and PSNR of --compare, and write the record if there is to be one.
+def picture_columns(args, labels):
+    return min(len(labels), 10) if args.compare else 4 if len(labels) <= 8 else 10
+
+
+def compare(dit, schedule, results, times, batch):
+    """Return the speed-up, its bound, rates and the PSNR of --compare, as a dict for JSON.
 
     results: images or latents, "full" first, then those of `schedule`; times: their seconds, in the same order.
+    batch: as in `speed_figures`.
     """
     import math
 
     import torch
 
     from runtime.pictures import psnr
-    from runtime.records import write_record
 
-    figures = speed_figures(dit, schedule, times, batch) | {"dtype": dtype}
-    rates, (full, cached) = figures["g_multiply_adds_per_second"], results.values()
-    decoded = full.dtype == torch.uint8
-    decibels = psnr(cached, full, peak=255 if decoded else (full.max() - full.min()).item())
-    figures["psnr_db"] = decibels if math.isfinite(decibels) else None  # equal images: JSON has no infinity
-    name = list(times)[1]
+    full, cached = results.values()
+    peak = 255 if full.dtype == torch.uint8 else (full.max() - full.min()).item()
+    decibels = psnr(cached, full, peak)
+    # JSON has no infinity, and equal images have no finite PSNR.
+    return speed_figures(dit, schedule, times, batch) | {"psnr_db": decibels if math.isfinite(decibels) else None}
+
+
+def print_times(args, times, capturing):
+    import statistics
+
+    for name, seconds in times.items():
+        label = f" ({name})" if args.compare else ""
+        spread = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
+        print(f"Sampling time: {statistics.mean(seconds):.3f}±{spread:.3f}{label}")
+        if args.cuda_graphs:
+            print(f"Capturing the CUDA graph{label}: {capturing[name]:.3f} s, once")
+
+
+def print_picture(args, spec, labels, out, name):
+    if spec.class_names:
+        print("Classes: " + ", ".join(spec.class_names[label] for label in labels[: picture_columns(args, labels)]))
+    rows = f" (above without the {name}, below with it)" if args.compare else ""
+    print(f"Picture: {out}{rows}")
+
+
+def print_comparison(figures, name, results):
+    rates, decibels = figures["g_multiply_adds_per_second"], figures["psnr_db"]
     print(f"Speed-up: {figures['speedup']:.3f}, {figures['share_of_bound']:.1%} of the bound {figures['bound']:.3f}")
     print(
         f"G multiply-adds/s: {rates['full']:.1f} full, {rates[name]:.1f} {name}; "
         f"plain matrix products of these shapes {rates['matrix_product']:.1f}"
     )
-    print(f"PSNR of the {'images' if decoded else 'latents'} with and without the {name}: {decibels:.2f} dB")
-    if args.record:
-        write_record(args.record, vars(args), device, figures)
+    decibels = "inf" if decibels is None else f"{decibels:.2f}"
+    print(f"PSNR of the {results} with and without the {name}: {decibels} dB")
 
 
 def speed_figures(dit, schedule, times, batch):

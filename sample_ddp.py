@@ -76,12 +76,15 @@ def describe(args, spec, dit, vae, schedule_entries, device, dtype):
 
     from runtime import devices
     from runtime.hashes import fingerprint
+    from sampling import scale_and_shift
 
+    scale, shift = scale_and_shift(vae)
+    vae_config = {"scaling_factor": scale} | ({"shift_factor": shift} if shift else {})
     return {
         "format": FORMAT,
         **{name: version(name) for name in ("torch", "diffusers", "timm", "numpy")},
         "model": fingerprint(dit, spec.config),
-        "vae": fingerprint(vae, {"scaling_factor": vae.config.scaling_factor}),
+        "vae": fingerprint(vae, vae_config),
         **schedule_entries,
         "images": args.num_fid_samples,
         "image_size": spec.image_size,
@@ -142,15 +145,18 @@ def main(args):
     sampler = make_batch_sampler(args, dit, schedule, manifest["cfg_scale"], batch_size, device)
     memory_hint = None if args.deterministic else f"--per-proc-batch-size below {batch_size}"
     with errors_tell_what_is_finished(samples, memory_hint), signals.sigterm_interrupts():
-        figures = sample_and_assemble(samples, processes, sampler, vae, ranges, batch_size, device)
-    if args.record and processes.is_main:
-        records.write_record(args.record, vars(args), device, {"dtype": dtype} | figures)
+        figures, digest = sample_and_assemble(samples, processes, sampler, vae, ranges, batch_size, device)
+    if processes.is_main:
+        if args.record:
+            records.write_record(args.record, vars(args), device, {"dtype": dtype} | figures)
+        report(figures)
+        print(f"Samples: {samples.npz} ({samples.count} images, SHA-256 of arr_0 {digest})")
 
 
 def sample_and_assemble(samples, processes, sampler, vae, ranges, batch_size, device):
-    """Sample this rank's share of `ranges`; on the main process wait for the others, assemble the set and report.
+    """Sample this rank's share of `ranges`; on the main process wait for the others and assemble the set.
 
-    Returns the figures of the report, None on other ranks.
+    Returns the figures for `report` and the SHA-256 of the images, None and None on other ranks.
     """
     import time
     from functools import partial
@@ -172,15 +178,13 @@ def sample_and_assemble(samples, processes, sampler, vae, ranges, batch_size, de
 
         writer.run(ranges[processes.rank :: processes.size], show)
         if not processes.is_main:
-            return None
+            return None, None
         writer.run(samples.wait_for_others(processes.size, batch_size, show), show)
     seconds = time.perf_counter() - since
     digest = samples.assemble(partial(bar, desc="assembling", unit="shard"))
     spent = writer.seconds | {"assembling": time.perf_counter() - since - seconds}
     images = sum(stop - start for start, stop in ranges)
-    figures = report(images, seconds, spent, writer.overlaps, processes.size)
-    print(f"Samples: {samples.npz} ({samples.count} images, SHA-256 of arr_0 {digest})")
-    return figures
+    return time_figures(images, seconds, spent, writer.overlaps, processes.size), digest
 
 
 def check_equal(manifest, processes):
@@ -250,22 +254,27 @@ def errors_tell_what_is_finished(samples, memory_hint):
         raise (KeyboardInterrupt(finished) if interrupted else UserError(f"{text}; {finished}")) from None
 
 
-def report(images, seconds, spent, overlaps, processes):
-    """Print where the time of rank 0 went, and return it as a dict for the record.
+def time_figures(images, seconds, spent, overlaps, processes):
+    """Where the time of rank 0 went, as a dict for the record.
 
     images: sampled by this launch in `seconds`; spent: seconds of rank 0 by purpose; overlaps: as in `SampleWriter`.
     """
     total = seconds + spent["assembling"]
     shares = {name: part / total for name, part in spent.items()}
     shares["other"] = max(0.0, 1 - sum(shares.values()) + (shares["decoding"] if overlaps else 0))
-    print(
-        f"{images} images in {seconds:.1f} s, {images / seconds:.2f} images/s, processes: {processes}; "
-        f"process 0: {shares['sampling']:.1%} sampling, {shares['decoding']:.1%} decoding"
-        f"{' (beside it)' if overlaps else ''}, {shares['disk']:.1%} waiting for the disk, "
-        f"{shares['assembling']:.1%} assembling, {shares['other']:.1%} other"
-    )
     rate = images / seconds
-    return dict(processes=processes, images=images, seconds=seconds, images_per_second=rate, shares=shares)
+    figures = dict(processes=processes, images=images, seconds=seconds, images_per_second=rate)
+    return figures | {"decoding_overlaps": overlaps, "shares": shares}
+
+
+def report(figures):
+    shares = figures["shares"]
+    print(
+        f"{figures['images']} images in {figures['seconds']:.1f} s, {figures['images_per_second']:.2f} images/s, "
+        f"processes: {figures['processes']}; process 0: {shares['sampling']:.1%} sampling, "
+        f"{shares['decoding']:.1%} decoding{' (beside it)' if figures['decoding_overlaps'] else ''}, "
+        f"{shares['disk']:.1%} waiting for the disk, {shares['assembling']:.1%} assembling, {shares['other']:.1%} other"
+    )
 
 
 if __name__ == "__main__":

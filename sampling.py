@@ -161,15 +161,50 @@ def make_sampler(
     )
 
 
-@torch.inference_mode()
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Decode latents (N, C, h, w) into uint8 images (N, H, W, 3) on their device, `DECODE_PIXELS` at a time.
 
     Quantised as the published samples: clamp(127.5 x + 128, 0, 255), truncated.
+    Raises UserError if latents or pixels are not finite.
     """
+    images, finite = decode_unchecked(vae, latents)
+    check_finite(finite)
+    return images
+
+
+@torch.inference_mode()
+def decode_unchecked(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the images of `decode`, and a bool (N, 2) for `check_finite`, without waiting for the device."""
     pixels = latents[0, 0].numel() * 4 ** (len(vae.config.block_out_channels) - 1)  # per image
-    scale, parts = vae.config.scaling_factor, []
+    scale, shift = scale_and_shift(vae)
+    images, finite = [], []
     for part in latents.split(max(1, DECODE_PIXELS // pixels)):
-        decoded = vae.decode((part / scale).to(vae.dtype)).sample.float()
-        parts.append(decoded.mul_(127.5).add_(128).clamp_(0, 255).to(torch.uint8))
-    return torch.cat(parts).permute(0, 2, 3, 1).contiguous()
+        decoded = vae.decode((part / scale + shift).to(vae.dtype)).sample.float()
+        finite.append(torch.stack([x.isfinite().flatten(1).all(1) for x in (part, decoded)], dim=1))
+        images.append(decoded.mul_(127.5).add_(128).clamp_(0, 255).to(torch.uint8))
+    return torch.cat(images).permute(0, 2, 3, 1).contiguous(), torch.cat(finite)
+
+
+def scale_and_shift(vae: Any) -> tuple[float, float]:
+    """The numbers for latents = (the VAE's latents - shift) * scale; few VAEs shift."""
+    return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+
+
+def check_finite(finite: Tensor, first: int = 0) -> None:
+    """Raises UserError if an image has latents or pixels that are not finite: they would become black.
+
+    finite: bool (N, 1) of latents, or (N, 2) of latents and pixels. first: the number of the first image.
+    """
+    if finite.all():
+        return
+    latents, pixels = finite.cpu()[:, 0], finite.cpu()[:, -1]
+    k = int((latents & pixels).int().argmin())
+    if latents[k]:
+        raise UserError(
+            f"the VAE decodes image {first + k} to values that are not finite: check its weights and scaling_factor, "
+            "or pass --dtype fp32"
+        )
+    raise UserError(
+        f"the latents of image {first + k} are not finite: check the weights of the DiT, or pass --dtype fp32 or a "
+        "lower --cfg-scale"
+    )

@@ -29,7 +29,8 @@ class SampleWriter:
     def run(self, ranges, show=lambda: None):
         """Make all `ranges` (start, stop), one batch each; call show() after each.
 
-        Decoded batches are written even if an exception ends the run. Raises what sample and write raise.
+        Decoded batches are written even if an exception ends the run. Raises what sample and write raise, and UserError
+        if latents or pixels are not finite.
         """
         waiting = deque()
 
@@ -52,7 +53,7 @@ class SampleWriter:
                 wait()
 
     def _batch(self, start, stop):
-        """Images and labels of a batch, and the times before and after sampling and decoding it."""
+        """Images, whether they are finite, labels, and the times before and after sampling and decoding a batch."""
         marks = [self._mark()]
         latents, labels = self._sample(start, stop)
         marks.append(self._mark())
@@ -61,17 +62,19 @@ class SampleWriter:
             latents.record_stream(self._side)
         with torch.cuda.stream(self._side):  # None changes nothing
             marks.append(self._mark())
-            images = sampling.decode(self._vae, latents)[: stop - start].to("cpu", non_blocking=True)
+            decoded = sampling.decode_unchecked(self._vae, latents)
+            images, finite = (part[: stop - start].to("cpu", non_blocking=True) for part in decoded)
             marks.append(self._mark())
-        return images, labels[: stop - start], marks
+        return images, finite, labels[: stop - start], marks
 
-    def _finish(self, start, images, labels, marks):
-        """Write a batch, in the thread. Returns the time at which its images had arrived on the CPU."""
+    def _finish(self, start, images, finite, labels, marks):
+        """Check and write a batch, in the thread. Returns the time at which its images had arrived on the CPU."""
         if self._side:
             marks[-1].synchronize()
         arrived = time.perf_counter()
         self.seconds["sampling"] += _seconds(*marks[:2])
         self.seconds["decoding"] += _seconds(*marks[2:])
+        sampling.check_finite(finite, start)
         self._write(start, images.numpy(), labels.numpy())
         return arrived
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from runtime.errors import UserError
 from runtime.noise import random_stream
 from runtime.signals import end_with_parent
+from sampling import scale_and_shift
 
 SHARED_MEMORY = Path("/dev/shm")  # of Linux; Docker gives it 64 MB
 
@@ -35,11 +36,11 @@ def encode(vae, images):
     return vae.encode(images).latent_dist.parameters
 
 
-def sample_posterior(moments, noise, scaling_factor):
-    """Sample scaled latents (N, C, h, w) from moments (N, 2C, h, w) with standard normal noise (N, C, h, w)."""
+def sample_posterior(moments, noise, scale, shift=0.0):
+    """Sample latents (N, C, h, w) from moments (N, 2C, h, w) with standard normal noise; see `scale_and_shift`."""
     mean, log_variance = moments.chunk(2, dim=1)
     # The bounds are those of AutoencoderKL.
-    return (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise) * scaling_factor
+    return (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise - shift) * scale
 
 
 def clean_latents(batch, vae, device):
@@ -49,7 +50,7 @@ def clean_latents(batch, vae, device):
         batch[name].to(device, non_blocking=True) for name in (kind, "y", "posterior_noise", "noise")
     )
     moments = encode(vae, x) if kind == "images" else x
-    return sample_posterior(moments, posterior_noise, vae.config.scaling_factor), y, noise
+    return sample_posterior(moments, posterior_noise, *scale_and_shift(vae)), y, noise
 
 
 class TrainingSamples(Dataset):

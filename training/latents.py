@@ -84,6 +84,10 @@ def extract_latents(images, vae, spec, folder, rank=0, world_size=1, workers=0, 
             x = x.to(device)
             views = [encode(vae, view) for view in ((x, x.flip(-1)) if spec.horizontal_flip else (x,))]
             moments.append(torch.stack(views, dim=1).half().cpu().numpy())
+            finite = np.isfinite(moments[-1]).all(axis=(1, 2, 3, 4))
+            if not finite.all():
+                path, _ = images.files[batch[finite.argmin()]]
+                raise UserError(f"the VAE encodes {path} to values that are not finite in float16: check its weights")
             bar.update(len(batch))
             if batch.stop % SHARD == 0 or batch.stop == len(images):
                 _write_shard(shard_path(folder, batch.start // SHARD), np.concatenate(moments), skipped)
