@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from models import DiT, position_table
+from runtime.files import mismatch
 
 # Linear layers, {name in `DiT`: name in diffusers}. Both order the modulation vectors alike.
 MODEL = {
@@ -58,6 +59,16 @@ SIZES = {
 }
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is the older name
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# Settings of a pipeline's scheduler that our diffusion has, which are also diffusers' defaults.
+SCHEDULER = {
+    "prediction_type": "epsilon",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+}
 
 
 def _names(depth: int) -> dict[str, list[str]]:
@@ -83,11 +94,11 @@ def from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises ValueError if tensors are missing or unknown, or if the embedders of the blocks differ.
     """
     names = _names(len({name.split(".")[1] for name in state if name.startswith("transformer_blocks.")}))
-    known = {name for theirs in names.values() for name in theirs}
+    known = [name for theirs in names.values() for name in theirs]
     # Old versions of diffusers saved the positions. They equal ours, and new versions drop them too.
-    wrong = sorted(known ^ (state.keys() - {"pos_embed.pos_embed"}))
-    if wrong:
-        raise ValueError(f"{len(wrong)} tensors are missing or unknown, {wrong[0]} first")
+    found = [name for name in state if name != "pos_embed.pos_embed"]
+    if wrong := mismatch(dict.fromkeys(found), dict.fromkeys(known)):
+        raise ValueError(wrong)
     mapped = {}
     for ours, theirs in names.items():
         tensors = [state[name] for name in theirs]
@@ -99,14 +110,26 @@ def from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return mapped
 
 
+def _check_settings(config: dict[str, Any], fixed: dict[str, Any], who: str) -> None:
+    for name, only in fixed.items():
+        if config.get(name, only) != only:
+            raise ValueError(f"{name} is {config[name]!r} and {who} {only!r}")
+
+
+def check_scheduler(config: dict[str, Any]) -> None:
+    """Raise ValueError if the configuration of a pipeline's scheduler belongs to another diffusion than ours."""
+    kind = config.get("_class_name")
+    if "Flow" in str(kind):
+        raise ValueError(f"a {kind} runs flow matching, and a DiT runs here with diffusion")
+    _check_settings(config, SCHEDULER, "our diffusion has")
+
+
 def dit_config(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `DiT` for the configuration of a DiTTransformer2DModel.
 
     Raises ValueError if diffusers' settings have no counterpart in `DiT`, which checks the sizes itself.
     """
-    for name, only in FIXED.items():
-        if config.get(name, only) != only:
-            raise ValueError(f"{name} is {config[name]!r} and a DiT has {only!r}")
+    _check_settings(config, FIXED, "a DiT has")
     arguments = {}
     for ours, (theirs, default) in SIZES.items():
         arguments[ours] = config.get(theirs, default)

@@ -1,5 +1,8 @@
 """Load the DiT and the VAE of a `ModelSpec`."""
 
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +10,15 @@ import torch
 from torch import Tensor
 
 from models import DiT, DiT_models, position_table
-from pretrained.diffusers_layout import WEIGHTS
-from pretrained.spec import ModelSpec
-from pretrained.weights import load_state_dict_of
+from pretrained.spec import CELL_PIXELS, ModelSpec
+from pretrained.weights import load_checkpoint, load_shards, read_json, weights_file
 from runtime import released
 from runtime.errors import UserError, first_line
+from runtime.files import load_tensors, mismatch, named_tensors
+
+# Names in a VAE's attention that old versions of diffusers wrote, as in the released VAEs.
+OLD_ATTENTION = re.compile(r"(.*\.attentions\.\d+\.)(query|key|value|proj_attn)(?=\.)")
+NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_dit(spec: ModelSpec, device: torch.device | str, random_seed: int | None = None) -> DiT:
@@ -44,19 +51,61 @@ def _fitting_weights(spec: ModelSpec, dit: DiT) -> dict[str, Tensor]:
             f"there are no released weights for {spec.name} at {spec.image_size} with {spec.num_classes} classes, only "
             "for DiT-XL/2 at 256 and 512 with 1000: pass --ckpt with weights of your own"
         )
-    state = {name: value.float() for name, value in load_state_dict_of(spec.weights).items()}
+    state, arguments = load_checkpoint(spec.weights)
     if "pos_embed" not in state:  # the positions are fixed, so some files leave them out
         state["pos_embed"] = position_table(dit.pos_embed.shape[-1], dit.input_size // dit.patch_size)
-    shapes = {name: value.shape for name, value in state.items()}
-    expected = {name: value.shape for name, value in dit.state_dict().items()}
-    wrong = sorted(name for name in expected.keys() | shapes.keys() if shapes.get(name) != expected.get(name))
-    if wrong:
+    differs = mismatch(_shapes(state), _shapes(dit.state_dict()))
+    if differs:
         raise UserError(
-            f"{spec.weights} does not fit model {spec.name} with {spec.config}: {len(wrong)} of {len(expected)} "
-            f"tensors are missing, unknown or of another shape, {wrong[0]} first; check --model, --image-size "
-            "and --num-classes"
+            f"{spec.weights} does not fit model {spec.name} with {spec.config}: {differs}; "
+            + _fitting_flags(spec, state, arguments)
         )
-    return state
+    return _float_tensors(spec.weights, state)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
+
+
+def _float_tensors(path: str | Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict in float32. Raises UserError if a tensor is of integers or complex, or not finite."""
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise UserError(f"{path} holds {name} as {value.dtype} and not as floats: save the weights unquantised")
+    floats = {name: value.float() for name, value in state.items()}
+    for name, value in floats.items():
+        if not torch.stack(value.aminmax()).isfinite().all():
+            raise UserError(f"{path} holds values that are not finite, in {name}: train or fetch it again")
+    return floats
+
+
+def _fitting_flags(spec: ModelSpec, state: dict[str, Tensor], arguments: dict[str, Any]) -> str:
+    """The way out if a checkpoint is of another model: the flags that its arguments, or else its shapes, ask for."""
+    if not spec.registered:
+        return "weights and config.json must be of one model"
+    ours = {"model": spec.name, "image_size": spec.image_size, "num_classes": spec.num_classes}
+    sources = {"arguments": arguments, "tensors": _flags_of_shapes(state)}
+    for source, flags in sources.items():
+        others = {key: flags[key] for key in ours if isinstance(flags.get(key), str | int) and flags[key] != ours[key]}
+        if others:
+            pairs = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in others.items())
+            return f"its {source} say {', '.join(map(str, others.values()))}: pass {pairs}"
+    return "check --model, --image-size and --num-classes"
+
+
+def _flags_of_shapes(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The flags of the registered model that has tensors of these shapes; {} if there is none."""
+    try:
+        width, _, patch, _ = state["x_embedder.proj.weight"].shape
+        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+        sizes = {"hidden_size": width, "patch_size": patch, "depth": depth}
+        return {
+            "model": next(name for name, build in DiT_models.items() if sizes.items() <= build.keywords.items()),
+            "image_size": math.isqrt(state["pos_embed"].shape[1]) * patch * CELL_PIXELS,
+            "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
+        }
+    except (LookupError, ValueError, StopIteration):
+        return {}
 
 
 def load_vae(spec: ModelSpec, device: torch.device | str) -> Any:
@@ -69,15 +118,21 @@ def load_vae(spec: ModelSpec, device: torch.device | str) -> Any:
     folder = released.fetch_vae(spec.vae) if spec.vae in ("ema", "mse") else Path(spec.vae)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: a VAE folder is what diffusers' save_pretrained writes")
+    config, weights = read_json(folder / "config.json"), weights_file(folder)
+    tensors = load_shards(weights) if weights.suffix == ".json" else named_tensors(load_tensors(weights))
+    state = {OLD_ATTENTION.sub(lambda old: old[1] + NEW_ATTENTION[old[2]], name): tensors[name] for name in tensors}
     try:
-        # Read an older .bin only if there is nothing else; diffusers loads it as weights only and runs no code in it.
-        pickled = not (folder / WEIGHTS[0]).is_file() and (folder / WEIGHTS[1]).is_file()
-        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=not pickled)
-        for parameter in vae.parameters():  # copy the memory map: if the file is cut off later, it kills the process
-            parameter.data = parameter.data.clone()
-        vae = vae.requires_grad_(False).eval().to(device)
-    except Exception as error:  # a damaged configuration or file makes diffusers raise errors of any class
+        if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+            raise ValueError(f"it is a {kind} and no AutoencoderKL")
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(config)
+        _check_vae_config(vae.config)
+        if differs := mismatch(_shapes(state), _shapes(vae.state_dict())):
+            raise ValueError(differs)
+    except Exception as error:  # a damaged configuration makes diffusers raise errors of any class
         raise UserError(f"the VAE in {folder} cannot be read ({first_line(error)}): save it again") from error
+    vae.load_state_dict(_float_tensors(weights, state), assign=True)
+    vae = vae.requires_grad_(False).eval().to(device)
     cell_pixels = 2 ** (len(vae.config.block_out_channels) - 1)
     channels, size = spec.config.get("in_channels", 4), spec.config.get("input_size", 32)
     if (vae.config.latent_channels, spec.image_size) != (channels, size * cell_pixels):
@@ -86,3 +141,17 @@ def load_vae(spec: ModelSpec, device: torch.device | str) -> Any:
             f"{spec.name} {channels} channels and {size} cells for {spec.image_size} pixels: use its own VAE"
         )
     return vae
+
+
+def _check_vae_config(config: Any) -> None:
+    """Raise ValueError if settings that decoding and encoding need are wrong or not implemented."""
+    scale, shift = config.scaling_factor, config.get("shift_factor")
+    if type(scale) not in (int, float) or not 1e-6 < scale < 1e6:
+        raise ValueError(f"scaling_factor is {scale!r} and must be a number from 1e-6 to 1e6, as 0.18215")
+    if shift is not None and (type(shift) not in (int, float) or not abs(shift) < 1e6):
+        raise ValueError(f"shift_factor is {shift!r} and must be null or a finite number")
+    for name in ("latents_mean", "latents_std", "quantization_config"):
+        if config.get(name) is not None:
+            raise ValueError(f"{name} is {config[name]!r}, which is not implemented here and must be null")
+    if (config.in_channels, config.out_channels) != (3, 3):
+        raise ValueError(f"it has {config.in_channels} and {config.out_channels} channels of pixels and needs 3 and 3")

@@ -1,15 +1,13 @@
 """`ModelSpec`: where a model comes from and how to use it. `model_spec` reads it from a name or a folder."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from models import DiT_models
-from pretrained.diffusers_layout import CLASSES, WEIGHTS, dit_config
-from pretrained.weights import find_model_folder
+from pretrained.diffusers_layout import CLASSES, check_scheduler, dit_config
+from pretrained.weights import find_model_folder, read_json, weights_file
 from runtime.errors import UserError
 
 # Golden retriever, balloon, panda and other classes of the published pictures.
@@ -86,7 +84,7 @@ def _model_folder_spec(name: str, folder: Path) -> ModelSpec:
     missing = [file for file in ("config.json", "dit.safetensors") if not (folder / file).is_file()]
     if missing:
         raise UserError(f"{folder} is not a model folder: it has no {' and no '.join(missing)}")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     try:
         model, class_names = {"num_classes": 1000, **config["model"]}, config.get("class_names")
         if not isinstance(model["num_classes"], int) or model["num_classes"] < 1:
@@ -115,29 +113,32 @@ def _model_folder_spec(name: str, folder: Path) -> ModelSpec:
 def _is_diffusers(folder: Path) -> bool:
     """Whether diffusers saved a pipeline or a model in the folder."""
     index, config = folder / "model_index.json", folder / "config.json"
-    return index.is_file() or config.is_file() and "_class_name" in _read_json(config)
+    return index.is_file() or config.is_file() and "_class_name" in read_json(config)
 
 
 def _diffusers_spec(name: str, folder: Path, vae: str) -> ModelSpec:
     """The spec of a DiTPipeline, or of a DiTTransformer2DModel alone, with `vae` if the folder has none."""
-    part, cell_pixels = folder, CELL_PIXELS
+    part, cell_pixels, own_vae = folder, CELL_PIXELS, folder / "vae"
+    scheduler = folder / "scheduler" / "scheduler_config.json"
     labels: dict[str, str] = {}
     if (folder / "model_index.json").is_file():
-        part, own_vae = folder / "transformer", folder / "vae"
-        labels = _read_json(folder / "model_index.json").get("id2label") or {}
-        if _weights_file(own_vae):
-            vae = str(own_vae)
-            widths = _read_json(own_vae / "config.json").get("block_out_channels")
-            if isinstance(widths, list):  # else `load_vae` refuses it
-                cell_pixels = 2 ** (len(widths) - 1)
-    config, weights = _read_json(part / "config.json"), _weights_file(part)
+        part = folder / "transformer"
+        labels = read_json(folder / "model_index.json").get("id2label") or {}
+    if own_vae.exists():  # whatever it holds: a released VAE would not be that of this model
+        vae = str(own_vae)
+        widths = read_json(own_vae / "config.json").get("block_out_channels")
+        if isinstance(widths, list):  # else `load_vae` refuses it
+            cell_pixels = 2 ** (len(widths) - 1)
+    config = read_json(part / "config.json")
     kind = config.get("_class_name")
     # The older class had other kinds of models, and "norm_type" tells a DiT.
     if kind not in CLASSES or kind == CLASSES[1] and "norm_type" not in config:
         raise UserError(f"{part} holds a {kind} and not a DiT of diffusers, a {CLASSES[0]}: name the folder of one")
-    if weights is None:
-        raise UserError(f"{part} has neither {' nor '.join(WEIGHTS)}: save the model whole, with save_pretrained")
+    weights, settings = weights_file(part), read_json(scheduler) if scheduler.is_file() else {}
+    place = scheduler
     try:
+        check_scheduler(settings)
+        place = part / "config.json"
         arguments = dit_config(config)
         classes = range(arguments["num_classes"])
         named = all(str(k) in labels for k in classes)
@@ -151,23 +152,7 @@ def _diffusers_spec(name: str, folder: Path, vae: str) -> ModelSpec:
             weights=str(weights),
         )
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{part / 'config.json'} is not of a model that runs here: {error}") from error
-
-
-def _weights_file(folder: Path) -> Path | None:
-    """The file of weights that diffusers saved in the folder, safetensors if there are any, or None."""
-    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The dict in a JSON file. Raises UserError if it cannot be read or holds no dict."""
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-        return content
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): take it from its source again") from error
+        raise UserError(f"{place} is not of a model that runs here: {error}") from error
 
 
 def check_labels(labels: Iterable[int], num_classes: int) -> None:

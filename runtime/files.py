@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
+import stat
 import warnings
 import zipfile
 from pathlib import Path
@@ -13,12 +15,18 @@ from runtime.memory import out_of_memory
 
 
 def _temporary_beside(path):
-    """Make an empty temporary file in the folder of `path`, and that folder; return its path."""
+    """Make an empty temporary file in the folder of `path`, and that folder; return its path.
+
+    It is called .NAME.NUMBER.part. NAME is cut off if that would have more than 255 bytes.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():
-            raise FileExistsError(errno.EEXIST, "it exists and is not a file", str(path))
-        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.stat().st_mode):  # also raises OSError if the name is too long
+                raise FileExistsError(errno.EEXIST, "it exists and is not a file", str(path))
+        ending = f".{secrets.token_hex(4)}.part"
+        name = os.fsdecode(os.fsencode(path.name)[: 255 - 1 - len(ending)])
+        part = path.with_name(f".{name}{ending}")
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the user's umask
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; name another place") from error
@@ -27,7 +35,7 @@ def _temporary_beside(path):
 
 def check_writable(path):
     """Raise UserError if `path` cannot be written; for use before the work whose result goes there."""
-    _temporary_beside(Path(path).resolve()).unlink()
+    _temporary_beside(Path(os.path.realpath(path))).unlink()
 
 
 @contextlib.contextmanager
@@ -37,7 +45,7 @@ def atomic_write(path):
     Whatever interrupts the block, `path` is either complete or as before. Missing folders are made. Raises UserError
     if the file cannot be written: every OSError of the block counts as that.
     """
-    path = Path(path).resolve()  # a link stays, its target is written
+    path = Path(os.path.realpath(path))  # a link stays, its target is written
     part = _temporary_beside(path)
     try:
         yield part
@@ -73,9 +81,20 @@ def lock_file(path, patience):
     return lock
 
 
+# What lies in the place of a checkpoint if a download went wrong: {first bytes: what it is, and the way out}.
+IMPOSTORS = {
+    b"version https://git-lfs": "is a Git LFS pointer and not the file itself: run git lfs pull, or download the file",
+    b"<": "is a web page (HTML or XML) and no checkpoint: download the file itself",
+    b"{": "is JSON and no checkpoint: name the file of the weights",
+    b"\x1f\x8b": "is compressed with gzip: unpack it",
+}
+
+
 def load_tensors(path, allow=()):
     """Load a file of `torch.save` or safetensors on the CPU: tensors, plain types and the classes in `allow`.
 
+    Its content tells the format, not its name. NumPy's scalars become Python's numbers; its arrays and the paths of
+    pathlib objects without values: training scripts save them beside the weights.
     Raises UserError if the file is missing, cut off, claims more bytes than it has, does not fit into memory, or holds
     any other object (which is not run).
     """
@@ -88,19 +107,31 @@ def load_tensors(path, allow=()):
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     try:
-        if path.suffix == ".safetensors":
-            return load(path.read_bytes())  # not mapped: if a mapped file is cut off later, the process dies
         size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(64)
+        if head[8:9] == b"{":
+            return load(path.read_bytes())  # not mapped: if a mapped file is cut off later, the process dies
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if sum(member.file_size for member in archive.infolist()) > size:  # torch.save does not compress
                     raise ValueError("its parts are larger than the file")
-        with warnings.catch_warnings(), torch.serialization.safe_globals(list(allow)):
+        else:
+            _refuse_impostor(path, head)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([*allow, *_stand_ins()]):
             warnings.simplefilter("ignore")  # about unusual pickles, which our message covers
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(loaded, size)
         return loaded
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise UserError(
+                f"{path} holds {refused[1]}, which could run code, so it was not loaded: save only the tensors of a "
+                "file that you trust, with torch.save(model.state_dict(), FILE)"
+            ) from error
         raise UserError(
             f"{path} is not a checkpoint of tensors, or holds objects that could run code; it was not loaded: "
             "get the file from its source again, or save only its tensors"
@@ -112,6 +143,74 @@ def load_tensors(path, allow=()):
             raise UserError(f"{path} needs more memory than there is: it is damaged, or too large") from error
         reason = f"{path} cannot be read ({first_line(error)})"
         raise UserError(f"{reason}: it is cut off or no checkpoint; fetch it again") from error
+
+
+def _refuse_impostor(path, head):
+    """Raise UserError if the first bytes of a file show what it is instead of a checkpoint."""
+    if not head:
+        raise UserError(f"{path} is empty: fetch it again")
+    for first, text in IMPOSTORS.items():
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(first):
+            raise UserError(f"{path} {text}")
+
+
+class _Inert:
+    """Takes the place of an object whose value nobody needs."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def _number(dtype, content):
+    """The Python value of a pickled NumPy scalar, without NumPy's unpickling: its types can claim any size."""
+    import numpy as np
+
+    (code, *_), (_, order, *_) = dtype.values, dtype.state
+    if not re.fullmatch(r"[biufcUS]\d+", code):
+        raise ValueError(f"it holds a NumPy scalar of type {code}")
+    return np.frombuffer(content, order + code)[0].item()
+
+
+def _stand_ins():
+    """What the unpickler may use in place of classes and functions of others, as (stand-in, name) for safe_globals."""
+    names = {"numpy.dtype": _Inert, "numpy.ndarray": _Inert, "torch.torch_version.TorchVersion": _Inert}
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of NumPy 1 and 2
+        names |= {f"{module}.scalar": _number, f"{module}._reconstruct": _Inert}
+    for module in ("pathlib", "pathlib._local"):  # the second is Python 3.13's
+        names |= {f"{module}.{kind}{system}Path": _Inert for kind in ("", "Pure") for system in ("Posix", "Windows")}
+    return [(stand_in, name) for name, stand_in in names.items()]
+
+
+def named_tensors(loaded):
+    """The tensors in nested dicts by their names, joined by dots: {"ema": {"x": ...}} has "ema.x"."""
+    import torch
+
+    found, waiting, seen = {}, [("", loaded)], set()
+    for name, value in waiting:  # grows
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, dict) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += [(f"{name}.{key}" if name else key, part) for key, part in value.items() if isinstance(key, str)]
+    return found
+
+
+def mismatch(found, expected):
+    """Describe how the tensors of a file differ from the expected ones, both {name: shape}; "" if they do not."""
+    kinds = {
+        "missing tensors": [name for name in expected if name not in found],
+        "unknown tensors": [name for name in found if name not in expected],
+        "tensors of another shape": [
+            f"{name} {tuple(found[name])} and not {tuple(expected[name])}"
+            for name in expected
+            if name in found and found[name] != expected[name]
+        ],
+    }
+    first = {kind: names[0] + (" first" if len(names) > 1 else "") for kind, names in kinds.items() if names}
+    return ", ".join(f"{kind}: {len(kinds[kind])} ({first[kind]})" for kind in first)
 
 
 def _check_tensors(loaded, size):
