@@ -1,4 +1,4 @@
-"""Evaluation sets: an .npz of images or statistics, or a folder of PNGs; images are read in batches.
+"""Evaluation sets: an .npz of images or statistics, or a folder of pictures; images are read in batches.
 
 An .npz may hold images (`arr_0`, (N, H, W, 3)), statistics of their features as the ADM evaluator stores them (`mu,
 sigma, mu_s, sigma_s`), and what `save_statistics` adds: pool features (`pool`) and `about`, JSON about the images and
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from evaluation.npz import read_arrays, read_header, read_parts, write_npz
 from runtime.errors import UserError, first_line
 from runtime.files import atomic_write
 from runtime.hashes import CHUNK
+from runtime.pictures import find_pictures, load_image
 
 STATISTICS = "mu", "sigma", "mu_s", "sigma_s"
+LOSSY = {"AVIF", "GIF", "JPEG", "JPEG2000", "WEBP"}  # formats that change pixels
 
 
 class EvaluationSet:
@@ -29,10 +32,11 @@ class EvaluationSet:
     count, size, dtype: number of images, their (height, width) and NumPy type; None without images.
     stored: those of `STATISTICS` and "pool" that the file holds, {name: array}.
     about: what `save_statistics` wrote beside them, or {}.
+    doubts: a line of text for each thing that looks like a mistake before images are read.
     """
 
     def __init__(self, path):
-        self.path, self.stored, self.about = Path(path), {}, {}
+        self.path, self.stored, self.about, self.doubts = Path(path), {}, {}, []
         self.count = self.size = self.dtype = None
         self._files = [self.path]
 
@@ -109,25 +113,41 @@ class NpzSet(EvaluationSet):
             yield from read_parts(self.path, "arr_0", count)
 
 
-class PngFolder(EvaluationSet):
-    """All .png files in a folder and its subfolders, sorted by path. Raises UserError if there are none."""
+class PictureFolder(EvaluationSet):
+    """The pictures in a folder and its subfolders, sorted by path. Raises UserError if there are none."""
 
     def __init__(self, path):
         super().__init__(path)
-        self._files = sorted(self.path.rglob("*.png"))
+        pictures, left_out = find_pictures(path)
+        self._files = sorted(map(Path, pictures))
         if not self._files:
-            raise UserError(f"{path} holds no .png files: name a folder of images, or an .npz")
+            notes = f"; {left_out}" if left_out else ""
+            raise UserError(f"{path} holds no .png or other pictures: name a folder of pictures, or an .npz{notes}")
+        self.doubts = [*([left_out] if left_out else []), *self._format_doubts()]
         self.count, self.dtype = len(self._files), np.dtype(np.uint8)
         self.size = self._image(self._files[0]).shape[:2]
 
-    def _image(self, path):
+    def _format_doubts(self):
         from PIL import Image
 
+        names = Counter(Image.registered_extensions().get(file.suffix.lower(), file.suffix) for file in self._files)
+        text = f"{self.path} holds {' and '.join(f'{count} {name}' for name, count in sorted(names.items()))} images"
+        if lossy := sorted(names.keys() & LOSSY):
+            yield f"{text}: what {' and '.join(lossy)} lost changes FID"
+        elif len(names) > 1:
+            yield text
+        stems = Counter(file.with_suffix("") for file in self._files)
+        if twins := [file for file in self._files if stems[file.with_suffix("")] > 1]:
+            yield f"{len(twins)} images differ only in their ending, as {twins[0]} and {twins[1].name}: all are used"
+
+    def _image(self, path):
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of these for damaged files
-            raise UserError(f"{path} is not a picture that can be read: write it again, or remove it") from error
+            pixels = np.asarray(load_image(path))
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise UserError(
+                f"{path} is not a picture that can be read ({reason}): write it again, or remove it"
+            ) from error
         if self.size and pixels.shape[:2] != self.size:
             raise UserError(
                 f"{path} is {pixels.shape[1]}x{pixels.shape[0]} pixels, {self._files[0].name} is "
@@ -143,7 +163,7 @@ class PngFolder(EvaluationSet):
 
 def open_evaluation_set(path):
     """The `EvaluationSet` at a path. Raises UserError if there is none."""
-    return PngFolder(path) if Path(path).is_dir() else NpzSet(path)
+    return PictureFolder(path) if Path(path).is_dir() else NpzSet(path)
 
 
 def save_statistics(path, arrays, about, keep=None):
@@ -166,6 +186,7 @@ class ImageChecks:
     def __init__(self, images):
         self._images, self._seen, self._plain = images, 0, []
         self._low, self._high = np.inf, -np.inf
+        self._values = set() if images.dtype == np.uint8 else None  # those seen, while all are 0, 1 or 255
 
     def add(self, batch):
         """Check the next batch (n, H, W, 3). Raises UserError for NaN and infinite values."""
@@ -178,20 +199,24 @@ class ImageChecks:
                 raise UserError(
                     f"{self._images}: image {first + bad[0]} holds values that are NaN or infinite: make it again"
                 )
-            self._low, self._high = min(self._low, flat.min()), max(self._high, flat.max())
+        self._low, self._high = min(self._low, batch.min()), max(self._high, batch.max())
+        if self._values is not None:
+            self._values = self._values | set(np.unique(batch)) if (batch + np.uint8(1) <= 2).all() else None
         plain = (batch == batch[:, :1, :1]).reshape(len(batch), -1).all(1)
         self._plain += (first + np.flatnonzero(plain)).tolist()
 
     def doubts(self):
         """A line of text for each thing that looks like a mistake."""
-        lines = []
-        if self._images.dtype.kind == "f":
-            line = f"{self._images}: arr_0 is {self._images.dtype} with values from {self._low:g} to {self._high:g}"
-            if self._low < 0 or self._high > 255 or self._high <= 1:
-                line += ", but 0 to 255 is expected: the metrics mean nothing, save the images as uint8"
-            else:
-                line += ": published metrics are of uint8 images"
+        lines, values = [], f"with values from {self._low:g} to {self._high:g}"
+        unscaled = self._values and 1 in self._values  # floats from -1 to 1 become 255, 0 and 1
+        if unscaled:
+            values = f"with the values {', '.join(map(str, sorted(self._values)))} only"
+        line = f"{self._images}: the images are {self._images.dtype} {values}"
+        if self._low < 0 or self._high > 255 or self._high <= 1 or self._high - self._low <= 2 or unscaled:
+            line += ", but 0 to 255 is expected: the metrics mean nothing, scale the images and save them as uint8"
             lines.append(line)
+        elif self._images.dtype.kind == "f":
+            lines.append(f"{line}: published metrics are of uint8 images")
         if self._plain:
             lines.append(
                 f"{self._images}: {len(self._plain)} of {self._seen} images have a single colour, the first is number "
