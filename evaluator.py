@@ -4,8 +4,8 @@
     python evaluator.py ckpt/fashion_mnist/reference.npz SAMPLES.npz --graph ckpt/fashion_mnist/classifier.pb
     python evaluator.py IMAGES --save-stats STATISTICS.npz       # once; then use STATISTICS.npz instead of IMAGES
 
-Each set is an .npz of images (arr_0 uint8 (N, H, W, 3)), a folder of PNGs, or an .npz of statistics. The graph and the
-ImageNet reference are downloaded if they are missing.
+Each set is an .npz of images (arr_0 uint8 (N, H, W, 3)), a folder of pictures, or an .npz of statistics. The graph and
+the ImageNet reference are downloaded if they are missing.
 """
 
 import argparse
@@ -114,7 +114,11 @@ def check_graphs(sets, network):
 
 
 def find_doubts(sets, network):
-    """Yield a line for each thing that looks like a mistake in a comparison of two sets."""
+    """Yield a line for each thing that looks like a mistake in a set, or in a comparison of two."""
+    for images in sets.values():
+        yield from images.doubts
+    if "sample" not in sets:
+        return
     reference, sample = sets["reference"], sets["sample"]
     if reference.is_same(sample):
         yield f"{reference} and {sample} are the same: a set is compared with itself"
@@ -201,7 +205,7 @@ def main(args):
 
             network = Network(args.graph, args.backend, device, args.batch_size)
         check_graphs(sets.values(), network)
-        for doubt in find_doubts(sets, network) if args.sample else ():
+        for doubt in find_doubts(sets, network):
             warnings.warn(doubt, RuntimeWarning, stacklevel=1)
 
         arrays, seconds, values = {}, {}, {}
