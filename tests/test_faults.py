@@ -5,7 +5,9 @@ happen in this process at a named place, not after a time.
 """
 
 import ast
+import builtins
 import ctypes
+import errno
 import gc
 import json
 import os
@@ -28,6 +30,8 @@ import pytest
 import torch
 from conftest import ROOT, assert_refused, start, torchrun
 from PIL import Image
+from safetensors.torch import save_file
+from tqdm import tqdm
 
 from router import Router
 from runtime.errors import UserError
@@ -144,6 +148,17 @@ def limit(size):
     return lambda folder: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
+def enlarge(name):
+    """Make a weight of the VAE so large that values overflow."""
+
+    def write(folder):
+        path = folder / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+        state = load_tensors(path)
+        save_file(state | {name: torch.full_like(state[name], 3e38)}, path)
+
+    return write
+
+
 class Hostile:
     """Unpickled, it makes the folder `target`."""
 
@@ -228,6 +243,13 @@ EXTRACTION = "evaluation.features.Network.extract"
         ("train_router.py", LATENTS, None, hostile("latents/labels.npy"), "latents"),
         ("evaluator.py", "", None, hostile("g.pb"), "g.pb"),
         ("evaluator.py", "", None, hostile("b.npz"), "b.npz"),
+        ("sample.py", "--cfg-scale 1e38", None, None, "latents of image 0 are not finite.* --cfg-scale"),
+        ("sample.py", f"{ROUTER} --compare --cfg-scale 1e38", None, None, "latents of image 0 are not finite"),
+        ("sample.py", "--random-weights --cfg-scale 1e38", None, None, "latents of image 0 are not finite"),
+        ("sample_ddp.py", "--cfg-scale 1e38", None, None, "latents of image 0 are not finite.*; 0 of 6 images are"),
+        ("sample.py", "", None, enlarge("decoder.conv_out.weight"), "VAE decodes image 0 to .* not finite"),
+        ("sample_ddp.py", "", None, enlarge("decoder.conv_out.weight"), "VAE decodes image 0 to .* not finite"),
+        ("train_router.py", EXTRACT, None, enlarge("quant_conv.weight"), "VAE encodes .*000.png to .* not finite"),
         ("train_router.py", f"{IMAGES} --num-workers 1", REPORT, kill_a_worker, "process was killed.* --num-workers"),
     ],
 )
@@ -246,6 +268,35 @@ def test_a_fault_is_one_line_and_leaves_nothing_half_written(program, more, plac
     assert_whole(tmp_path, but=inputs)
     if harm is kill_a_worker:
         assert load_tensors(tmp_path / "results" / "000-model" / "checkpoints" / "last.pt")["step"] >= 1
+
+
+@pytest.mark.parametrize(
+    "program, more, line, results",
+    [
+        ("sample.py", f"{ROUTER} --compare --record FOLDER/r.json", "Sampling time", ["out.png", "r.json"]),
+        ("sample_ddp.py", "--record FOLDER/r.json", "6 images in", ["*-n-6.npz", "r.json"]),
+        ("evaluator.py", "--metrics fid --record FOLDER/r.json", "FID", ["r.json"]),
+        ("train_router.py", f"{IMAGES} --ckpt-every 3", "update 1 ", ["results/*/checkpoints/last.pt"]),
+    ],
+)
+def test_results_are_saved_before_they_are_printed(program, more, line, results, programs, tmp_path, monkeypatch):
+    """The reader of the output ends when `line` comes."""
+
+    def close(printed):
+        def write(*args, **kwargs):
+            if args and str(args[-1]).startswith(line):
+                raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+            return printed(*args, **kwargs)
+
+        return write
+
+    monkeypatch.setattr(builtins, "print", close(print))
+    monkeypatch.setattr(tqdm, "write", close(tqdm.write))
+    result = programs.run(program, more)
+    assert result.returncode == 1 and "Broken pipe" in result.stderr.strip().splitlines()[-1]
+    for pattern in results:
+        (path,) = tmp_path.glob(pattern)
+        assert path.suffix != ".pt" or load_tensors(path)["step"] == 1
 
 
 def assert_whole(folder, but=()):

@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -293,21 +294,20 @@ def test_any_model_with_the_documented_interface_is_sampled_and_trained():
     assert scores.grad.all()
 
 
+class Given:
+    """A VAE whose decoder returns its input."""
+
+    dtype = torch.float32
+    config = SimpleNamespace(scaling_factor=0.5, block_out_channels=(1,), shift_factor=None)
+
+    @staticmethod
+    def decode(latents):
+        return SimpleNamespace(sample=latents.clone())
+
+
 def test_decoding_quantises_every_level_as_published(monkeypatch):
     """Against the formula in double precision: clamp(127.5 x + 128, 0, 255), truncated; one image at a time."""
     monkeypatch.setattr(sampling, "DECODE_PIXELS", 64 * 64)
-
-    class Given:
-        dtype = torch.float32
-
-        class config:
-            scaling_factor = 0.5
-            block_out_channels = (1,)
-
-        @staticmethod
-        def decode(latents):
-            return type("Decoded", (), {"sample": latents.clone()})
-
     x = torch.linspace(-1.1, 1.1, 3 * 64 * 64).reshape(1, 3, 64, 64)
     x = torch.cat([x, x.flip(1)])
     expected = np.clip(127.5 * x.double().numpy() + 128, 0, 255)
@@ -317,3 +317,28 @@ def test_decoding_quantises_every_level_as_published(monkeypatch):
     got = images.permute(0, 3, 1, 2).numpy()
     assert safe.mean() > 0.9 and np.array_equal(got[safe], np.floor(expected)[safe])
     assert set(np.unique(got)) == set(range(256))
+
+
+def test_a_vae_that_shifts_decodes_unshifted_latents(monkeypatch):
+    """diffusers' pipelines of such a VAE (SD 3, Flux): latents = (z - shift) * scale."""
+    z = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = sampling.decode(Given, z * 0.5)
+    monkeypatch.setattr(Given.config, "shift_factor", 0.25)
+    assert torch.equal(sampling.decode(Given, (z - 0.25) * 0.5), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused_and_named(value, monkeypatch):
+    monkeypatch.setattr(sampling, "DECODE_PIXELS", 16)  # one image at a time
+    latents = torch.zeros(3, 3, 4, 4)
+    latents[1, 2, 3, 0] = value
+    with pytest.raises(UserError, match="latents of image 1 are not finite.* --cfg-scale"):
+        sampling.decode(Given, latents)
+
+    class Broken(Given):
+        @staticmethod
+        def decode(latents):
+            return SimpleNamespace(sample=latents.masked_fill(latents == 1, value))
+
+    with pytest.raises(UserError, match="VAE decodes image 2 to .*not finite"):
+        sampling.decode(Broken, torch.tensor([0.0, 0.0, 0.5]).reshape(3, 1, 1, 1).expand(3, 3, 4, 4))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evaluation.writer import AHEAD, SampleWriter
+from runtime.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -93,3 +94,15 @@ def test_decoding_beside_the_next_batch_changes_nothing():
     writer.run([(k, k + 4) for k in range(0, 40, 4)])
     assert writer.overlaps and [start for start, _, _ in written] == list(range(0, 40, 4))
     assert all(images[:, 0, 0, 0].tolist() == list(range(start, start + 4)) for start, images, _ in written)
+
+
+def test_a_batch_that_is_not_finite_is_refused_and_those_before_it_are_written():
+    def overflows(start, stop):
+        latents, labels = sample(start, stop)
+        return latents.masked_fill(latents == 5 / 127.5 - 1, float("nan")), labels
+
+    written = []
+    writer = SampleWriter(overflows, Vae, lambda start, *_: written.append(start), CPU)
+    with pytest.raises(UserError, match="latents of image 5 are not finite"):
+        writer.run([(0, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 12)])
+    assert set(written) >= {0, 2} and 4 not in written

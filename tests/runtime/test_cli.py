@@ -1,6 +1,7 @@
 """Command lines of the five programs: a flag that several have means the same in each."""
 
 import importlib
+import io
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from runtime import cli
+from runtime.errors import LostPeer, UserError
 
 PROGRAMS = ("sample", "sample_ddp", "train_router", "evaluator", "download")
 # Intended differences: published defaults, and the purpose of a flag in a program.
@@ -107,3 +109,37 @@ def test_without_torchrun_a_rank_other_than_0_refuses_at_once_and_silently(monke
         with pytest.raises(SystemExit) as stop:
             cli.ArgumentParser(prog="program").error("refused")
         assert stop.value.code == 2 and capsys.readouterr().err.count("program: error: refused") == lines
+
+
+@pytest.mark.parametrize(
+    "encoding, printed", [("ascii", rb"5\xb10.1 caf\udce9"), ("utf-8", "5±0.1 ".encode() + rb"caf\udce9")]
+)
+def test_what_the_terminal_cannot_show_is_printed_as_escapes(encoding, printed, monkeypatch):
+    """The name of a file is b"caf\xe9": Latin-1, and not UTF-8."""
+    name, output = os.fsdecode(b"caf\xe9"), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding, errors="strict"))
+    cli.run(lambda _: print(f"5±0.1 {name}"), None)
+    assert output.getvalue() == printed + b"\n"
+
+
+def test_an_output_that_the_shell_has_closed_is_no_fault(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    cli.run(lambda _: print("text"), None)
+
+
+def test_help_is_ascii(parser_of):
+    assert all(parser_of(program).format_help().isascii() for program in PROGRAMS)
+
+
+def test_a_rank_waits_for_torchrun_before_it_prints_what_rank_0_prints_too(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(cli, "_outlives_main", lambda *seconds: waits.append(seconds))
+    monkeypatch.setenv("RANK", "1")
+
+    def fail(error):
+        raise error
+
+    for error in (UserError("an image"), LostPeer("process 1 lost the others")):
+        with pytest.raises(SystemExit, match=str(error)):
+            cli.run(fail, error)
+    assert waits == [(cli.WAIT_FOR_SAME, cli.BETWEEN_SAME)]  # only rank 1 lost rank 0

@@ -1,10 +1,18 @@
+import multiprocessing
+import shutil
+import signal
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from pretrained.spec import model_spec
+from runtime.errors import UserError
 from runtime.noise import random_stream
-from training.batches import BatchSampler, TrainingSamples, draw_steps, make_loader, sample_posterior
+from runtime.signals import end_with_parent
+from training.batches import BatchSampler, TrainingSamples, draw_steps, load_batches, make_loader, sample_posterior
 from training.images import ImageSource
 
 
@@ -63,3 +71,62 @@ def test_posterior_samples_have_the_given_moments():
     noise = torch.randn(2000, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     x = sample_posterior(moments, noise, 0.5)
     assert x.mean().item() == pytest.approx(1.5, abs=0.01) and x.std().item() == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_shifted_posterior_is_scaled_after_the_shift():
+    moments, noise = torch.cat([torch.full((1, 4, 2, 2), 3.0), torch.zeros(1, 4, 2, 2)], dim=1), torch.ones(1, 4, 2, 2)
+    assert (sample_posterior(moments, noise, 0.5, 1.0) == (3 + 1 - 1) * 0.5).all()
+
+
+class Failing(Dataset):
+    """Raises an error for sample 3 of 8, in the process that loads it."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, k):
+        if k == 3:
+            raise self.error
+        return k
+
+    def __len__(self):
+        return 8
+
+
+def load_all(error, **how):
+    batches = load_batches(DataLoader(Failing(error), batch_size=2, **how))
+    next(batches)  # the traceback keeps this generator until the process exits
+    list(batches)
+
+
+@pytest.mark.parametrize("text", ["unable to allocate shared memory(shm) for file </torch_1_2>: No space", "Bus error"])
+def test_shared_memory_that_is_full_is_called_that(text):
+    how = {"num_workers": 1, "worker_init_fn": end_with_parent}
+    if "Bus" in text:
+        error = RuntimeError(
+            f"DataLoader worker (pid 7) is killed by signal: {text}. It is possible that dataloader's "
+            "workers are out of shared memory. Please try to raise your shared memory limit."
+        )
+    else:
+        error = RuntimeError(text)
+    with pytest.raises(UserError, match="/dev/shm is full.* --num-workers 0"):
+        load_all(error, **how)
+
+
+def test_shared_memory_without_space_is_refused_before_workers_start(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    monkeypatch.setattr(multiprocessing.Process, "start", None)
+    with pytest.raises(UserError, match="/dev/shm is full"):
+        load_all(None, num_workers=1)
+
+
+def test_workers_end_with_the_loop_even_if_they_ignore_signals():
+    before = multiprocessing.active_children()
+    batches = load_batches(DataLoader(Failing(None), batch_size=2, num_workers=2, worker_init_fn=end_with_parent))
+    next(batches)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    assert len(workers) == 2
+    batches.close()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == -signal.SIGKILL
