@@ -11,9 +11,9 @@ Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.3.
 """
 
 import math
-import os
 
 from runtime import cli
+from runtime.ranks import number_or
 from training.presets import PRESETS, describe_presets
 
 # The flags that determine a router, beside the model and the data: --resume auto continues a run with the same.
@@ -88,7 +88,7 @@ def check_data_arguments(parser, args):
 
 def check_training_arguments(parser, args):
     """Refuse what does not go together, and name values that do."""
-    batch, draws, world_size = args.global_batch_size, args.draws_per_step, int(os.environ.get("WORLD_SIZE", 1))
+    batch, draws, world_size = args.global_batch_size, args.draws_per_step, number_or("WORLD_SIZE", 1) or 1
     unit = math.lcm(draws, world_size)
     if batch % unit:
         parser.error(
@@ -133,6 +133,9 @@ def load(args, processes, device):
         lambda: model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt), local_main_first=True
     )
     source = processes.run_everywhere(lambda: ImageSource(args.data_path, spec)) if args.data_path else None
+    if source and processes.is_main:
+        for note in source.notes:
+            print(f"note: {note}")
 
     def load_models():
         dit = None if args.extract_latents else load_dit(spec, device)  # first: a wrong --ckpt downloads no VAE

@@ -10,6 +10,7 @@ import time
 import warnings
 
 from runtime.errors import LostPeer, UserError, explain
+from runtime.ranks import number_or
 from runtime.signals import second_signal_ends
 
 # Seconds that the other ranks give rank 0 to print why the job ends, and the pause from one rank's message to the next:
@@ -179,7 +180,7 @@ def one_line_warnings():
 
 
 def _rank():
-    return int(os.environ.get("RANK", "0"))
+    return number_or("RANK", 0)
 
 
 def _outlives_main(wait=WAIT_FOR_MAIN, between_ranks=BETWEEN_RANKS):
@@ -192,7 +193,7 @@ def _outlives_main(wait=WAIT_FOR_MAIN, between_ranks=BETWEEN_RANKS):
         return False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    time.sleep(wait + between_ranks * int(os.environ.get("LOCAL_RANK", "0")))
+    time.sleep(wait + between_ranks * number_or("LOCAL_RANK", 0))
     return True
 
 

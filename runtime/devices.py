@@ -14,6 +14,7 @@ from torch import nn
 
 from runtime.errors import UserError, first_line
 from runtime.memory import peak_resident
+from runtime.ranks import number_or
 
 if TYPE_CHECKING:
     from runtime.processes import Processes
@@ -76,9 +77,13 @@ def compile_blocks(blocks: nn.ModuleList, backend: str = "inductor") -> None:
 def pick_device(name: str, processes: "Processes | None" = None, cuda_graphs: bool = False) -> torch.device:
     """torch.device of "auto" (CUDA if there is a GPU), "cpu", "cuda:1". Raises UserError if it cannot be used.
 
-    processes: if there are several, each takes the GPU of its local rank as its default device.
+    processes: if there are several, each takes the GPU of its local rank as its default device; None refuses several.
     cuda_graphs: whether the device must have CUDA graphs.
     """
+    if processes is None and "TORCHELASTIC_RUN_ID" in os.environ and (count := number_or("WORLD_SIZE", 1)) > 1:
+        error = UserError(f"torchrun started {count} processes, and this program is one: start it with python")
+        error.printed_by_main = True
+        raise error
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if processes and processes.size > 1 and name.startswith("cuda"):

@@ -1,17 +1,21 @@
 """The processes (ranks) of one job: a single one, or those of torchrun, which exchange small messages through Gloo."""
 
+import concurrent.futures
 import contextlib
+import errno
 import os
+import socket
+import threading
 import time
 import uuid
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from runtime.errors import LostPeer, UserError, explain, first_line
 from runtime.memory import out_of_memory
+from runtime.ranks import find_ranks, main_address
 
 
 def _torchrun_id():
@@ -19,6 +23,16 @@ def _torchrun_id():
     stat = Path(f"/proc/{os.getppid()}/stat")
     start_time = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
     return f"{os.uname().nodename} {os.getppid()} {start_time}".strip()
+
+
+def _listen(port):
+    """Return a socket that listens at `port`. Raises UserError if another program does."""
+    everywhere = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
+    try:
+        return socket.create_server(("", port), backlog=1024, **everywhere)
+    except OSError as error:
+        reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"
+        raise UserError(f"port {port} {reason}: pass another --master_port, or set another MASTER_PORT") from error
 
 
 class Processes:
@@ -31,9 +45,7 @@ class Processes:
     PATIENCE = 600  # seconds until all processes must have arrived; torchrun starts them together
 
     def __init__(self):
-        self.rank, self.size, self.local_rank = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
+        self.rank, self.size, self.local_rank = find_ranks()
         self.launch = _torchrun_id() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
@@ -47,8 +59,7 @@ class Processes:
         # Hours, because others may wait for a download or for the slowest rank; torchrun notices a rank that died.
         timeout = timedelta(hours=12)
         with self.exchange():
-            store, _, _ = next(rendezvous("env://", timeout=timeout))
-            store = self._meet(store)
+            store = self._meet(self._open_store(*main_address()))
             # Gloo on GPUs too: messages are at most some kB, and Gloo reports a dead peer at once, while NCCL waits.
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 
@@ -62,6 +73,52 @@ class Processes:
                 raise
             lost = f"process {self.rank} lost the others ({first_line(error)})"
             raise LostPeer(f"{lost}: one of them has ended, or cannot be reached") from error
+
+    def _open_store(self, host, port):
+        """Connect to the store at which all ranks meet; rank 0 opens it, unless torchrun has.
+
+        Python waits first: it can be interrupted, and torch logs each try. torch waits for ever for the answer of a
+        server of another kind, so it connects in a thread.
+        """
+        listening = None
+        if self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            listening = _listen(port)
+        self._wait_for_server(host, port)
+        store = concurrent.futures.Future()
+
+        def connect():
+            opened = dict(wait_for_workers=False, master_listen_fd=listening.detach()) if listening else {}
+            timeout = timedelta(seconds=self.PATIENCE)
+            try:
+                store.set_result(dist.TCPStore(host, port, self.size, bool(listening), timeout=timeout, **opened))
+            except RuntimeError as error:
+                store.set_exception(error)
+
+        threading.Thread(target=connect, daemon=True).start()
+        try:
+            return store.result(self.PATIENCE)
+        except concurrent.futures.TimeoutError as error:
+            raise UserError(self._waited(f"the answer of {host}:{port}")) from error
+
+    def _wait_for_server(self, host, port):
+        """Wait until somebody listens at the port of rank 0."""
+        since = time.monotonic()
+        while True:
+            try:
+                socket.create_connection((host, port), timeout=min(self.PATIENCE, 10)).close()
+                return
+            except (socket.gaierror, UnicodeError) as error:
+                raise UserError(
+                    f"MASTER_ADDR is {host}, which cannot be found ({error}): pass --master_addr of the first machine"
+                ) from error
+            except OSError as error:
+                if time.monotonic() - since > self.PATIENCE:
+                    problem = f"process 0 at {host}:{port} ({error.strerror or error})"
+                    raise UserError(self._waited(problem)) from error
+            time.sleep(0.05)
+
+    def _waited(self, missing):
+        return f"process {self.rank} has waited {self.PATIENCE} s for {missing}: start all again"
 
     def _meet(self, store):
         """Wait for all ranks of this start; return the part of `store` that belongs to it.
@@ -88,10 +145,8 @@ class Processes:
                     missing.clear()
             if time.monotonic() - since > self.PATIENCE:
                 ranks = ", ".join(map(str, sorted(missing)))
-                raise UserError(
-                    f"process {self.rank} has waited {self.PATIENCE} s for {ranks}: start all again; with "
-                    "several machines and --max-restarts torchrun needs --rdzv_backend=c10d"
-                )
+                hint = "with several machines and --max-restarts torchrun needs --rdzv_backend=c10d"
+                raise UserError(f"{self._waited(ranks)}; {hint}")
             time.sleep(0.02)
         return dist.PrefixStore(name, store)
 
