@@ -6,6 +6,7 @@ Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.
 """
 
 import argparse
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,10 @@ from schedule import Schedule
 if TYPE_CHECKING:  # the model's libraries take seconds to import, and scores do without
     from diffusion import GaussianDiffusion
     from models import DiT
+
+# Where others keep the rows of a router, from the outside to the inside, and what they call them.
+NESTED = ("routers", "router", "state_dict", "model_state_dict", "model", "module", "routers")
+ROW = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(?:(?:module|_orig_mod)\.)*prob")
 
 
 class Row(nn.Module):
@@ -100,14 +105,27 @@ class Router(nn.Module):
         """
         # The released files contain the Namespace of their flags.
         saved = load_tensors(path, allow=[argparse.Namespace])
-        return cls.from_state(path, saved.get("routers") if isinstance(saved, dict) else None)
+        return cls.from_state(path, saved)
 
     @classmethod
     def from_state(cls, path: str | Path, rows: Any) -> "Router":
-        """Make a router from `rows`, laid out as in `state` and loaded from `path`. Raises UserError as `load`."""
-        if not isinstance(rows, dict) or not rows:
+        """Make a router from `rows`, laid out as in `state` and loaded from `path`. Raises UserError as `load`.
+
+        The rows may be in a nested dict, and below the names of modules: "module.0.prob", "router.routers.0.prob".
+        """
+        for key in NESTED:
+            if isinstance(rows, dict) and isinstance(rows.get(key), dict):
+                rows = rows[key]
+        named = rows if isinstance(rows, dict) else {}
+        matches = [ROW.fullmatch(name) if isinstance(name, str) else None for name in named]
+        prefixes = sorted({match[1] for match in matches if match})
+        if not prefixes:
             raise UserError(f'{path} is not a router file: it has no "routers"; train_router.py writes them')
-        steps = len(rows)
+        if len(prefixes) > 1:
+            several = " and ".join(prefix or "one without prefix" for prefix in prefixes)
+            raise UserError(f"{path} holds several routers, {several}: save one of them alone")
+        rows = {f"{match[2]}.prob" if match else None: row for match, row in zip(matches, named.values())}
+        steps = len(matches)
         names = {f"{i}.prob" for i in range(steps)}
         plain = all(isinstance(row, torch.Tensor) and row.is_floating_point() for row in rows.values())
         lengths = {len(row) if row.dim() == 1 else 0 for row in rows.values()} if plain else {0}
