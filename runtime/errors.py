@@ -23,13 +23,15 @@ def explain(error, memory_hint=None):
     last = str(error).strip().rpartition("\n")[2]
     if isinstance(error, UserError):
         text = str(error).rpartition("UserError: ")[2]
+    elif out_of_memory(error):
+        text = f"out of memory{f': pass {memory_hint}' if memory_hint else ''}"
     elif isinstance(error, OSError):
         name = error.filename or "a file, or the output"
         text = f"{name} cannot be used: {error.strerror or last}; check that it exists, its permissions and the space"
-    elif out_of_memory(error):
-        text = f"out of memory{f': pass {memory_hint}' if memory_hint else ''}"
     elif isinstance(error, RuntimeError) and last.startswith("DataLoader worker"):
         text = "a data loading process was killed, perhaps for lack of memory: pass a smaller --num-workers"
+    elif isinstance(error, RuntimeError) and last.startswith("Pin memory thread"):
+        text = "the thread that pins memory has ended, perhaps for lack of memory: pass a smaller --num-workers"
     else:
         return None
     return " ".join(text.split())

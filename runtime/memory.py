@@ -1,15 +1,27 @@
 """Peak memory of this process, and whether an exception means that memory ran out."""
 
+import errno
+import re
 import sys
 from pathlib import Path
 
+# What torch and the libraries of CUDA say. They cannot be initialised if no memory is left for them on the GPU.
+TEXTS = re.compile(
+    "out of memory|can(no|')t allocate memory|not enough memory|memory allocation failed|unable to mmap memory"
+    "|bad_alloc|ALLOC(ATION)?_FAILED|(CUBLAS|CUDNN|CUSOLVER)_STATUS_NOT_INITIALIZED",
+    re.IGNORECASE,
+)
+
 
 def out_of_memory(error):
-    """Whether an exception of NumPy or torch means that memory ran out; torch's on a CPU is a plain RuntimeError."""
+    """Whether an exception of Python, NumPy or torch means that memory ran out; most of torch's are RuntimeErrors."""
     import torch
 
-    texts = "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(TEXTS.search(str(error)))
 
 
 def peak_resident():
