@@ -9,6 +9,7 @@ import scipy.linalg
 import torch
 from backends import needs_tensorflow
 from conftest import DATA, ROOT, assert_refused, call, run
+from PIL import Image
 
 from evaluation.inception import Graph
 from runtime import released
@@ -83,7 +84,7 @@ def test_the_five_metrics_equal_their_formulas(folder, tmp_path, evaluate):
     record = tmp_path / "out.json"
     flags = folder / "a.npz", folder / "b.npz", "--distance", "fp32", "--json", record
     printed, err = evaluate(*flags, "--batch-size", 33)
-    assert list(printed)[:5] == NAMES and err == ""
+    assert list(printed) == ["Record", *NAMES] and err == ""  # saved before it is printed
     expected = simple_metrics(*(np.load(folder / name)["arr_0"] for name in ("a.npz", "b.npz")))
     saved = json.loads(record.read_text())
     assert list(saved["metrics"]) == ["inception_score", "fid", "sfid", "precision", "recall"]
@@ -166,6 +167,23 @@ def test_doubts_are_one_line_each_and_part_of_the_record(folder, tmp_path, image
     assert len(lines) == 4
     saved = json.loads((tmp_path / "out.json").read_text())["warnings"]
     assert [f"evaluator.py: warning: {text}" for text in saved] == lines
+
+
+def test_a_folder_has_the_fid_of_its_pictures_whatever_their_names(folder, tmp_path, images, evaluate):
+    expected, _ = evaluate(folder / "a.npz", folder / "b.npz", "--metrics", "fid")
+    with np.load(folder / "b.npz") as sample:
+        for k, image in enumerate(sample["arr_0"]):
+            path = tmp_path / ("set" if k % 3 else "elsewhere") / (f"{k:03d}.PNG" if k % 2 else f"{k:03d}.png")
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+    (tmp_path / "set" / "more").symlink_to("../elsewhere")
+    (tmp_path / "set" / ".ipynb_checkpoints").mkdir()
+    Image.fromarray(images[0]).save(tmp_path / "set" / ".ipynb_checkpoints" / "x.png")
+    printed, err = evaluate(folder / "a.npz", tmp_path / "set", "--metrics", "fid")
+    assert float(printed["FID"]) == pytest.approx(float(expected["FID"]), rel=1e-4)
+    assert err.count("\n") == 1 and ".ipynb_checkpoints" in err
+    _, err = evaluate(tmp_path / "set", "--save-stats", tmp_path / "out.npz")
+    assert err.count("\n") == 1 and ".ipynb_checkpoints" in err
 
 
 def test_if_memory_runs_out_smaller_batches_are_tried(folder, monkeypatch, evaluate):

@@ -4,7 +4,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import write_pngs
+from conftest import DATA, write_pngs
 from PIL import Image
 
 from evaluation.evaluation_set import ImageChecks, open_evaluation_set, save_statistics
@@ -129,3 +129,93 @@ def test_images_that_are_not_finite_are_refused_by_number(tmp_path):
     images[3, 1, 1, 1] = np.nan
     with pytest.raises(UserError, match="image 3 "):
         doubts(tmp_path, images)
+
+
+def images_of(path):
+    opened = open_evaluation_set(path)
+    return np.concatenate(list(opened.batches(4))), opened.doubts
+
+
+def test_a_folder_is_counted_as_a_user_counts_it(tmp_path):
+    given = pixels(6)
+    for folder in ("plain", "set", "elsewhere"):
+        write_pngs(tmp_path / folder, given)
+    expected, doubts = images_of(tmp_path / "plain")
+    assert doubts == []
+    folder = tmp_path / "set"
+    (folder / "class1" / "001.png").rename(folder / "class1" / "001.PNG")
+    (folder / "class2").rename(tmp_path / "elsewhere" / "moved")
+    (folder / "class2").symlink_to("../elsewhere/moved")
+    (folder / "class3" / "003.png").unlink()
+    (folder / "class3" / "003.png").symlink_to("../../elsewhere/class3/003.png")
+    found, doubts = images_of(folder)
+    assert np.array_equal(found, expected) and doubts == []
+    (folder / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", (5, 6)).save(folder / ".ipynb_checkpoints" / "0-checkpoint.png")
+    (folder / "class0" / "._000.png").write_bytes(b"Mac OS X")
+    (folder / "class0" / "up").symlink_to("..")
+    (folder / "labels.json").write_text("{}")
+    found, (doubt,) = images_of(folder)
+    assert np.array_equal(found, expected)
+    for word in ("hidden entries: 2, the first is .ipynb_checkpoints", "labels.json", "class0/up"):
+        assert word in doubt
+
+
+def test_other_formats_are_read_and_doubted_if_they_change_pixels(tmp_path):
+    given = pixels(4)
+    endings = ["png", "bmp", "tiff", "webp"]
+    for k, ending in enumerate(endings):
+        Image.fromarray(given[k]).save(tmp_path / f"{k}.{ending}", lossless=True)
+    found, (doubt,) = images_of(tmp_path)
+    assert np.array_equal(found, given) and "1 BMP and 1 PNG and 1 TIFF and 1 WEBP images: what WEBP lost" in doubt
+    (tmp_path / "3.webp").rename(tmp_path.parent / "away.webp")
+    assert images_of(tmp_path)[1] == [f"{tmp_path} holds 1 BMP and 1 PNG and 1 TIFF images"]
+    Image.fromarray(given[0]).save(tmp_path / "0.jpg")
+    *_, doubt = images_of(tmp_path)[1]
+    assert doubt == f"2 images differ only in their ending, as {tmp_path / '0.jpg'} and 0.png: all are used"
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "set.npz").touch()
+    assert_refused(tmp_path, "no .png or other pictures", "an .npz", "the first is set.npz")
+
+
+@pytest.mark.parametrize("name", ["damaged.avif", "bomb.png"])
+def test_damaged_and_enormous_pictures_are_refused_with_the_reason(tmp_path, name):
+    if name == "damaged.avif":
+        (tmp_path / name).write_bytes((DATA / name).read_bytes())
+    else:
+        Image.new("1", (20000, 20000)).save(tmp_path / name)
+    assert_refused(tmp_path, f"{name} is not a picture that can be read (")
+
+
+def test_a_picture_of_16_bits_is_read_as_in_training(tmp_path):
+    Image.fromarray((pixels(1)[0, ..., 0].astype(np.uint16)) * 257).save(tmp_path / "x.png")
+    assert np.array_equal(images_of(tmp_path)[0][..., 1], pixels(1)[..., 0])
+
+
+def test_uint8_images_that_were_not_scaled_are_doubted(tmp_path):
+    real = pixels(6)
+    unit, signed = real / 255, real / 127.5 - 1
+    signed[0, 0, 0] = 1, -1, 0
+    wrong = {
+        "0, 1": [unit.astype(np.uint8), np.round(unit).astype(np.uint8)],
+        "0, 1, 255": [signed.astype(np.int8).astype(np.uint8), np.round(signed).astype(np.int8).astype(np.uint8)],
+        "from 126 to 128": [(signed + 127.5).astype(np.uint8)],
+        "from 7 to 7": [np.full_like(real, 7)],
+    }
+    for words, sets in wrong.items():
+        for images in sets:
+            text = doubts(tmp_path, images)[0]
+            assert words in text and "the metrics mean nothing" in text and "uint8" in text
+    for images in (real, (real > 100) * np.uint8(255), real // 16, np.where(real > 250, 254, real)):
+        assert doubts(tmp_path, images) == []
+
+
+def test_a_folder_of_unscaled_pictures_is_doubted_too(tmp_path):
+    write_pngs(tmp_path, np.round(pixels(6) / 255).astype(np.uint8))
+    opened = open_evaluation_set(tmp_path)
+    checks = ImageChecks(opened)
+    for batch in opened.batches(4):
+        checks.add(batch)
+    assert "mean nothing" in checks.doubts()[0]

@@ -41,3 +41,20 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
             check_writable(path)
     check_writable(tmp_path / "file")
     assert os.listdir(tmp_path) == ["file"]
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    for name, reason in (("loop", "symbolic links"), ("fifo", "not a file"), ("x" * 256, "too long")):
+        with pytest.raises(UserError, match=f"cannot write .*{reason}.*; name another place"):
+            check_writable(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 251 + ".png", "x" * 250 + "\udce9.png", "é" * 125 + ".npz", "y" * 240], ids=str.isascii
+)
+def test_a_name_of_up_to_255_bytes_can_be_written(tmp_path, name):
+    assert 240 <= len(os.fsencode(name)) <= 255
+    check_writable(tmp_path / name)
+    with atomic_write(tmp_path / name) as part:
+        part.write_text("new")
+        assert part.name.startswith(f".{os.fsdecode(os.fsencode(name)[:238])}") and part.name.endswith(".part")
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "new"

@@ -91,3 +91,12 @@ def test_latents_of_another_model_or_data_are_refused(spec, make, image_folder, 
     (folder / "latents.json").write_text(json.dumps(about | {"num_classes": 3}))
     with pytest.raises(UserError, match="labels outside 0 to 2"):
         LatentSource(folder, spec, "name")
+
+
+def test_latents_have_the_labels_of_the_images(spec, make, tmp_path):
+    for k, name in enumerate("edcba"):
+        plain_images(tmp_path / "plain", 5)
+        (tmp_path / "named").mkdir(exist_ok=True)
+        (tmp_path / "plain" / f"class{k}").rename(tmp_path / "named" / name.upper())
+    images, *_, folder = make(tmp_path / "named")
+    assert LatentSource(folder, spec, "name").labels.tolist() == [label for _, label in images.files] == [0, 1, 2, 3, 4]
