@@ -101,31 +101,31 @@ class Router(nn.Module):
     def load(cls, path: str | Path) -> "Router":
         """Load a router file, ours or a released one, onto the CPU without running code in it.
 
+        The rows may be in another dict, below the names of modules: "module.0.prob", "router.routers.0.prob".
         Raises UserError if the file is missing, cut off, or no router file.
         """
         # The released files contain the Namespace of their flags.
         saved = load_tensors(path, allow=[argparse.Namespace])
-        return cls.from_state(path, saved)
-
-    @classmethod
-    def from_state(cls, path: str | Path, rows: Any) -> "Router":
-        """Make a router from `rows`, laid out as in `state` and loaded from `path`. Raises UserError as `load`.
-
-        The rows may be in a nested dict, and below the names of modules: "module.0.prob", "router.routers.0.prob".
-        """
         for key in NESTED:
-            if isinstance(rows, dict) and isinstance(rows.get(key), dict):
-                rows = rows[key]
-        named = rows if isinstance(rows, dict) else {}
-        matches = [ROW.fullmatch(name) if isinstance(name, str) else None for name in named]
-        prefixes = sorted({match[1] for match in matches if match})
-        if not prefixes:
-            raise UserError(f'{path} is not a router file: it has no "routers"; train_router.py writes them')
+            if isinstance(saved, dict) and isinstance(saved.get(key), dict):
+                saved = saved[key]
+        rows = saved if isinstance(saved, dict) else {}
+        matches = {name: ROW.fullmatch(name) for name in rows if isinstance(name, str)}
+        prefixes = sorted({match[1] for match in matches.values() if match})
         if len(prefixes) > 1:
             several = " and ".join(prefix or "one without prefix" for prefix in prefixes)
             raise UserError(f"{path} holds several routers, {several}: save one of them alone")
-        rows = {f"{match[2]}.prob" if match else None: row for match, row in zip(matches, named.values())}
-        steps = len(matches)
+        renamed = {name: f"{match[2]}.prob" for name, match in matches.items() if match}
+        if len(set(renamed.values())) == len(renamed):  # else two rows would become one
+            rows = {renamed.get(name, name): row for name, row in rows.items()}
+        return cls.from_state(path, rows if prefixes else None)
+
+    @classmethod
+    def from_state(cls, path: str | Path, rows: Any) -> "Router":
+        """Make a router from `rows`, laid out as in `state` and loaded from `path`. Raises UserError as `load`."""
+        if not isinstance(rows, dict) or not rows:
+            raise UserError(f'{path} is not a router file: it has no "routers"; train_router.py writes them')
+        steps = len(rows)
         names = {f"{i}.prob" for i in range(steps)}
         plain = all(isinstance(row, torch.Tensor) and row.is_floating_point() for row in rows.values())
         lengths = {len(row) if row.dim() == 1 else 0 for row in rows.values()} if plain else {0}

@@ -81,6 +81,14 @@ def _float_tensors(path: str | Path, state: Mapping[str, Tensor]) -> dict[str, T
 
 def _fitting_flags(spec: ModelSpec, state: dict[str, Tensor], arguments: dict[str, Any]) -> str:
     """The way out if a checkpoint is of another model: the flags that its arguments, or else its shapes, ask for."""
+    patches, outputs = state.get("x_embedder.proj.weight"), state.get("final_layer.linear.bias")
+    if (
+        patches is not None
+        and outputs is not None
+        and outputs.numel() == patches[:1].numel()
+        and spec.config.get("learn_sigma", True)
+    ):
+        return 'it predicts no variances: use a model folder whose config.json has "learn_sigma": false'
     if not spec.registered:
         return "weights and config.json must be of one model"
     ours = {"model": spec.name, "image_size": spec.image_size, "num_classes": spec.num_classes}
@@ -130,7 +138,9 @@ def load_vae(spec: ModelSpec, device: torch.device | str) -> Any:
         if differs := mismatch(_shapes(state), _shapes(vae.state_dict())):
             raise ValueError(differs)
     except Exception as error:  # a damaged configuration makes diffusers raise errors of any class
-        raise UserError(f"the VAE in {folder} cannot be read ({first_line(error)}): save it again") from error
+        raise UserError(
+            f"the VAE in {folder} cannot be read ({first_line(error)}): mend its config.json, or save it again"
+        ) from error
     vae.load_state_dict(_float_tensors(weights, state), assign=True)
     vae = vae.requires_grad_(False).eval().to(device)
     cell_pixels = 2 ** (len(vae.config.block_out_channels) - 1)

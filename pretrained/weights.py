@@ -116,10 +116,11 @@ def load_shards(index: Path) -> dict[str, Tensor]:
     plain = isinstance(files, dict) and files and all(isinstance(file, str) for file in files.values())
     if not plain or any(Path(file).name != file or "\\" in file for file in files.values()):
         raise UserError(f"{index} is no index of shards: its weight_map must name files beside it; fetch it again")
+    shards = sorted(set(files.values()))
+    if missing := [file for file in shards if not (index.parent / file).is_file()]:
+        raise UserError(f"{index} lists {missing[0]}, and there is no such file beside it: fetch it too")
     state: dict[str, Tensor] = {}
-    for file in sorted(set(files.values())):
-        if not (index.parent / file).is_file():
-            raise UserError(f"{index} lists {file}, and there is no such file beside it: fetch it too")
+    for file in shards:
         shard = index.parent / file
         tensors = named_tensors(load_tensors(shard))
         listed = dict.fromkeys(name for name in files if files[name] == file)

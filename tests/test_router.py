@@ -1,6 +1,7 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import DATA, random_dit
@@ -72,6 +73,49 @@ def test_the_released_routers(steps, running, even, distinct, bound):
     with torch.device("meta"):
         costs = DiT_models["DiT-XL/2"]().multiply_adds()
     assert round(schedule.speedup_bound(costs), 3) == bound
+
+
+STATE = Router(4, 3, torch.Generator().manual_seed(0)).state()
+
+
+def below(prefix):
+    return {prefix + name: row for name, row in STATE.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"routers": below("module.")},
+        {"routers": below("_orig_mod.module.")},
+        {"routers": {name.replace(".prob", "._orig_mod.prob"): row for name, row in STATE.items()}},
+        {"router": below("routers.")},
+        {"state_dict": below("router.routers."), "epoch": 3},
+        below("module.routers."),
+        {"routers": {name: row.double() for name, row in STATE.items()}},
+        {"routers": STATE, "args": argparse.Namespace(lr=np.float64(1e-3), thres=np.float32(0.1), out=Path("a"))},
+    ],
+)
+def test_routers_of_others_are_read(tmp_path, content):
+    torch.save(content, tmp_path / "router.pt")
+    loaded = Router.load(tmp_path / "router.pt").state()
+    assert loaded.keys() == STATE.keys() and all(torch.equal(loaded[name], STATE[name]) for name in STATE)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"routers": Router(4, 3)}, "router.Router, which could run code"),
+        ({"routers": below("online.") | below("ema.")}, "several routers, ema. and online."),
+        ({"routers": STATE | {"module.4.prob": torch.zeros(6)}}, "several routers, one without prefix and module."),
+        ({"routers": STATE | {"0._orig_mod.prob": torch.zeros(6)}}, "must be 0.prob to 4.prob"),
+        ({"routers": STATE | {7: torch.zeros(6)}}, "must be 0.prob to 4.prob"),
+        ({"routers": STATE | {"3.prob": None}}, "must be 0.prob to 3.prob"),
+    ],
+)
+def test_a_router_file_that_is_refused_names_the_reason(tmp_path, content, words):
+    torch.save(content, tmp_path / "router.pt")
+    with pytest.raises(UserError, match=words):
+        Router.load(tmp_path / "router.pt")
 
 
 @pytest.mark.parametrize(

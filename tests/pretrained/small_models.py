@@ -12,6 +12,16 @@ from pretrained.loading import load_dit
 from pretrained.spec import model_spec
 from runtime.errors import UserError
 
+FILE = "diffusion_pytorch_model"
+# Ways to save a model with diffusers.
+SAVED = {
+    "shards": dict(max_shard_size="20KB"),
+    "a variant": dict(variant="fp16"),
+    "shards of a variant": dict(variant="ema", max_shard_size="20KB"),
+    "pickles": dict(safe_serialization=False),
+    "shards of pickles": dict(safe_serialization=False, max_shard_size="20KB"),
+}
+
 
 def random_transformer(**config):
     """A small DiTTransformer2DModel with random parameters and the same embedders in every block."""
@@ -40,6 +50,15 @@ def save_pipeline(folder):
     names = {str(k): f"{name}, another word" for k, name in enumerate(["tench", "hen", "ox", "cat", "fly"])}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": names}))
     return folder
+
+
+def save_again(pipeline, part, **how):
+    """Save a part of a pipeline in another way; its configuration stays."""
+    model = {"transformer": random_transformer, "vae": random_vae}[part]()
+    config = (pipeline / part / "config.json").read_text()
+    (pipeline / part / f"{FILE}.safetensors").unlink(missing_ok=True)
+    model.save_pretrained(pipeline / part, **how)
+    (pipeline / part / "config.json").write_text(config)
 
 
 def edit_json(path, **changes):

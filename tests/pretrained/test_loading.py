@@ -11,7 +11,18 @@ import pytest
 import torch
 from conftest import random_dit
 from safetensors.torch import load_file
-from small_models import edit_json, fixed_dit, load, random_transformer, refusal, same, save_pipeline
+from small_models import (
+    FILE,
+    SAVED,
+    edit_json,
+    fixed_dit,
+    load,
+    random_transformer,
+    refusal,
+    same,
+    save_again,
+    save_pipeline,
+)
 
 from models import DiT, DiT_models
 from pretrained.diffusers_layout import WEIGHTS, to_diffusers
@@ -19,7 +30,7 @@ from pretrained.loading import load_dit, load_vae
 from pretrained.spec import model_spec
 from pretrained.weights import find_model_folder, load_state_dict_of
 
-SAFE, PICKLED = WEIGHTS
+SAFE = WEIGHTS[0]
 STATE = {"x_embedder.weight": torch.arange(6.0).reshape(2, 3), "y": torch.ones(2, dtype=torch.float16)}
 OTHER = {"y": torch.zeros(1)}
 KEYS = "transformer_blocks.1.attn1.to_k.weight"
@@ -88,15 +99,17 @@ def test_tensors_of_diffusers_that_no_dit_has_are_refused(tmp_path):
         assert words in refusal(load_state_dict_of, tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_only_the_needed_files_of_a_hub_model_are_fetched(tmp_path, monkeypatch, weights):
-    """Pickles are fetched and read only if there are no safetensors."""
+@pytest.mark.parametrize("how", ["plain", *SAVED])
+def test_only_the_needed_files_of_a_hub_model_are_fetched(tmp_path, monkeypatch, how):
+    """Variants are fetched and read only if there are no plain weights, and pickles if there are no safetensors."""
     hub, cache = save_pipeline(tmp_path / "hub"), tmp_path / "cache"
     expected, expected_vae = load(hub).state_dict(), load_file(hub / "vae" / SAFE)
     for part in ("transformer", "vae"):
-        torch.save(load_file(hub / part / SAFE), hub / part / PICKLED)
-        if weights == PICKLED:
-            (hub / part / SAFE).unlink()
+        save_again(hub, part, **SAVED.get(how, {}))
+        for more in ("fp32.safetensors", "bin") if how in ("plain", "shards") else ():
+            (hub / part / f"{FILE}.{more}").write_bytes(b"not needed")
+    needed = {path.name for path in hub.rglob("*.*")} - {f"{FILE}.fp32.safetensors", f"{FILE}.bin"}
+    needed |= {f"{FILE}.bin"} if how == "pickles" else set()
 
     def snapshot_download(name, allow_patterns):
         for file in (str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()):
@@ -109,7 +122,7 @@ def test_only_the_needed_files_of_a_hub_model_are_fetched(tmp_path, monkeypatch,
     spec = model_spec(ckpt="someone/theirs")
     assert spec.name == "theirs" and same(load_dit(spec, "cpu").state_dict(), expected)
     assert same(load_vae(spec, "cpu").state_dict(), expected_vae)
-    assert {path.name for path in cache.rglob("*.*")} == {"model_index.json", "config.json", weights}
+    assert {path.name for path in cache.rglob("*.*")} == needed
 
 
 def test_a_hub_model_that_cannot_be_fetched_is_refused(monkeypatch):
