@@ -276,6 +276,32 @@ def test_a_damaged_image_is_named_and_more_than_one_percent_are_refused(train, f
     assert_refused(train(*more, code=1), "has 4 classes, the model 5")
 
 
+@pytest.mark.parametrize("more", [[], ["--extract-latents", "latents"]])
+def test_more_damaged_images_than_allowed_end_the_program_and_its_workers(more, train):
+    """Two ranks, whose workers ignore signals: each of them must end."""
+    folder = Path("images").resolve()
+    plain_images(folder, 60)
+    for path in folder.glob("class?/00*.png"):
+        path.write_bytes(b"no picture")
+    err = train("--data-path", folder, "--num-workers", 2, *more, by=fork, processes=2, code=1).stderr
+    assert "cannot be read, more than 1 %" in err and "Traceback" not in err
+
+
+def test_a_name_that_is_not_utf_8_can_be_printed_logged_and_resumed(train, model_folder):
+    """In Latin-1, as on an old disk: of a damaged image and of the model's folder."""
+    folder, model = Path("images").resolve(), os.fsdecode(b"caf\xe9")
+    plain_images(folder, 120)
+    damaged = folder / "class1" / os.fsdecode(b"caf\xe9.png")
+    (folder / "class1" / "001.png").rename(damaged)
+    damaged.write_bytes(b"no picture")
+    shutil.copytree(model_folder, model)
+    more = ["--ckpt", model, "--data-path", folder, "--resume", "auto"]
+    for epochs in (1, 2):
+        result = train(*more, "--epochs", epochs, by=fork)
+        assert f"results/000-caf\\udce9/checkpoints/{epochs * 30:07d}.pt" in result.stdout
+        assert (r"class1/caf\udce9.png: " in result.stdout) == (epochs == 1)  # named once
+
+
 def test_a_loss_that_is_not_finite_stops_and_the_last_good_router_is_saved(train, monkeypatch):
     calls, router_loss = [], trainer.router_loss
 

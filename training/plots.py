@@ -39,12 +39,17 @@ def _new_figure(count=1):
         return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
+def _set_title(axis, text):
+    """Set a title that may hold the name of a folder: any characters, of which the font has few, and no mathematics."""
+    axis.set_title(text.encode("latin-1", "backslashreplace").decode("latin-1"), parse_math=False)
+
+
 def save_heatmap(named_scores, threshold, path):
     """Write a PNG of `named_scores`, a dict of title: scores [steps, depth, 2], side by side."""
     figure, axes = _new_figure(len(named_scores))
     for axis, (title, scores) in zip(axes, named_scores.items()):
         image, _ = draw_scores(axis, scores, threshold)
-        axis.set_title(title)
+        _set_title(axis, title)
     figure.colorbar(image, ax=list(axes), label=f"score; x: reused at threshold {threshold:g}")
     with atomic_write(path) as part:
         figure.savefig(part, format="png", metadata={"Software": None})
@@ -65,13 +70,13 @@ def save_animation(frames, threshold, path, most=100):
     figure.set_dpi(80)
     image, crosses = draw_scores(axis, frames[0][1], threshold)
     figure.colorbar(image, ax=axis, label=f"score; x: reused at threshold {threshold:g}")
-    axis.set_title(frames[0][0])
+    _set_title(axis, frames[0][0])
     for _ in range(2):  # the second drawing settles the layout, which then stays the same for all frames
         figure.draw_without_rendering()
     figure.set_layout_engine("none")
     pictures = []
     for title, scores in frames:
-        axis.set_title(title)
+        _set_title(axis, title)
         _update(image, crosses, scores, threshold)
         figure.canvas.draw()
         pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))

@@ -1,4 +1,7 @@
+import os
+
 import numpy as np
+import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -27,3 +30,11 @@ def test_an_animation_runs_from_the_first_frame_to_the_last_in_at_most_so_many(t
             gif.seek(count - 1)
             colour = np.asarray(gif.convert("RGB"), float)[gif.height // 2 - 40, gif.width // 2 - 30]
             assert colour[0] > colour[2]  # the last frame: viridis ends with yellow
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "\u8def\u7531", "a$_$b", "caf\xe9"])
+def test_a_title_may_hold_any_characters(name, tmp_path, recwarn):
+    scores = torch.rand(4, 2, 2)
+    save_heatmap({name: scores}, 0.5, tmp_path / "x.png")
+    save_animation([(name, scores)], 0.5, tmp_path / "x.gif")
+    assert not recwarn.list
