@@ -44,6 +44,7 @@ def parse_args(argv=None):
     output.add_argument("--sample-dir", metavar="DIR", default="samples", help="folder for the .npz and its shards")
     output.add_argument("--save-to-disk", action="store_true", help="also write each image as NNNNNN.png")
     output.add_argument("--keep-shards", action="store_true", help="keep the shards, until a run without this flag")
+    output.add_argument("--name", metavar="TEXT", help="not used: accepted because the original has it")
     cli.add_record_argument(output)
     args = parser.parse_args(argv)
     cli.check_sampling_arguments(parser, args)

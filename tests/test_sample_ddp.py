@@ -408,3 +408,10 @@ def test_a_full_disk_ends_it_with_one_line_and_loses_nothing(sample, finish):
     finally:
         gc.collect()
         subprocess.run(["umount", "--lazy", SAMPLES])
+
+
+def test_the_name_of_the_originals_commands_is_accepted_and_changes_nothing(make):
+    plain, _ = make()
+    named, out = make("--name DiT-XL/2-50", folder="named")
+    assert plain.keys() == named.keys() and all(np.array_equal(plain[name], named[name]) for name in plain)
+    assert npz_in().name == npz_in("named").name and "DiT-XL" not in out
