@@ -1,5 +1,6 @@
 """Features of evaluation sets, computed by the network of a graph file, and their statistics."""
 
+import contextlib
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -88,24 +89,25 @@ class Network:
         """
         needed, checks, spatial = set(needed), ImageChecks(images), Moments()
         pool, done, waiting = np.empty((images.count, self.sizes[0]), np.float32), 0, []
-        for batch in images.batches(self.batch_size):
-            checks.add(batch)
-            pooled, cells = self.features(batch if batch.dtype == np.uint8 else batch.astype(np.float32))
-            if (pooled.shape[1], cells.shape[1]) != self.sizes:
-                raise UserError(
-                    f"{self.path} makes {pooled.shape[1]} and {cells.shape[1]} features from {images}, but "
-                    f"{self.sizes[0]} and {self.sizes[1]} from a 32x32 image: a graph for the evaluator must resize "
-                    "its images"
-                )
-            pool[done : done + len(batch)] = pooled
-            done += len(batch)
-            if needed & {"mu_s", "sigma_s"}:
-                waiting.append(cells)
-                # Many at a time, because each addition rewrites the whole covariance.
-                if done == images.count or sum(map(len, waiting)) >= TILE:
-                    spatial.add(np.concatenate(waiting))
-                    waiting = []
-            progress(len(batch))
+        with contextlib.closing(images.batches(self.batch_size)) as batches:  # or a reader that waits outlives Ctrl-C
+            for batch in batches:
+                checks.add(batch)
+                pooled, cells = self.features(batch if batch.dtype == np.uint8 else batch.astype(np.float32))
+                if (pooled.shape[1], cells.shape[1]) != self.sizes:
+                    raise UserError(
+                        f"{self.path} makes {pooled.shape[1]} and {cells.shape[1]} features from {images}, but "
+                        f"{self.sizes[0]} and {self.sizes[1]} from a 32x32 image: a graph for the evaluator must "
+                        "resize its images"
+                    )
+                pool[done : done + len(batch)] = pooled
+                done += len(batch)
+                if needed & {"mu_s", "sigma_s"}:
+                    waiting.append(cells)
+                    # Many at a time, because each addition rewrites the whole covariance.
+                    if done == images.count or sum(map(len, waiting)) >= TILE:
+                        spatial.add(np.concatenate(waiting))
+                        waiting = []
+                progress(len(batch))
         for text in checks.doubts():
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         arrays = {"pool": pool}

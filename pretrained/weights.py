@@ -133,7 +133,7 @@ def load_shards(index: Path) -> dict[str, Tensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """The dict in a JSON file. Raises UserError if it cannot be read or holds no dict."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # whatever the locale
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
         return content

@@ -79,7 +79,7 @@ class ImageSource:
             try:
                 image = center_crop(load_image(path), self.size)
             except ValueError as error:
-                skipped.append(str(error))
+                skipped.append(" ".join(str(error).splitlines()))  # a name may hold line breaks
                 check_skipped(skipped, len(self))
                 continue
             x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)

@@ -96,3 +96,11 @@ def test_a_damaged_or_missing_file_of_diffusers_is_refused(pipeline, file, conte
     (pipeline / file).unlink() if content is None else (pipeline / file).write_text(content)
     place = pipeline if (file, content) == ("model_index.json", None) else pipeline / file
     assert str(place) in refusal(load, pipeline)
+
+
+def test_a_configuration_is_utf_8_with_or_without_a_mark(model_folder, tmp_path):
+    """Editors of Windows begin a file with a mark, and its characters are UTF-8 in any locale."""
+    config = json.loads((model_folder / "config.json").read_text()) | {"class_names": ["café", *"bcde"]}
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "config.json").write_text(json.dumps(config, ensure_ascii=False), encoding=encoding)
+        assert model_spec(ckpt=str(tmp_path)).class_names[0] == "café"

@@ -181,3 +181,13 @@ def test_class_names_label_the_images(spec, tmp_path):
     assert [path.split("/")[-2] for path, _ in source.files] == ["trouser", "bag", "coat", "Ankle-Boot", "dress"]
     assert [source.load(k)[1] for k in range(5)] == [0, 1, 2, 3, 4]
     assert source.notes == [f"{tmp_path}: the names of its folders give their labels: trouser has label 0"]
+
+
+def test_a_name_with_a_line_break_counts_as_one_skipped_image(tmp_path, spec):
+    plain_images(tmp_path, 500)
+    damaged = tmp_path / "class0" / "a\nb\u2028c.png"
+    damaged.write_bytes(b"no picture")
+    source = ImageSource(tmp_path, spec)
+    (index,) = (k for k, (path, _) in enumerate(source.files) if path == str(damaged))
+    _, _, skipped = source.load(index)
+    assert len(skipped_names([skipped])) == 1 and "a b c.png" in skipped
