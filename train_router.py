@@ -173,8 +173,10 @@ def extract(args, processes, device):
 def train(args, processes, device):
     """Start or continue a training; return whether a signal stopped it."""
     from training.batches import TrainingSamples, make_loader
-    from training.loop import Output, run_updates, start_wandb
+    from training.loop import Output, run_updates, start_wandb, wandb_mode
 
+    if args.wandb:
+        processes.run_on_main(wandb_mode)  # a wrong one is refused before the models are loaded
     spec, dit, vae, source, identity = load(args, processes, device)
     if len(source) < args.global_batch_size:
         raise processes.error(

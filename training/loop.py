@@ -1,14 +1,17 @@
 """The updates of a training, one after another: signals, the log, checkpoints, Weights & Biases."""
 
 import contextlib
+import inspect
 import os
 import shlex
+import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
 from runtime.devices import peak_memory
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.signals import caught_signals
 from training.batches import load_batches, skipped_names
 from training.images import check_skipped
@@ -29,17 +32,11 @@ class Output:
         state = trainer.state_dict() | self.extra
         heatmap = self.run.save(trainer.router, state, trainer.config.threshold, self.keep).with_suffix(".png")
         if self.wandb_run and heatmap.exists():
-            import wandb
-
-            self.wandb_run.log({"heatmap": wandb.Image(str(heatmap))}, step=trainer.updates_done)
+            self.wandb_run.log({"heatmap": heatmap}, trainer.updates_done)
 
     def finish(self):
-        """End the run of Weights & Biases; print how to send it if it is offline."""
         if self.wandb_run:
             self.wandb_run.finish()
-            if self.wandb_run.settings.mode == "offline":
-                folder = shlex.quote(self.wandb_run.settings.sync_dir)
-                print(f"Weights & Biases: offline; send it with: wandb sync {folder}")
 
     def log(self, line):
         if self.run is None:
@@ -47,7 +44,7 @@ class Output:
         self.run.log(line)
         if self.wandb_run:
             scalars = {name: value for name, value in line.items() if not isinstance(value, dict | list)}
-            self.wandb_run.log(scalars, step=line["step"])
+            self.wandb_run.log(scalars, line["step"])
 
 
 def run_updates(trainer, loader, output, log_every, ckpt_every):
@@ -120,14 +117,103 @@ def describe(line):
     )
 
 
+class WandbRun:
+    """A run of Weights & Biases. If it fails, it ends with one line, and the training goes on without it."""
+
+    def __init__(self, run):
+        self.run, self.id = run, run.id
+
+    def log(self, values, step):
+        """Log numbers, and pictures by their Path."""
+        import wandb
+
+        def log(run):
+            images = {name: wandb.Image(str(value)) for name, value in values.items() if isinstance(value, Path)}
+            run.log(values | images, step=step)
+
+        self._call(log)
+
+    def finish(self):
+        """End the run; print how to send it if it is offline."""
+
+        def finish(run):
+            run.finish()
+            if run.settings.mode == "offline":
+                folder = shlex.quote(run.settings.sync_dir)
+                print(f"Weights & Biases: offline; send it with: wandb sync {folder}")
+
+        self._call(finish)
+
+    def _call(self, function):
+        if self.run is None:
+            return
+        try:
+            function(self.run)
+        except Exception as error:
+            self.run = None
+            reason = f"Weights & Biases has failed ({first_line(error)})"
+            print(f"warning: {reason}: the training goes on without it", file=sys.stderr)
+            import wandb
+
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # it would try again at exit, with a traceback
+
+
+def wandb_mode():
+    """Return the mode of a run of Weights & Biases: WANDB_MODE, or offline without an account.
+
+    Raises UserError if Weights & Biases refuses an environment variable.
+    """
+    given = os.environ.get("WANDB_MODE") or None
+    modes = {None: None, "dryrun": "offline", "run": "online"}  # of older versions
+    mode = modes.get(given, given)
+    if mode not in (None, "online", "offline", "disabled", "shared"):
+        raise UserError(f"WANDB_MODE is {given!r}: set it to online, offline or disabled, or unset it")
+    if not given:
+        os.environ.pop("WANDB_MODE", None)  # Weights & Biases refuses an empty one
+    with wandb_errors():
+        import wandb
+
+        wandb.setup()  # reads the environment
+        return mode or ("online" if _has_account(wandb) else "offline")
+
+
+def _has_account(wandb):
+    try:
+        if "prompt" in inspect.signature(wandb.login).parameters:  # since 0.28; it deprecates the other way
+            return wandb.login(prompt=False, verify=False)
+        return bool(wandb.api.api_key)
+    except wandb.errors.AuthenticationError:
+        return True  # wandb.init tells what is wrong with the key
+
+
+@contextlib.contextmanager
+def wandb_errors():
+    """Turn an error of Weights & Biases in this block into a UserError that names its setting."""
+    try:
+        yield
+    except Exception as error:
+        reason = first_line(error)
+        if hasattr(error, "errors"):  # pydantic's text has several lines
+            wrong = [f"{'_'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()]
+            reason = "; ".join(wrong)
+        way_out = "set the WANDB_ variable right, or leave out --wandb"
+        raise UserError(f"Weights & Biases cannot start ({reason}): {way_out}") from error
+
+
 def start_wandb(folder, flags, run_id=None):
-    """Start or resume a run of Weights & Biases in `folder`; offline without an account or network."""
+    """Start or resume a `WandbRun` in `folder`; offline without an account or network.
+
+    Raises UserError if Weights & Biases refuses an environment variable.
+    """
+    mode = wandb_mode()
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     settings = dict(project="learning-to-cache", name=folder.name, dir=folder, config=flags, id=run_id, resume="allow")
-    try:
-        return wandb.init(**settings, mode=mode)
-    except wandb.Error as error:
-        print(f"Weights & Biases cannot be reached ({error}): logging offline")
-        return wandb.init(**settings, mode="offline")
+    if mode != "offline":
+        try:
+            return WandbRun(wandb.init(**settings, mode=mode))
+        except Exception as error:
+            print(f"Weights & Biases cannot be reached ({first_line(error)}): logging offline")
+    with wandb_errors():
+        return WandbRun(wandb.init(**settings, mode="offline"))
