@@ -1,5 +1,8 @@
 """Specs of names, of model folders and of diffusers' folders, and the programs that take such a folder."""
 
+import json
+import shutil
+
 import pytest
 from conftest import call
 from small_models import edit_json, load, refusal, save_pipeline
@@ -101,6 +104,7 @@ def test_a_damaged_or_missing_file_of_diffusers_is_refused(pipeline, file, conte
 def test_a_configuration_is_utf_8_with_or_without_a_mark(model_folder, tmp_path):
     """Editors of Windows begin a file with a mark, and its characters are UTF-8 in any locale."""
     config = json.loads((model_folder / "config.json").read_text()) | {"class_names": ["café", *"bcde"]}
+    shutil.copytree(model_folder, tmp_path, dirs_exist_ok=True)
     for encoding in ("utf-8", "utf-8-sig"):
         (tmp_path / "config.json").write_text(json.dumps(config, ensure_ascii=False), encoding=encoding)
         assert model_spec(ckpt=str(tmp_path)).class_names[0] == "café"

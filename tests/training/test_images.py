@@ -181,10 +181,17 @@ def test_class_names_label_the_images(spec, tmp_path):
     assert [path.split("/")[-2] for path, _ in source.files] == ["trouser", "bag", "coat", "Ankle-Boot", "dress"]
     assert [source.load(k)[1] for k in range(5)] == [0, 1, 2, 3, 4]
     assert source.notes == [f"{tmp_path}: the names of its folders give their labels: trouser has label 0"]
+    assert ImageSource(tmp_path, replace(spec, class_names=None)).notes == []
+    for class_names, notes in (
+        (("ankle-boot", "bag", "coat", "dress", "trouser"), 0),
+        (("hose", "a", "b", "c", "d"), 1),
+    ):
+        source = ImageSource(tmp_path, replace(spec, class_names=class_names))
+        assert len(source.notes) == notes and source.files[0][0].endswith("Ankle-Boot/0.png")
 
 
 def test_a_name_with_a_line_break_counts_as_one_skipped_image(tmp_path, spec):
-    plain_images(tmp_path, 500)
+    plain_images(tmp_path, 250)
     damaged = tmp_path / "class0" / "a\nb\u2028c.png"
     damaged.write_bytes(b"no picture")
     source = ImageSource(tmp_path, spec)
