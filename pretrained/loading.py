@@ -81,14 +81,15 @@ def _float_tensors(path: str | Path, state: Mapping[str, Tensor]) -> dict[str, T
 
 def _fitting_flags(spec: ModelSpec, state: dict[str, Tensor], arguments: dict[str, Any]) -> str:
     """The way out if a checkpoint is of another model: the flags that its arguments, or else its shapes, ask for."""
-    patches, outputs = state.get("x_embedder.proj.weight"), state.get("final_layer.linear.bias")
-    if (
-        patches is not None
-        and outputs is not None
-        and outputs.numel() == patches[:1].numel()
-        and spec.config.get("learn_sigma", True)
-    ):
-        return 'it predicts no variances: use a model folder whose config.json has "learn_sigma": false'
+    names = "x_embedder.proj.weight", "final_layer.linear.bias", "y_embedder.embedding_table.weight"
+    patches, outputs, classes = (state.get(name, torch.empty(0)) for name in names)
+    settings = {
+        '"learn_sigma": false': spec.config.get("learn_sigma", True) and 0 < len(outputs) == patches[:1].numel(),
+        '"class_dropout_prob": 0': spec.config.get("class_dropout_prob", 0.1) and len(classes) == spec.num_classes,
+    }
+    for setting, needed in settings.items():
+        if needed:
+            return f'pass a model folder with these weights, whose config.json has {setting} in "model"'
     if not spec.registered:
         return "weights and config.json must be of one model"
     ours = {"model": spec.name, "image_size": spec.image_size, "num_classes": spec.num_classes}

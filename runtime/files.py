@@ -93,8 +93,8 @@ IMPOSTORS = {
 def load_tensors(path, allow=()):
     """Load a file of `torch.save` or safetensors on the CPU: tensors, plain types and the classes in `allow`.
 
-    Its content tells the format, not its name. NumPy's scalars become Python's numbers; its arrays and the paths of
-    pathlib objects without values: training scripts save them beside the weights.
+    Safetensors are known by their content, whatever the name. Training scripts also save objects of NumPy and pathlib:
+    scalars become Python's numbers, arrays and paths become objects without a value.
     Raises UserError if the file is missing, cut off, claims more bytes than it has, does not fit into memory, or holds
     any other object (which is not run).
     """

@@ -131,6 +131,8 @@ def test_a_hub_model_that_cannot_be_fetched_is_refused(monkeypatch):
     assert "someone/missing" in message and "download it elsewhere" in message
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "gone.pt", "ckpt/gone.safetensors", "../gone"])
+@pytest.mark.parametrize(
+    "name", ["no/such/folder", "gone.pt", "ckpt/gone.safetensors", "../gone", "ckpt/gone.th", "ckpt/x.index.json"]
+)
 def test_a_path_that_is_no_hub_name_is_not_looked_up_on_the_hub(name):
     assert find_model_folder(name) == Path(name)

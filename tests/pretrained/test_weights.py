@@ -116,6 +116,18 @@ def test_what_lies_in_the_place_of_a_file_is_named(tmp_path, name, content, word
     assert words in refusal(load_state_dict_of, tmp_path / name)
 
 
+class Claim:
+    """Pickled, it is a scalar of NumPy that claims a gigabyte."""
+
+    def __reduce__(self):
+        return np.float64(1).__reduce__()[0], (np.dtype("V1000000000"),)
+
+
+def test_a_scalar_of_numpy_cannot_claim_memory(tmp_path):
+    torch.save({"ema": STATE, "args": {"lr": Claim()}}, tmp_path / "x.pt")
+    assert str(tmp_path / "x.pt") in refusal(load_state_dict_of, tmp_path / "x.pt")
+
+
 @pytest.fixture
 def registered(monkeypatch):
     for patch in (4, 8):
@@ -146,6 +158,7 @@ def test_floats_of_any_size_become_float32(tmp_path, registered, dtype):
         (fixed_dit(input_size=64, patch_size=4).state_dict(), "DiT-S/4, 512: pass --model DiT-S/4 --image-size 512"),
         (fixed_dit(input_size=32, patch_size=8, num_classes=7).state_dict(), "pass --num-classes 7"),
         (fixed_dit(input_size=32, patch_size=8, learn_sigma=False).state_dict(), '"learn_sigma": false'),
+        ({"y_embedder.embedding_table.weight": torch.ones(5, 24)}, '"class_dropout_prob": 0'),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_with_the_difference_and_the_way_out(tmp_path, registered, change, words):
