@@ -69,7 +69,8 @@ def _find_dit(path: Path, loaded: Any) -> dict[str, Tensor]:
     if not found:
         some = f" (it has {next(iter(tensors))} and {len(tensors) - 1} other tensors)" if tensors else ""
         raise UserError(
-            f"{path} holds no weights of a DiT{some}: save the model's state_dict(), alone or as 'ema' or 'model'"
+            f"{path} does not fit a DiT, it holds no state dict of one{some}: "
+            "save the model's state_dict(), alone or as 'ema' or 'model'"
         )
     prefixes = found[max(found)]
     parts = [[name for name in tensors if name.startswith(prefix)] for prefix in prefixes]

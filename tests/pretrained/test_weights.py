@@ -76,7 +76,7 @@ def test_safetensors_are_known_by_their_content(tmp_path):
     ("checkpoint", "words"),
     [
         ({"student": below("net."), "teacher": below("net.", RAW)}, "student.net. and teacher.net."),
-        ({"encoder.conv_in.weight": ONE, "x": ONE}, "no weights of a DiT (it has encoder.conv_in.weight and 1 other"),
+        ({"encoder.conv_in.weight": ONE, "x": ONE}, "no state dict of one (it has encoder.conv_in.weight and 1 other"),
         ({"model": DIT}, "models.DiT, which could run code"),
         ({"ema": STATE, "args": argparse.Namespace(model="SiT-XL/2")}, "model SiT-XL/2"),
         ({"ema": STATE, "args": argparse.Namespace(path_type="Linear", loss_weight=None)}, "SiT"),
