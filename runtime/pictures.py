@@ -53,7 +53,7 @@ def find_pictures(folder: str | Path) -> tuple[list[str], str]:
                     waiting.append((entry.path, (*around, real)))
             else:
                 (pictures if is_picture else others).append(entry.path)
-    named = {"hidden entries": hidden, "files that are no pictures": others, "links to a folder around them": loops}
+    named = {"hidden entries": hidden, "other files": others, "links to a folder around them": loops}
     parts = [
         f"{name}: {len(paths)}, the first is {os.path.relpath(min(paths), folder)}"
         for name, paths in named.items()

@@ -36,7 +36,7 @@ class ImageSource:
     """The images of a folder with one subfolder per class, as float32 (3, S, S) in [-1, 1].
 
     spec: the model's `ModelSpec`; S is its image size. files: [(path, label)], sorted by label and path.
-    notes: texts about entries that are left out, and about labels that are not in alphabetical order.
+    notes: texts about entries that are left out, and about labels that may surprise.
     Raises UserError if there is no such folder, it has no images, not as many classes as the model, or subfolders whose
     names contradict each other about their labels.
     """
@@ -59,6 +59,9 @@ class ImageSource:
         if order != sorted(order):
             label = next(label for label, folder in enumerate(sorted(order)) if folder != order[label])
             self.notes.append(f"{path}: the names of its folders give their labels: {order[label]} has label {label}")
+        elif (spec.class_names or spec.num_classes == 1000) and not re.search(r"\d", order[0]):
+            if not (spec.class_names and _order_by_name(path, order, spec.class_names)):
+                self.notes.append(f"{path}: labels are the alphabetical order of its folders: {order[0]} has label 0")
         self.files = [(picture, label) for label, folder in enumerate(order) for picture in classes[folder]]
         # Class c is files[starts[c]:starts[c + 1]].
         self.starts = np.searchsorted([label for _, label in self.files], range(len(order) + 1)).tolist()

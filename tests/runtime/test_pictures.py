@@ -162,7 +162,7 @@ def test_pictures_are_found_as_a_user_counts_them(tmp_path):
     again, left_out = find_pictures(folder)
     assert sorted(again) == sorted(found) and left_out == (
         f"{folder}: left out hidden entries: 2, the first is ._a.png; "
-        "files that are no pictures: 3, the first is itself; links to a folder around them: 3, the first is linked/back"
+        "other files: 3, the first is itself; links to a folder around them: 3, the first is linked/back"
     )
 
 
