@@ -1,9 +1,14 @@
 """Devices and precision: choosing them, compiling for them, naming and measuring them."""
 
 import contextlib
+import ctypes
 import os
 import platform
+import shlex
 import shutil
+import subprocess
+import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,14 +69,85 @@ def speed_up_vae(vae: Any, device: torch.device, dtype: str) -> Any:
 
 
 def compile_blocks(blocks: nn.ModuleList, backend: str = "inductor") -> None:
-    """Compile each block of a model with `torch.compile`. Raises UserError if a CPU has no C++ compiler."""
-    compiler = os.environ.get("CXX", "g++")
-    if next(blocks.parameters()).device.type == "cpu" and not shutil.which(compiler):
-        raise UserError(f"--compile needs the C++ compiler {compiler}: install it, name one in CXX, or leave it out")
+    """Compile each block of a model with `torch.compile`. Raises UserError if the GPU or the compiler cannot."""
+    weight = next(blocks.parameters())
+    if backend == "inductor":
+        _check_compiler(weight.device, weight.dtype)
     # A block has four graphs per shape and precision; the default limit is 8. Old versions know this name only.
     torch._dynamo.config.cache_size_limit = 64  # type: ignore[attr-defined]
     for block in blocks:
         block.compile(fullgraph=True, backend=backend)
+
+
+def _check_compiler(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if `torch.compile` cannot work, because of the GPU, the compiler, or the folder of its cache.
+
+    torch compiles at the first call, after minutes of loading, and fails with pages. It calls g++ for a CPU, and for a
+    GPU Triton calls a C compiler; both include Python.h.
+    """
+    if device.type == "cuda":
+        needed = (8, 0) if dtype == torch.bfloat16 else (7, 0)
+        if (capability := torch.cuda.get_device_capability(device)) < needed:
+            has, needs = (".".join(map(str, version)) for version in (capability, needed))
+            raise UserError(
+                f"--compile needs compute capability {needs} for {str(dtype).removeprefix('torch.')}, and {device} has "
+                f"{has}: leave it out, or pass another --dtype"
+            )
+        language, variable, ending = "C", "CC", ".c"
+        default = next(filter(shutil.which, ("gcc", "clang")), "gcc")
+    else:
+        language, variable, ending, default = "C++", "CXX", ".cpp", "g++"
+    compiler = os.environ.get(variable, default)
+    if not shutil.which(compiler):
+        raise UserError(
+            f"--compile needs the {language} compiler {compiler}: install it, name one in {variable}, or leave it out"
+        )
+    folder = None
+    try:
+        folder = tempfile.gettempdir()
+        if device.type == "cpu":
+            from torch._inductor.runtime.runtime_utils import cache_dir
+
+            _check_words("TMPDIR", folder)
+            folder = cache_dir()
+            _check_words("TORCHINDUCTOR_CACHE_DIR", folder)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            _build_module(compiler, Path(work, f"module{ending}"))
+    except OSError as error:
+        place = error.filename or folder or "the folder for temporary files"
+        raise UserError(
+            f"--compile cannot use {place} ({error.strerror or first_line(error)}): set TORCHINDUCTOR_CACHE_DIR and "
+            "TMPDIR to folders in which this user can write and run programs, or leave it out"
+        ) from error
+
+
+def _check_words(variable: str, path: str) -> None:
+    """Raise UserError if a shell would not read a path as one word, because torch splits the compiler's command so."""
+    try:
+        words = shlex.split(path)
+    except ValueError:  # a quotation mark without another
+        words = []
+    if words != [path]:
+        raise UserError(
+            f"--compile cannot use {path}, for its name has spaces or quotation marks: set {variable} to a folder "
+            "without, or leave it out"
+        )
+
+
+def _build_module(compiler: str, source: Path) -> None:
+    """Build and load an empty module of Python. Raises UserError if it cannot be built, OSError if not loaded."""
+    source.write_text("#include <Python.h>\n")
+    library, include = source.with_suffix(".so"), sysconfig.get_path("include", "posix_prefix")
+    command = [compiler, str(source), "-shared", "-fPIC", f"-I{include}", "-o", str(library)]
+    built = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if built.returncode:
+        lines = built.stderr.splitlines() or [f"exit code {built.returncode}"]
+        reason = next((line for line in lines if "error" in line), lines[-1]).removeprefix(f"{source}:")
+        raise UserError(
+            f"--compile needs a working compiler and Python.h, but {compiler} fails ({reason.strip()}): install g++ "
+            "and python3-dev, or leave it out"
+        )
+    ctypes.CDLL(str(library))
 
 
 def pick_device(name: str, processes: "Processes | None" = None, cuda_graphs: bool = False) -> torch.device:

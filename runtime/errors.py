@@ -1,5 +1,7 @@
 """Errors that the user can mend, and the line that reports them."""
 
+import sys
+
 from runtime.memory import out_of_memory
 
 
@@ -16,7 +18,8 @@ class LostPeer(UserError):
 def explain(error, memory_hint=None):
     """Return one line for the user about an exception that is no bug of ours, or None if it is one.
 
-    Not bugs: `UserError`, files that cannot be used (an OSError that nobody else handled), and too little memory.
+    Not bugs: `UserError`, files that cannot be used (an OSError that nobody else handled), too little memory, and
+    compilers that fail.
     memory_hint: what to pass if memory runs out.
     """
     # An error of a data loading process holds a traceback: its last line is the error.
@@ -32,6 +35,10 @@ def explain(error, memory_hint=None):
         text = "a data loading process was killed, perhaps for lack of memory: pass a smaller --num-workers"
     elif isinstance(error, RuntimeError) and last.startswith("Pin memory thread"):
         text = "the thread that pins memory has ended, perhaps for lack of memory: pass a smaller --num-workers"
+    elif (compiler := sys.modules.get("torch._dynamo.exc")) and isinstance(error, compiler.BackendCompilerFailed):
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+        reason = next((line for line in lines if " error: " in line), (lines or [type(error).__name__])[0])
+        text = f"--compile has failed ({reason}): leave it out"
     else:
         return None
     return " ".join(text.split())
