@@ -38,7 +38,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, usage=usage, **kwargs)
 
     def error(self, message):
-        prints = _rank() == 0 or _outlives_main()
+        prints = _rank() == 0 or _outlives_main(WAIT_FOR_MAIN, BETWEEN_RANKS)
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n" if prints else None)
 
 
@@ -183,11 +183,12 @@ def _rank():
     return number_or("RANK", 0)
 
 
-def _outlives_main(wait=WAIT_FOR_MAIN, between_ranks=BETWEEN_RANKS):
+def _outlives_main(wait, between_ranks):
     """Wait until torchrun ends this rank; return True if it does not, False at once without torchrun.
 
     All ranks refuse the same input and rank 0 prints it. When a rank exits, torchrun ends the others, and that must not
     hit rank 0 before it has printed. If rank 0 did not refuse it, the lowest rank that did returns first and can print.
+    wait, between_ranks: seconds.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
@@ -230,7 +231,7 @@ def _run(main, args, memory_hint):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if _rank() != 0:
             if isinstance(error, UserError) and error.printed_by_main:
-                _outlives_main()
+                _outlives_main(WAIT_FOR_MAIN, BETWEEN_RANKS)
                 sys.exit(1)
             if not isinstance(error, LostPeer):
                 _outlives_main(WAIT_FOR_SAME, BETWEEN_SAME)

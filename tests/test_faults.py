@@ -212,7 +212,7 @@ EXTRACTION = "evaluation.features.Network.extract"
         ("sample.py", "", "models.DiT.denoise", no_memory, "memory: pass fewer --class-labels"),
         ("sample.py", "", "models.DiT.denoise", no_memory_on_the_gpu, "memory: pass fewer --class-labels"),
         ("sample.py", ROUTER, "torch.load", no_memory_for_numpy, "r.pt needs more memory"),
-        ("sample_ddp.py", "", "sampling.decode", no_memory, "memory: .* --per-proc-batch-size"),
+        ("sample_ddp.py", "", "sampling.decode_unchecked", no_memory, "memory: .* --per-proc-batch-size"),
         ("train_router.py", IMAGES, STEP, no_memory_on_the_gpu, "memory: .* --global-batch-size"),
         ("evaluator.py", "", EXTRACTION, no_memory_for_numpy, "memory: .* --batch-size"),
         ("sample.py", ROUTER, "torch.load", cut("r.pt"), "r.pt .*cut off"),
