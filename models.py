@@ -4,15 +4,17 @@ A *layer* is the attention or the MLP of a block. At each step the value `comput
 
     True          run it and remember its output,
     False         use the remembered output,
+    floats        use a forecast: the sum of the last remembered outputs, newest first, with these weights,
     0-d tensor    in [0, 1]: blend the remembered and the fresh output. This is router training.
 
-`apply_layer` alone decides this; `Blend` is the formula of the blend. A layer's output is remembered before its gate is
-applied. This file knows neither diffusion nor the router.
+`apply_layer` and `remember` alone decide this; `Blend` is the formula of the blend. A layer's output is remembered
+before its gate is applied. This file knows neither diffusion nor the router.
 
 Sources: Peebles and Xie 2023, arXiv:2212.09748 (the model); Ma et al. 2024, arXiv:2406.01733 (the rule).
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -25,8 +27,8 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Compute = bool | Tensor  # the decision for one layer, as above
-Slot = Tensor | None  # the remembered output (N, T, D) of one layer; None is empty
+Compute = bool | Tensor | Sequence[float]  # the decision for one layer, as above
+Slot = deque[Tensor]  # the last computed outputs (N, T, D) of one layer, newest first: none, or as many as fit
 Cache = list[list[Slot]]  # per block the slots of attention and MLP
 
 
@@ -51,22 +53,38 @@ class Blend(torch.autograd.Function):
         return None, grad_fresh, grad_compute
 
 
-def apply_layer(layer: Callable[[], Tensor], compute: Compute, slot: Slot) -> tuple[Tensor, Slot]:
-    """Run a layer, reuse its remembered output, or blend both. Returns its output (N, T, D) and its new slot.
+def apply_layer(
+    x: Tensor, gate: Tensor, layer: Callable[[], Tensor], compute: Compute, outputs: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Add the gated output of a layer to x (N, T, D): run it, reuse or forecast its output, or blend.
 
-    layer: a function without arguments that runs the layer; not called if `compute` is False.
-    slot: the remembered output. A blend needs two finite outputs, since 0 * inf is nan.
-    Raises ValueError if the slot is needed and empty.
+    layer: a function without arguments that runs the layer; not called if it is reused. outputs: those of its slot.
+    A forecast has as many weights as there are outputs. A blend needs two finite outputs, since 0 * inf is nan.
+    Returns the sum, and the output of the layer if it ran, for `remember`. Raises ValueError if no output is there.
     """
     if compute is True:
         output = layer()
-        return output, output
-    if slot is None:
+        return torch.addcmul(x, gate, output), output
+    if not outputs:
         raise ValueError("a layer is reused before it ran: the first step of a schedule must run every layer")
+    if isinstance(compute, Tensor):
+        return torch.addcmul(x, gate, Blend.apply(outputs[0], layer(), compute)), None
     if compute is False:
-        return slot, slot
-    output = Blend.apply(slot, layer(), compute)
-    return output, None  # training blends only in the last call with a cache, so the memory is freed
+        return torch.addcmul(x, gate, outputs[0]), None
+    (weight, output), *terms = zip(compute, outputs)
+    x = torch.addcmul(x, gate * weight, output)
+    for weight, output in terms:
+        x.addcmul_(gate * weight, output)  # in place: memory for another sum would cost more than the sum
+    return x, None
+
+
+def remember(slot: Slot, compute: Compute, output: Tensor | None) -> None:
+    """Update the slot of a layer after `apply_layer`: a layer that ran adds its output, a blend empties the slot."""
+    if isinstance(compute, Tensor):
+        slot.clear()  # training blends only in the last call with a cache, so the memory is freed
+    elif output is not None:
+        # A new slot is filled with the first output: one graph of torch.compile serves slots of any age.
+        slot.extendleft([output] * (1 if slot else slot.maxlen or 1))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -137,19 +155,24 @@ class DiTBlock(nn.Module):
         x: Tensor,
         modulation: Tensor,
         compute: tuple[Compute, Compute] = (True, True),
-        slots: tuple[Slot, Slot] = (None, None),
-    ) -> tuple[Tensor, tuple[Slot, Slot]]:
-        """x (N, T, D) -> x (N, T, D) and the new slots.
+        outputs: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
+    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+        """x (N, T, D) -> x (N, T, D) and the outputs of the layers that ran.
 
         modulation: (N, 6, D), this block's element of `DiT.modulations`.
-        compute, slots: for attention and MLP, as in `apply_layer`.
+        compute, outputs: for attention and MLP, as in `apply_layer`.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unsqueeze(2).unbind(1)
-        attn, slot_a = apply_layer(lambda: self.attn(modulate(self.norm1(x), shift_a, scale_a)), compute[0], slots[0])
-        x = torch.addcmul(x, gate_a, attn)
-        mlp, slot_m = apply_layer(lambda: self.mlp(modulate(self.norm2(x), shift_m, scale_m)), compute[1], slots[1])
-        x = torch.addcmul(x, gate_m, mlp)
-        return x, (slot_a, slot_m)
+
+        def attention() -> Tensor:
+            return self.attn(modulate(self.norm1(x), shift_a, scale_a))
+
+        def mlp() -> Tensor:
+            return self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+        x, output_a = apply_layer(x, gate_a, attention, compute[0], outputs[0])
+        x, output_m = apply_layer(x, gate_m, mlp, compute[1], outputs[1])
+        return x, (output_a, output_m)
 
 
 class FinalLayer(nn.Module):
@@ -249,13 +272,13 @@ class DiT(nn.Module):
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
 
-    def empty_cache(self) -> Cache:
-        """A new cache: per block the empty slots [attention, MLP]."""
-        return [[None, None] for _ in self.blocks]
+    def empty_cache(self, order: int = 0) -> Cache:
+        """A new cache: per block the empty slots [attention, MLP], for order + 1 outputs each."""
+        return [[deque(maxlen=order + 1) for _ in range(2)] for _ in self.blocks]
 
-    def cache_bytes(self, samples: int, dtype: torch.dtype) -> int:
+    def cache_bytes(self, samples: int, dtype: torch.dtype, order: int = 0) -> int:
         """Bytes of a full cache in a torch.dtype. samples: rows of a batch; guidance needs two per image."""
-        return 2 * self.depth * samples * self.pos_embed[0].numel() * dtype.itemsize
+        return 2 * self.depth * (order + 1) * samples * self.pos_embed[0].numel() * dtype.itemsize
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Patches (N, T, p*p*C) -> images (N, C, H, W)."""
@@ -291,7 +314,7 @@ class DiT(nn.Module):
         """Predict noise and variance: x (N, C, H, W), t (N,), y (N,) -> (N, 2C, H, W), in the dtype of x.
 
         compute: per block (attention, MLP): True runs the layer, False reuses its cached output,
-                 a 0-d tensor in [0, 1] blends both. None runs everything.
+                 floats forecast it, a 0-d tensor in [0, 1] blends cached and fresh. None runs everything.
         cache:   from `empty_cache`. Reuse reads a slot, a running layer writes it, a blend empties it.
         Raises ValueError if a layer is reused before it ran.
         Source: Peebles and Xie 2023, sec. 3; Ma et al. 2024, sec. 3.2.
@@ -307,17 +330,19 @@ class DiT(nn.Module):
     ) -> Tensor:
         """`forward`, given the `modulations` of the timesteps and labels."""
         dtype = x.dtype
-        x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D), T = H*W / p**2
+        # (N, T, D), T = H*W / p**2; contiguous, or every sum with an output would mix two orders of memory
+        x = self.x_embedder(x.to(self.pos_embed.dtype)).contiguous() + self.pos_embed
         for l, block in enumerate(self.blocks):
             row = (True, True) if compute is None else tuple(compute[l])
-            # A layer that runs gets no slot: torch.compile would make one graph for empty and one for full slots.
-            slots = tuple(None if cache is None or row[k] is True else cache[l][k] for k in (0, 1))
+            # A layer that runs gets no outputs: torch.compile would make a graph for empty and one for full slots.
+            past = tuple(() if cache is None or row[k] is True else tuple(cache[l][k]) for k in (0, 1))
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, slots = checkpoint(block, x, modulations[l], row, slots, use_reentrant=False)
+                x, outputs = checkpoint(block, x, modulations[l], row, past, use_reentrant=False)
             else:
-                x, slots = block(x, modulations[l], row, slots)
+                x, outputs = block(x, modulations[l], row, past)
             if cache is not None:
-                cache[l][:] = slots
+                for slot, compute_k, output in zip(cache[l], row, outputs):
+                    remember(slot, compute_k, output)
         return self.unpatchify(self.final_layer(x, modulations[-1])).to(dtype)  # (N, T, p*p*2C) -> (N, 2C, H, W)
 
     def block_linears(self) -> list[Any]:

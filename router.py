@@ -8,6 +8,7 @@ Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.
 import argparse
 import re
 from collections import OrderedDict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from runtime import released
 from runtime.errors import UserError
 from runtime.files import atomic_write, load_tensors
 from runtime.hashes import fingerprint
-from schedule import Schedule
+from schedule import Schedule, forecast_weights
 
 if TYPE_CHECKING:  # the model's libraries take seconds to import, and scores do without
     from diffusion import GaussianDiffusion
@@ -154,26 +155,35 @@ def router_loss(
     y: Tensor,
     noise: Tensor,
     threshold: float | None = None,
+    order: int = 0,
 ) -> Tensor:
     """Squared error of the blended model against the plain one at step i-1, per image: float32 (N,).
 
     The model runs in full at step i, which fills the cache, and takes one DDIM step to i-1. There the plain model is
-    the teacher, and the student blends each layer's output by its score (`models.apply_layer`).
+    the teacher, and the student blends each layer's output by its score (`models.apply_layer`). With forecasts the
+    model starts `order` odd steps earlier, if there are so many, and the student blends the forecast and the output.
 
     scores: [depth, 2] of step i-1; only they get a gradient. i: an odd step, an int.
     x_start, noise: clean latents and noise (N, C, H, W). y: labels (N,), some already dropped to the null class.
     threshold: None blends by the scores; a number hardens them in the forward pass (straight-through).
-    Raises ValueError if i is not an odd step of the diffusion.
+    order: of the forecast, as in `Schedule`. Raises ValueError if i is not an odd step of the diffusion.
     Source: Ma et al. 2024, sec. 3.3; the mean is over all 2C output channels.
     """
     if not (i % 2 and 0 < i < diffusion.steps):
         raise ValueError(f"router training starts from odd steps below {diffusion.steps}, not from {i}")
-    t_next, t = diffusion.timesteps(y.device)[i - 1 : i + 1, None].expand(-1, len(y))
-    cache = dit.empty_cache()
+    timesteps = diffusion.timesteps(y.device)[:, None].expand(-1, len(y))
+    odd = range(i, diffusion.steps, 2)[: order + 1]  # the steps that fill the cache
+    cache = dit.empty_cache(order)
     with torch.no_grad():
-        x = diffusion.q_sample(x_start, i, noise)
-        x = diffusion.ddim_step(dit(x, t, y, cache=cache), x, i)
+        x = diffusion.q_sample(x_start, odd[-1], noise)
+        for j in range(odd[-1], i - 1, -1):
+            x = diffusion.ddim_step(dit(x, timesteps[j], y, cache=cache if j in odd else None), x, j)
+        t_next = timesteps[i - 1]
         teacher = dit(x, t_next, y)
+        if order:
+            weights = forecast_weights(tuple(j - (i - 1) for j in odd))
+            for slot in chain(*cache):
+                slot.appendleft(torch.stack([weight * output for weight, output in zip(weights, slot)]).sum(0))
     if threshold is not None:
         # The second term is exactly 0: hard values forward, the gradient of the scores backward.
         scores = (scores > threshold).float() + (scores - scores.detach())

@@ -1,7 +1,7 @@
 """Sampling: the denoiser that a diffusion loop calls, the loop with its cache, and decoding latents into images."""
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion import GaussianDiffusion
 from models import DiT, guided
+from runtime import devices
 from runtime.cuda_graphs import GraphedFunction
 from runtime.errors import UserError
 from schedule import Schedule
@@ -44,7 +45,9 @@ def make_denoiser(
             f"the sampler runs {diffusion.steps} steps of {dit.depth} blocks"
         )
     rows = [None] * diffusion.steps if schedule is None else schedule.rows()
-    cache = None if schedule is None else dit.empty_cache()
+    if schedule is not None and schedule.order and devices.are_compiled(dit.blocks):
+        rows = _weights_as_tensors(rows, y.device)
+    slots = None if schedule is None else dit.empty_cache(schedule.order)
     guidance = cfg_scale != 1.0
     if guidance:
         y = torch.cat([y, torch.full_like(y, dit.num_classes)])
@@ -53,10 +56,20 @@ def make_denoiser(
     def denoise(x: Tensor, i: int) -> Tensor:
         if guidance:  # the model sees equal halves, but after a step they differ in the unguided channels
             x = x[: len(x) // 2].repeat(2, 1, 1, 1)
-        output = dit.denoise(x, modulations(i), rows[i], cache)
+        output = dit.denoise(x, modulations(i), rows[i], slots)
         return guided(output, cfg_scale) if guidance else output
 
     return denoise
+
+
+def _weights_as_tensors(rows: list, device: torch.device) -> list:
+    """Replace the weights of forecasts by tensors (): a graph of torch.compile would keep a float as a constant."""
+
+    @cache
+    def tensors(weights: tuple[float, ...]) -> tuple[Tensor, ...]:
+        return torch.tensor(weights, device=device).unbind()
+
+    return [[[tensors(c) if isinstance(c, tuple) else c for c in block] for block in row] for row in rows]
 
 
 def _modulations_by_step(dit: DiT, timesteps: Tensor, y: Tensor) -> Callable[[int], list[Tensor]]:

@@ -1,12 +1,15 @@
 """`Schedule`: the plan of which layer runs at which step. Plain data; knows no model and no router.
 
-Schedule.every_nth(steps=20, depth=12, interval=2).save("fora2.pt")
-python sample.py --accelerate-method schedule --path fora2.pt ...
+Schedule.every_nth(steps=20, depth=12, interval=3).with_order(2).save("every3.json")
+python sample.py --accelerate-method schedule --path every3.json ...
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +20,26 @@ from torch import Tensor
 from runtime.errors import UserError
 from runtime.files import atomic_write, load_tensors
 
+ORDERS = (0, 1, 2)  # of forecasts
+
 
 @dataclass(frozen=True)
 class Schedule:
     """The plan of one sampling run.
 
-    compute: bool [steps, depth, 2], k = 0 attention, 1 MLP: True runs the layer, False reuses its last output.
+    compute: bool [steps, depth, 2], k = 0 attention, 1 MLP: True runs the layer, False reuses its output.
              Step i counts as in `diffusion`: i = steps-1 runs first, i = 0 last.
-    Raises ValueError if the shape or type is wrong, or the step that runs first does not run every layer: a later step
-    would reuse an output that was never computed.
+    order:   0 reuses the last output; 1 or 2 forecast the output from the last two or three (`forecast_weights`).
+    Raises ValueError if the shape, type or order is wrong, or the step that runs first does not run every layer: a
+    later step would reuse an output that was never computed.
     """
 
     compute: Tensor
+    order: int = 0
 
     def __post_init__(self) -> None:
+        if type(self.order) is not int or self.order not in ORDERS:
+            raise ValueError(f"order {self.order!r} is none of 0 (reuse), 1 and 2 (linear and quadratic forecast)")
         shape = tuple(self.compute.shape)
         if self.compute.dtype != torch.bool or len(shape) != 3 or shape[2] != 2 or 0 in shape:
             raise ValueError(f"a schedule is bool [steps, depth, 2], not {self.compute.dtype} {list(shape)}")
@@ -92,26 +101,101 @@ class Schedule:
             compute[i, torch.as_tensor(reused)] = False
         return cls(compute.reshape(steps, depth, 2))
 
+    def with_order(self, order: int) -> "Schedule":
+        """The same plan with forecasts of this order. Raises ValueError if there is no such order."""
+        return replace(self, order=order)
+
     def sha256(self) -> str:
-        """SHA-256 of `compute`, one byte per layer, as hex digits."""
-        return hashlib.sha256(self.compute.contiguous().numpy().tobytes()).hexdigest()
+        """SHA-256 of `compute`, one byte per layer, and of the order if it is not 0, as hex digits."""
+        digest = hashlib.sha256(self.compute.contiguous().numpy().tobytes())
+        if self.order:
+            digest.update(f"order {self.order}".encode())
+        return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write a schedule file, {"compute": bool [steps, depth, 2]}, atomically."""
-        with atomic_write(path) as part, part.open("wb") as file:  # opened here for the reason in `Router.save`
-            torch.save({"compute": self.compute}, file)
+        """Write a schedule file, as JSON, atomically; a name in .pt gives a file of torch instead.
+
+        "steps", "depth" and "order", and "rows": a text per step, the step that runs first comes first. It has a pair
+        of digits per block, for attention and MLP: 1 runs the layer, 0 reuses or forecasts it. A text "1" or "0" alone
+        is for all layers.
+        """
+        path = Path(path)
+        if path.suffix == ".pt":
+            saved = {"compute": self.compute} | ({"order": self.order} if self.order else {})
+            with atomic_write(path) as part, part.open("wb") as file:  # opened here for the reason in `Router.save`
+                return torch.save(saved, file)
+        rows = [" ".join(f"{a:d}{m:d}" for a, m in row) for row in self.compute.flip(0).tolist()]
+        short = {" ".join([digit * 2] * self.depth): digit for digit in "01"}
+        content: dict[str, Any] = {"steps": self.steps, "depth": self.depth, "order": self.order}
+        content |= {"rows": [short.get(row, row) for row in rows]}
+        with atomic_write(path) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> "Schedule":
-        """Load a schedule file without running code in it. Raises UserError if it is missing or no schedule file."""
+    def load(cls, path: str | Path, depth: int | None = None) -> "Schedule":
+        """Load a schedule file without running code in it: JSON, or a .pt of earlier versions.
+
+        The JSON of SmoothCache ({"attn": [1, 0, ...], "mlp": [...]}) decides alike for all blocks: depth is their
+        number. Raises UserError if the file is missing or no schedule file.
+        """
+        path = Path(path)
+        try:
+            content = path.read_bytes()
+            if content.lstrip()[:1] in (b"{", b"["):
+                return cls._from_json(json.loads(content), depth)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is not a schedule file: {error}") from error
+        except OSError:
+            pass  # the next line reports it
         saved = load_tensors(path)
         compute = saved.get("compute") if isinstance(saved, dict) else None
         if not isinstance(compute, torch.Tensor):
-            raise UserError(f'{path} is not a schedule file: it has no tensor "compute"; Schedule.save writes them')
+            raise UserError(f'{path} is not a schedule file: it has no tensor "compute"; Schedule.save writes JSON')
         try:
-            return cls(compute)
-        except ValueError as error:
+            return cls(compute, saved.get("order", 0))
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path} is not a schedule file: {error}") from error
+
+    @classmethod
+    def _from_json(cls, content: Any, depth: int | None) -> "Schedule":
+        """The schedule in the content of a JSON file. Raises ValueError or TypeError if there is none."""
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        if {"attn", "mlp"} <= content.keys():  # SmoothCache
+            if depth is None:
+                raise ValueError("SmoothCache's files do not hold the number of blocks")
+            columns = content["attn"], content["mlp"]
+            if not all(isinstance(c, list) and {*map(repr, c)} <= {"0", "1"} for c in columns):
+                raise ValueError('"attn" and "mlp" must be lists of 1 (compute) and 0 (reuse)')
+            if len(columns[0]) != len(columns[1]) or not columns[0]:
+                raise ValueError(f'"attn" has {len(columns[0])} steps and "mlp" has {len(columns[1])}')
+            decisions = torch.tensor(columns, dtype=torch.bool).T  # (steps, 2), in the order in which they run
+            return cls(decisions.flip(0)[:, None].repeat(1, depth, 1))
+        unknown = sorted(content.keys() - {"steps", "depth", "order", "rows"})
+        missing = sorted({"steps", "depth", "rows"} - content.keys())
+        if unknown or missing:
+            raise ValueError(
+                f"its keys are steps, depth, order and rows; {', '.join(missing or unknown)} is "
+                f"{'missing' if missing else 'unknown'}"
+            )
+        steps, depth, order = content["steps"], content["depth"], content.get("order", 0)
+        for name, value in (("steps", steps), ("depth", depth)):
+            if type(value) is not int or not 1 <= value <= 1000:
+                raise ValueError(f"{name} is {value!r} and no whole number from 1 to 1000")
+        texts = content["rows"]
+        if not isinstance(texts, list) or len(texts) != steps:
+            raise ValueError(f"it has {len(texts) if isinstance(texts, list) else 'no'} rows for {steps} steps")
+        rows = []
+        for number, text in enumerate(texts):
+            digits = "".join(text.split()) if isinstance(text, str) else ""
+            digits = digits * 2 * depth if digits in ("0", "1") else digits
+            if len(digits) != 2 * depth or set(digits) - {"0", "1"}:
+                raise ValueError(
+                    f"row {number + 1} is {text!r}: 1, 0, or {2 * depth} digits 1 and 0 are needed, a pair for each of "
+                    f"{depth} blocks"
+                )
+            rows.append([digit == "1" for digit in digits])
+        return cls(torch.tensor(rows).reshape(steps, depth, 2).flip(0), order)
 
     def check_fits(self, path: str | Path, steps: int, depth: int) -> None:
         """Raises UserError if this schedule, loaded from `path`, is not for `steps` steps and `depth` blocks."""
@@ -134,8 +218,23 @@ class Schedule:
         return self.compute.shape[1]
 
     def rows(self) -> list:
-        """Per step and block [attention, MLP] as Python bools, so that the loop reads nothing from a device."""
-        return self.compute.tolist()
+        """Per step and block [attention, MLP] for `models.apply_layer`: True, and False or the weights of the forecast.
+
+        They are Python values, so that the loop reads nothing from a device.
+        """
+        rows = self.compute.tolist()
+        if not self.order:
+            return rows
+        for l in range(self.depth):
+            for k in (0, 1):
+                computed: list[int] = []  # the last steps that ran this layer, newest first
+                for i in range(self.steps - 1, -1, -1):
+                    if rows[i][l][k]:
+                        computed = [i, *computed[: self.order]]
+                    else:
+                        weights = forecast_weights(tuple(step - i for step in computed))
+                        rows[i][l][k] = weights + (0.0,) * (self.order + 1 - len(weights))
+        return rows
 
     def distinct_rows(self) -> int:
         """Number of different rows."""
@@ -172,7 +271,19 @@ class Schedule:
             f"{cost.sum() / 1e9:.4g} of {full * self.steps / 1e9:.4g} G multiply-adds an image, so the speed-up is "
             f"at most {self.speedup_bound(costs):.3f}"
         )
+        if self.order:
+            lines.append(f"reused outputs are forecasts of order {self.order}, from the last {self.order + 1} computed")
         return "\n".join(lines)
+
+
+@cache
+def forecast_weights(ages: tuple[int, ...]) -> tuple[float, ...]:
+    """Weights of the outputs computed `ages` steps ago, newest first: the value now of the polynomial through them.
+
+    One output gives order 0, two the line, three the parabola, on any gaps. Source: Newton's interpolation in
+    Lagrange's form; Liu et al. 2025, arXiv:2503.06923 (TaylorSeer), forecast with derivatives on equal gaps.
+    """
+    return tuple(float(prod(b / (b - a) for b in ages if b != a)) for a in ages)
 
 
 def _spread(calls: int, steps: int, depth: int, unit: int = 1) -> list[int]:

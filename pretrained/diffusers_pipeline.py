@@ -59,7 +59,8 @@ class ScheduledTransformer(nn.Module):
                     f"the schedule is for {self._schedule.steps} steps, the pipeline runs {len(timesteps)}: "
                     f"pass num_inference_steps={self._schedule.steps}, or accelerate it with another schedule"
                 )
-            self._timesteps, self._rows, self._cache = timesteps, self._schedule.rows(), self.dit.empty_cache()
+            self._timesteps, self._rows = timesteps, self._schedule.rows()
+            self._cache = self.dit.empty_cache(self._schedule.order)
         if not self._rows:
             raise ValueError("all steps of the scheduler were run: start again with scheduler.set_timesteps")
         row = self._rows.pop()  # the last index runs first

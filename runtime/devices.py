@@ -10,7 +10,7 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,11 @@ def _build_module(compiler: str, source: Path) -> None:
             "and python3-dev, or leave it out"
         )
     ctypes.CDLL(str(library))
+
+
+def are_compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether `compile_blocks` was called with these modules."""
+    return any(module._compiled_call_impl is not None for module in modules)
 
 
 def pick_device(name: str, processes: "Processes | None" = None, cuda_graphs: bool = False) -> torch.device:

@@ -1,3 +1,5 @@
+from collections import deque
+
 import pytest
 import torch
 from conftest import random_dit
@@ -5,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from models import DiT, DiT_models, apply_layer
+from models import DiT, DiT_models, apply_layer, remember
 
 
 def inputs(n=2):
@@ -59,7 +61,7 @@ def test_running_layers_fill_the_cache_and_reused_layers_do_not_run(dit, monkeyp
     x, t, y = inputs()
     cache = dit.empty_cache()
     full = dit(x, t, y, cache=cache)
-    assert all(slot.shape == (2, 4, 24) for block in cache for slot in block)
+    assert all(slot[0].shape == (2, 4, 24) and len(slot) == 1 for block in cache for slot in block)
     for block in dit.blocks:
         monkeypatch.setattr(block.attn, "forward", None)
         monkeypatch.setattr(block.mlp, "forward", None)
@@ -97,30 +99,48 @@ def test_scores_of_zero_and_one_equal_the_hard_schedule_bit_for_bit(dit):
 
 
 def test_a_score_in_between_blends_linearly_and_empties_the_slot():
-    fresh, cached = torch.randn(2, 2, 4, 24)
-    output, slot = apply_layer(lambda: fresh, torch.tensor(0.25), cached)
-    torch.testing.assert_close(output, 0.25 * fresh + 0.75 * cached)
-    assert slot is None
+    fresh, cached, x, gate = torch.randn(4, 2, 4, 24)
+    gate, slot = gate[:, :1], deque([cached], maxlen=1)
+    added, output = apply_layer(x, gate, lambda: fresh, torch.tensor(0.25), slot)
+    torch.testing.assert_close(added, x + gate * (0.25 * fresh + 0.75 * cached))
+    remember(slot, torch.tensor(0.25), output)
+    assert not slot
+
+
+def test_a_slot_keeps_the_last_outputs_and_a_forecast_is_their_weighted_sum():
+    outputs, (x, gate) = torch.randn(4, 2, 4, 24).unbind(), torch.randn(2, 2, 4, 24)
+    gate, slot = gate[:, :1], deque(maxlen=3)
+    for k, output in enumerate(outputs):
+        added, ran = apply_layer(x, gate, lambda output=output: output, True, slot)
+        assert torch.equal(added, torch.addcmul(x, gate, output))
+        remember(slot, True, ran)
+        assert len(slot) == 3 and all(kept is outputs[max(0, k - age)] for age, kept in enumerate(slot))
+    before, weights = x.clone(), (2.0, -1.5, 0.5)
+    added, output = apply_layer(x, gate, None, weights, slot)
+    expected = x + gate * (2.0 * outputs[3] - 1.5 * outputs[2] + 0.5 * outputs[1])
+    torch.testing.assert_close(added, expected)
+    assert output is None and torch.equal(x, before)  # what the sum is added to may be needed elsewhere
 
 
 def test_a_blended_layer_empties_its_slot_and_no_other(dit):
     x, t, y = inputs()
     cache = dit.empty_cache()
     dit(x, t, y, cache=cache)
-    before = cache[1][1]
+    (before,) = cache[1][1]
     dit(x + 1, t, y, [(torch.tensor(0.5), False)] * 3, cache)
-    assert cache[1][0] is None and cache[1][1] is before
+    assert not cache[1][0] and cache[1][1][0] is before
 
 
 def test_a_nan_in_an_unused_slot_never_reaches_the_output(dit):
     x, t, y = inputs()
-    cache = [[torch.full((2, 4, 24), torch.nan) for _ in range(2)] for _ in dit.blocks]
+    cache = [[deque([torch.full((2, 4, 24), torch.nan)], maxlen=1) for _ in range(2)] for _ in dit.blocks]
     expected = dit(x, t, y)
     assert torch.equal(dit(x, t, y, [(True, True)] * 3, cache), expected)
     assert torch.equal(dit(x, t, y, [(False, False)] * 3, cache), expected)  # the slots were replaced
     for block, run in zip(cache, mixed_rows()):
         for k in (0, 1):
-            block[k] = torch.full((2, 4, 24), torch.nan) if run[k] else block[k]
+            if run[k]:
+                block[k].append(torch.full((2, 4, 24), torch.nan))
     assert dit(x + 1, t, y, mixed_rows(), cache).isfinite().all()
 
 

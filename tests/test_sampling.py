@@ -1,3 +1,4 @@
+from collections import deque
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sampling
 from diffusion import create_diffusion
-from models import apply_layer, guided
+from models import apply_layer, guided, remember
 from router import Router, router_loss
 from runtime import devices
 from runtime.cuda_graphs import GraphedFunction
@@ -151,8 +152,8 @@ def test_half_precision_keeps_the_cache_and_not_the_state():
     dit = devices.set_precision(dit, "bf16")
     cache = dit.empty_cache()
     output = dit(z, torch.tensor([10, 10]), y, cache=cache)
-    assert output.dtype == torch.float32 and {slot.dtype for slots in cache for slot in slots} == {torch.bfloat16}
-    assert sum(slot.nbytes for slots in cache for slot in slots) == dit.cache_bytes(2, torch.bfloat16)
+    assert output.dtype == torch.float32 and {slot[0].dtype for slots in cache for slot in slots} == {torch.bfloat16}
+    assert sum(slot[0].nbytes for slots in cache for slot in slots) == dit.cache_bytes(2, torch.bfloat16)
     latents = sampling.sample_latents(dit, diffusion, z, y, 2.0)
     assert latents.dtype == torch.float32
     assert 0 < (latents - full).norm() < 0.1 * full.norm()
@@ -255,8 +256,8 @@ class Mixer(torch.nn.Module):
         self.condition_of = torch.nn.Linear(2, 4)
         self.ran = 0
 
-    def empty_cache(self):
-        return [[None, None] for _ in range(self.depth)]
+    def empty_cache(self, order=0):
+        return [[deque(maxlen=order + 1) for _ in range(2)] for _ in range(self.depth)]
 
     def condition(self, t, y):
         return self.condition_of(torch.stack([t / 1000, y.expand(t.shape) / 5], dim=-1))
@@ -268,12 +269,10 @@ class Mixer(torch.nn.Module):
         x = x.permute(0, 2, 3, 1) + modulations[0][:, None, None]
         for n, layer in enumerate(self.layers):
             l, k = divmod(n, 2)
-            slot = cache and cache[l][k]
+            slot = deque(maxlen=1) if cache is None else cache[l][k]
             run = True if compute is None else compute[l][k]
-            output, slot = apply_layer(partial(self.run, layer, x), run, slot)
-            x = x + output
-            if cache is not None:
-                cache[l][k] = slot
+            x, output = apply_layer(x, torch.ones(()), partial(self.run, layer, x), run, slot)
+            remember(slot, run, output)
         return torch.cat([x, x], dim=-1).permute(0, 3, 1, 2)
 
     def run(self, layer, x):

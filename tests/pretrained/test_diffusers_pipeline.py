@@ -100,7 +100,7 @@ def test_weights_are_shared_half_precision_stays_and_the_cache_ends_with_the_cal
     accelerate(pipe, random_schedule())
     assert pipe.transformer.dit.blocks[1].mlp.fc2.weight.data_ptr() == before.data_ptr()
     slots, empty_cache = [], pipe.transformer.dit.empty_cache
-    pipe.transformer.dit.empty_cache = lambda: slots.append(empty_cache()) or slots[-1]
+    pipe.transformer.dit.empty_cache = lambda order: slots.append(empty_cache(order)) or slots[-1]
     assert pipe.dtype == pipe.transformer.dtype == latents_of(pipe).dtype == torch.bfloat16
     output = weakref.ref(slots.pop()[0][0])
     gc.collect()
