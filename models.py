@@ -83,8 +83,9 @@ def remember(slot: Slot, compute: Compute, output: Tensor | None) -> None:
     if isinstance(compute, Tensor):
         slot.clear()  # training blends only in the last call with a cache, so the memory is freed
     elif output is not None:
-        # A new slot is filled with the first output: one graph of torch.compile serves slots of any age.
-        slot.extendleft([output] * (1 if slot else slot.maxlen or 1))
+        # A new slot is filled: one graph of torch.compile serves slots of any age, but not one tensor in two places.
+        slot.extendleft(output.view_as(output) for _ in range(0 if slot else (slot.maxlen or 1) - 1))
+        slot.appendleft(output)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

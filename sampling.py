@@ -1,7 +1,7 @@
 """Sampling: the denoiser that a diffusion loop calls, the loop with its cache, and decoding latents into images."""
 
 from collections.abc import Callable, Iterable
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -64,12 +64,9 @@ def make_denoiser(
 
 def _weights_as_tensors(rows: list, device: torch.device) -> list:
     """Replace the weights of forecasts by tensors (): a graph of torch.compile would keep a float as a constant."""
-
-    @cache
-    def tensors(weights: tuple[float, ...]) -> tuple[Tensor, ...]:
-        return torch.tensor(weights, device=device).unbind()
-
-    return [[[tensors(c) if isinstance(c, tuple) else c for c in block] for block in row] for row in rows]
+    weights = [c for row in rows for block in row for c in block if isinstance(c, tuple)]
+    tensors = iter(torch.tensor(weights, device=device))
+    return [[[next(tensors).unbind() if isinstance(c, tuple) else c for c in block] for block in row] for row in rows]
 
 
 def _modulations_by_step(dit: DiT, timesteps: Tensor, y: Tensor) -> Callable[[int], list[Tensor]]:

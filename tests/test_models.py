@@ -114,7 +114,7 @@ def test_a_slot_keeps_the_last_outputs_and_a_forecast_is_their_weighted_sum():
         added, ran = apply_layer(x, gate, lambda output=output: output, True, slot)
         assert torch.equal(added, torch.addcmul(x, gate, output))
         remember(slot, True, ran)
-        assert len(slot) == 3 and all(kept is outputs[max(0, k - age)] for age, kept in enumerate(slot))
+        assert len(slot) == 3 and all(kept.equal(outputs[max(0, k - age)]) for age, kept in enumerate(slot))
     before, weights = x.clone(), (2.0, -1.5, 0.5)
     added, output = apply_layer(x, gate, None, weights, slot)
     expected = x + gate * (2.0 * outputs[3] - 1.5 * outputs[2] + 0.5 * outputs[1])

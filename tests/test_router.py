@@ -10,6 +10,7 @@ from diffusion import create_diffusion
 from models import DiT_models
 from router import Router, router_loss
 from runtime.errors import UserError
+from schedule import forecast_weights
 
 RELEASED = Path(__file__).resolve().parent.parent.parent / "shared" / "reference"
 
@@ -177,6 +178,22 @@ def test_a_straight_through_threshold_has_the_loss_of_the_hard_scores():
     assert torch.equal(through, router_loss(dit, diffusion, hard, 3, x, y, noise))
     through.mean().backward()
     assert scores.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("order, i, ages", [(1, 3, (1, 3)), (2, 3, (1, 3, 5)), (2, 7, (1, 3)), (2, 9, (1,))])
+def test_with_forecasts_hard_scores_have_the_error_of_the_forecast(order, i, ages):
+    """The outputs of the odd steps from i on are remembered; of ten steps there are few above 7."""
+    dit, diffusion = random_dit(), create_diffusion(10)
+    x, y, noise = loss_inputs()
+    scores = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    row = [[True if run else forecast_weights(ages) for run in block] for block in scores.tolist()]
+    t, first = diffusion.timesteps(y.device)[:, None].expand(-1, len(y)), i - 1 + ages[-1]
+    cache, x = dit.empty_cache(len(ages) - 1), diffusion.q_sample(x, first, noise)
+    for j in range(first, i - 1, -1):
+        x = diffusion.ddim_step(dit(x, t[j], y, cache=cache if j % 2 else None), x, j)
+    expected = (dit(x, t[i - 1], y, row, cache) - dit(x, t[i - 1], y)).square().flatten(1).mean(1)
+    actual = router_loss(dit, diffusion, scores, i, *loss_inputs(), order=order)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("i", [0, 2, 11])

@@ -5,17 +5,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import random_dit
+from conftest import ROOT, random_dit
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sampling
 from diffusion import create_diffusion
 from models import apply_layer, guided, remember
+from pretrained.loading import load_dit
+from pretrained.spec import model_spec
 from router import Router, router_loss
 from runtime import devices
 from runtime.cuda_graphs import GraphedFunction
 from runtime.errors import UserError
+from runtime.noise import ImageNoise
 from schedule import Schedule
 
 
@@ -92,7 +95,7 @@ def test_each_step_has_its_own_modulations_however_many_steps_are_computed_at_on
 def test_a_recorded_trajectory_is_that_of_its_arguments_and_its_results_stay(ancestral):
     """On a CPU, whose recording is the function on the same static tensors as a CUDA graph's."""
     dit, diffusion, z, y = setup()
-    schedule = random_schedule(6, 3)
+    schedule = random_schedule(6, 3).with_order(2)
     recorded = sampling.CudaGraphSampler(dit, diffusion, 2.0, schedule, ancestral)
     results = []
     for seed, labels in ((0, y), (1, y + 2)):
@@ -104,6 +107,76 @@ def test_a_recorded_trajectory_is_that_of_its_arguments_and_its_results_stay(anc
     assert not torch.equal(*(result for result, _ in results))
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_forecasts_are_exact_for_outputs_that_are_polynomials_of_the_step(order):
+    """A layer whose output at step i is a polynomial of i, with gaps of 1 to 4 steps between the computed ones."""
+    steps, degrees = 30, torch.arange(order + 1, dtype=torch.float64)
+    coefficients = torch.randn(order + 1, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    compute = torch.zeros(steps, 1, 2, dtype=torch.bool)
+    compute[[29, 28, 25, 23, 19, 18, 14, 10, 7]] = True
+    rows, slot, forecasts = Schedule(compute, order).rows(), deque(maxlen=order + 1), 0
+    for i in range(steps - 1, -1, -1):
+        exact = (coefficients * (i / steps) ** degrees.reshape(-1, 1, 1, 1)).sum(0)
+        x, gate = torch.ones(2, 3, 4, dtype=torch.float64), torch.full((2, 1, 4), 0.5, dtype=torch.float64)
+        added, output = apply_layer(x, gate, lambda exact=exact: exact, rows[i][0][0], slot)
+        remember(slot, rows[i][0][0], output)
+        if i < 25:  # two, then three outputs are there
+            torch.testing.assert_close(added, x + gate * exact, rtol=1e-9, atol=1e-9)
+            forecasts += output is None
+    assert forecasts == 19
+
+
+@pytest.mark.parametrize("order, steps", [(1, 10), (2, 10)])
+def test_a_trajectory_with_forecasts_is_that_of_outputs_extrapolated_by_numpy(order, steps):
+    """Against hooks that replace a reused output by NumPy's polynomial through the last computed ones."""
+    dit, diffusion, z, y = setup(steps)
+    compute = random_schedule(steps, 3).compute
+    compute[[2, 3, 6]] = False
+    expected, computed, step = random_dit(), {}, [None]
+
+    def replace(layer, k):
+        def hook(module, inputs, output):
+            i = step[0]
+            if compute[i][k // 2][k % 2]:
+                computed[k] = [(i, output.double().numpy()), *computed.get(k, [])][: order + 1]
+                return None
+            nodes, values = zip(*computed[k])
+            shape = values[0].shape
+            fit = np.polyfit(nodes, np.stack(values).reshape(len(nodes), -1), len(nodes) - 1)
+            return torch.from_numpy(sum(c * float(i) ** p for p, c in enumerate(fit[::-1])).reshape(shape)).float()
+
+        layer.register_forward_hook(hook)
+
+    for l, block in enumerate(expected.blocks):
+        replace(block.attn, 2 * l)
+        replace(block.mlp, 2 * l + 1)
+    labels, t = torch.cat([y, torch.full_like(y, 5)]), diffusion.timesteps(y.device)
+
+    def denoise(x, i):
+        step[0] = i
+        return guided(expected(x[:2].repeat(2, 1, 1, 1), t[i].expand(4), labels), 2.0)
+
+    with torch.no_grad():
+        latents = diffusion.ddim_loop(denoise, torch.cat([z, z]))[:2]
+    actual = sampling.sample_latents(dit, diffusion, z, y, 2.0, Schedule(compute, order))
+    assert (actual - latents).abs().max() < 2e-4 * latents.abs().max()
+    plain = sampling.sample_latents(dit, diffusion, z, y, 2.0, Schedule(compute))
+    assert (plain - latents).abs().max() > 1e-2 * latents.abs().max()
+
+
+@pytest.mark.parametrize("steps, plain, forecast", [(50, 1.5e-4, 1.5e-5), (20, 5e-4, 1e-4)])
+def test_a_forecast_takes_most_of_the_error_of_the_shipped_routers(steps, plain, forecast):
+    spec = model_spec(ckpt=str(ROOT / "ckpt" / "fashion_mnist"))
+    dit, diffusion = load_dit(spec, "cpu"), create_diffusion(steps)
+    noise = ImageNoise(777, range(8), (4, 8, 8), 10, torch.device("cpu"), True)
+    router = Router.load(ROOT / "ckpt" / "fashion_mnist" / f"DDIM{steps}_router.pt").schedule(0.1)
+    full, reused, forecasted = (
+        sampling.sample_latents(dit, diffusion, noise.z, noise.y, 2.0, schedule)
+        for schedule in (None, router, router.with_order(2))
+    )
+    assert (reused - full).square().mean() > plain and (forecasted - full).square().mean() < forecast
+
+
 def test_a_function_is_recorded_once_for_each_shape():
     calls = []
     recorded = GraphedFunction(lambda x: calls.append(x.data_ptr()) or x + 1)
@@ -113,18 +186,20 @@ def test_a_function_is_recorded_once_for_each_shape():
     assert calls[0] == calls[2] != calls[1]
 
 
-def test_compiled_blocks_are_four_graphs_without_breaks_and_compute_the_same():
-    """Of two schedules with blocks that reuse neither layer, either, and both, and of none."""
-    dit, diffusion, z, y = setup()
-    compute = torch.ones(6, 3, 2, dtype=torch.bool)
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_compiled_blocks_are_four_graphs_without_breaks_and_compute_the_same(order):
+    """Of two schedules with blocks that reuse neither layer, either, and both, and of none, on many gaps."""
+    dit, diffusion, z, y = setup(12)
+    compute = torch.ones(12, 3, 2, dtype=torch.bool)
     compute[0] = torch.tensor([[True, False], [False, True], [False, False]])
     compute[3] = torch.tensor([[False, False], [True, True], [True, False]])
-    other = random_schedule(6, 3)
+    compute[[2, 5, 6, 9, 10]] = False
+    other = random_schedule(12, 3)
     compiled = random_dit()
     torch._dynamo.reset()
     counters.clear()
     devices.compile_blocks(compiled.blocks)
-    for schedule in (Schedule(compute), other, None):
+    for schedule in (Schedule(compute, order), other.with_order(order), None):
         expected = sampling.sample_latents(dit, diffusion, z, y, 2.0, schedule)
         actual = sampling.sample_latents(compiled, diffusion, z, y, 2.0, schedule)
         assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
