@@ -6,8 +6,9 @@
 
 sample_ddp.py samples each row from the same noise and labels, evaluator.py judges it against the training images, and
 its figures go to results/table/ROW.json. Random layers, first and last blocks reuse exactly as many layer calls as the
-router for as many steps, at the steps that it decides; FORA's share follows from its interval. The times of all rows
-are measured in one process, in turn, into results/table/timing.json: on a machine that does nothing else.
+router for as many steps, at the steps that it decides; FORA's share follows from its interval. "-f2" in the name of a
+row is a forecast of order 2; the learned plans are shipped files, with forecasts of order 2. The times of all rows are
+measured in one process, in turn, into results/table/timing.json: on a machine that does nothing else.
 """
 
 import argparse
@@ -39,35 +40,47 @@ METHODS = {
     "last": "last blocks",
     "fora2": "FORA, interval 2",
     "fora3": "FORA, interval 3",
+    "router-f2": "router, forecast",
+    "fora2-f2": "every 2nd step, forecast",
+    "fora3-f2": "every 3rd step, forecast",
+    "fora4-f2": "every 4th step, forecast",
+    "learned": "learned plan, forecast",
 }
+# Target speed-ups of the learned plans whose files are shipped, by number of steps.
+LEARNED = {50: ("2x", "3x", "4x"), 20: ("1.6x", "2x", "2.5x")}
+SEVERAL_SEEDS = ("ddim-50", "ddim-20", "router-50", "router-20", "learned-3x-50", "learned-2x-20")
 WITH_ROUTER = (50, 20)  # numbers of steps that there is a router for
 
 
 @dataclass(frozen=True)
 class Row:
-    """method: a key of METHODS; steps: of DDIM."""
+    """method: a key of METHODS; steps: of DDIM; target: of LEARNED, for a learned plan."""
 
     method: str
     steps: int
+    target: str = ""
 
     @property
     def name(self):
-        return f"{self.method}-{self.steps}"
+        return "-".join(filter(None, (self.method, self.target, str(self.steps))))
 
     @property
     def seeds(self):
         """Seeds of the noise: several for the methods whose difference is the point of the table."""
-        return (0, 1, 2) if self.method in ("ddim", "router") and self.steps in WITH_ROUTER else (0,)
+        return (0, 1, 2) if self.name in SEVERAL_SEEDS else (0,)
 
 
 ROWS = tuple(
-    Row(method, steps)
+    Row(method, steps, target)
     for steps in (50, 40, 38, 20, 16, 15, 10)
     for method in (METHODS if steps in WITH_ROUTER else ["ddim"])
+    for target in (LEARNED[steps] if method == "learned" else [""])
 )
+FORECASTS = ("ddim", "router", *(method for method in METHODS if "forecast" in METHODS[method]))
 TABLES = [
     ("Fewer steps, or a router", lambda row: row.method in ("ddim", "router")),
-    ("Which layers are reused", lambda row: row.steps in WITH_ROUTER),
+    ("Which layers are reused", lambda row: row.steps in WITH_ROUTER and row.method not in FORECASTS[2:]),
+    ("Forecasts, and plans at any step", lambda row: row.method in FORECASTS),
 ]
 
 
@@ -109,6 +122,10 @@ def plan(row, depth):
 
     if row.method == "ddim":
         return Schedule.full(row.steps, depth)
+    if row.method == "learned":
+        return Schedule.load(common.ROOT / learned_path(row))
+    if row.method.endswith("-f2"):
+        return plan(Row(row.method.removesuffix("-f2"), row.steps), depth).with_order(2)
     if row.method.startswith("fora"):
         return Schedule.every_nth(row.steps, depth, int(row.method[-1]))
     routed = Router.load(common.ROOT / router_path(row.steps)).schedule(THRESHOLD)
@@ -118,8 +135,12 @@ def plan(row, depth):
     return {"router": routed, "first": Schedule.first_blocks(*place), "last": Schedule.last_blocks(*place)}[row.method]
 
 
+def learned_path(row):
+    return f"{MODEL}/DDIM{row.steps}_{row.target}.json"
+
+
 def schedule_path(row, folder):
-    return f"{folder}/schedules/{row.name}.pt"
+    return learned_path(row) if row.method == "learned" else f"{folder}/schedules/{row.name}.pt"
 
 
 def sampling_flags(row, folder, samples):
@@ -178,13 +199,13 @@ def fill(args):
     device = devices.pick_device("auto")
     spec = model_spec(ckpt=str(common.ROOT / MODEL))
     dit = devices.set_precision(load_dit(spec, device), "tf32")
-    costs, plans = dit.multiply_adds(), {row: plan(row, dit.depth) for row in ROWS}
+    costs = dit.multiply_adds()
     judges = {name: sha256_of_file(released.find(common.ROOT / path)) for name, path in JUDGES.items()}
     versions = {name: version(name) for name in ("torch", "diffusers", "timm", "numpy")}
     # All rows with seed 0 come before some of them with other seeds.
     todo = sorted((seed, number) for number, row in enumerate(ROWS) if row in (args.rows or ROWS) for seed in row.seeds)
     for seed, row in ((seed, ROWS[number]) for seed, number in todo):
-        path, schedule = args.results / f"{row.name}.json", plans[row]
+        path, schedule = args.results / f"{row.name}.json", plan(row, dit.depth)
         described = {
             "layers": schedule.compute.numel(),
             "layers_run": int(schedule.compute.sum()),
@@ -199,13 +220,14 @@ def fill(args):
         if str(seed) in seeds:
             continue
         print(f"{row.name}, seed {seed}:", file=sys.stderr, flush=True)
-        if row.method not in ("ddim", "router"):
+        if row.method not in ("ddim", "router", "learned"):
             schedule.save(common.ROOT / schedule_path(row, args.folder))
         seeds[str(seed)] = judge(sample(flags["sample_ddp"], seed, args.processes))
         write_record(path, flags, device, {**known, "versions": versions, "seeds": dict(sorted(seeds.items()))})
     path = args.results / "timing.json"
     if args.timing or not args.rows and list(read(path).get("rows", [])) != [row.name for row in ROWS]:
         print("times of all rows, in turn:", file=sys.stderr, flush=True)
+        plans = {row: plan(row, dit.depth) for row in ROWS}
         timing = {"batch": BATCH, "cfg_scale": spec.cfg_scale, "rows": times(spec, dit, plans, device)}
         write_record(path, {}, device, timing)
 
@@ -240,7 +262,7 @@ def cells(row, record, timing):
     measured, metrics = timing.get("rows", {}).get(row.name), result["metrics"]
     fids = [other["metrics"]["fid"] for other in record["seeds"].values()]
     return {
-        "method": METHODS[row.method],
+        "method": METHODS[row.method] + (f", {row.target}" if row.target else ""),
         "steps": row.steps,
         "layers run": f"{schedule['layers_run'] / schedule['layers']:.1%}",
         "G multiply-adds": f"{schedule['g_multiply_adds']:.3f}",
@@ -281,13 +303,15 @@ def save_curves(records, timing, path):
     for row, record in records.items():
         if row.name in timing["rows"]:
             seconds = statistics.median(timing["rows"][row.name]["seconds"])
-            curves.setdefault(row.method, []).append((seconds, record["seeds"]["0"]["metrics"]["fid"], str(row.steps)))
+            curve = f"{METHODS[row.method]}{f', {row.steps} steps' if row.target else ''}"
+            fid = record["seeds"]["0"]["metrics"]["fid"]
+            curves.setdefault(curve, []).append((seconds, fid, row.target or str(row.steps)))
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(6, 5), dpi=110, layout="constrained")
         axis = figure.subplots()
-    for (method, points), marker in zip(curves.items(), "os^v<>D"):
+    for (method, points), marker in zip(curves.items(), "os^v<>DP*XphH+"):
         x, y, texts = zip(*sorted(points))
-        axis.plot(x, y, marker=marker, markersize=5, linewidth=0.8, label=METHODS[method])
+        axis.plot(x, y, marker=marker, markersize=5, linewidth=0.8, label=method)
         for *point, text in zip(x, y, texts):
             axis.annotate(text, point, (4, 3), textcoords="offset points", fontsize=7)
     axis.set_yscale("log")
