@@ -3,6 +3,7 @@
 samples.png: ten classes across, eight samples down, DDIM-20 without a router.
 router.png:  the scores of the two shipped routers, steps down in the order they run, layers across.
 router.gif:  the scores of the first of them during its training, from its log.
+plans.png:   the plan of the 50-step router, and the learned plan that runs a third of the multiply-adds.
 """
 
 import json
@@ -42,7 +43,8 @@ def draw_samples(path, rows=8):
 
 def main(args):
     from router import Router
-    from training.plots import save_animation, save_heatmap
+    from schedule import Schedule
+    from training.plots import save_animation, save_heatmap, save_plans
     from training.run_folder import frames
 
     draw_samples(args.out / "samples.png")
@@ -50,7 +52,10 @@ def main(args):
     save_heatmap(scores, THRESHOLD, args.out / "router.png")
     log = (ROOT / "demo" / "records" / "fashion-20.jsonl").read_text().splitlines()
     save_animation(frames(map(json.loads, log), 20), THRESHOLD, args.out / "router.gif")
-    print(f"wrote samples.png, router.png and router.gif into {args.out}")
+    router = Router.load(SHIPPED / "DDIM50_router.pt").schedule(THRESHOLD)
+    plans = {"router, at most 1.8x": router, "learned plan, 3x": Schedule.load(SHIPPED / "DDIM50_3x.json")}
+    save_plans(plans, args.out / "plans.png")
+    print(f"wrote samples.png, router.png, router.gif and plans.png into {args.out}")
 
 
 if __name__ == "__main__":

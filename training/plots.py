@@ -1,4 +1,6 @@
-"""Plots of a router's scores: a heatmap, and an animation of a training."""
+"""Plots of a router's scores, of their training, and of any plan."""
+
+import torch
 
 from router import Router
 from runtime.files import atomic_write
@@ -51,6 +53,43 @@ def save_heatmap(named_scores, threshold, path):
         image, _ = draw_scores(axis, scores, threshold)
         _set_title(axis, title)
     figure.colorbar(image, ax=list(axes), label=f"score; x: reused at threshold {threshold:g}")
+    with atomic_write(path) as part:
+        figure.savefig(part, format="png", metadata={"Software": None})
+
+
+def ages(schedule):
+    """Return int [steps, depth, 2]: steps since the layer last ran, 0 if it runs."""
+    rows, age = [], torch.zeros(schedule.depth, 2, dtype=torch.long)
+    for compute in reversed(schedule.compute):
+        age = torch.where(compute, 0, age + 1)
+        rows.insert(0, age)
+    return torch.stack(rows)
+
+
+def draw_plan(axis, schedule, oldest):
+    """Draw a `Schedule` on a matplotlib axis: steps in the order they run, layers across, darker the older the output.
+
+    A dot marks each layer that runs. oldest: the age of the darkest shade. Returns the image and the dots.
+    """
+    shown = ages(schedule).flatten(1).flip(0)
+    image = axis.imshow(shown.numpy(), vmin=0, vmax=oldest, cmap="Blues", aspect="auto", interpolation="nearest")
+    row, column = (shown == 0).nonzero(as_tuple=True)
+    dots = axis.scatter(column.numpy(), row.numpy(), marker=".", s=6, c="black", linewidths=0)
+    steps = range(0, schedule.steps, max(1, schedule.steps // 10))
+    axis.set_yticks(list(steps), [schedule.steps - 1 - e for e in steps], fontsize=7)
+    axis.set_xticks(range(0, 2 * schedule.depth, 2), range(schedule.depth), fontsize=7 if schedule.depth > 16 else None)
+    axis.set(xlabel="block (attention, MLP)", ylabel="step i")
+    return image, dots
+
+
+def save_plans(named_schedules, path):
+    """Write a PNG of `named_schedules`, a dict of title: `Schedule`, side by side."""
+    oldest = max(1, *(int(ages(schedule).max()) for schedule in named_schedules.values()))
+    figure, axes = _new_figure(len(named_schedules))
+    for axis, (title, schedule) in zip(axes, named_schedules.items()):
+        image, _ = draw_plan(axis, schedule, oldest)
+        _set_title(axis, title)
+    figure.colorbar(image, ax=list(axes), label="steps since the layer ran; a dot: it runs")
     with atomic_write(path) as part:
         figure.savefig(part, format="png", metadata={"Software": None})
 

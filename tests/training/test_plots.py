@@ -6,7 +6,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from training.plots import draw_scores, save_animation, save_heatmap
+from schedule import Schedule
+from training.plots import ages, draw_plan, draw_scores, save_animation, save_heatmap, save_plans
 
 
 def test_a_heatmap_shows_trained_steps_in_running_order_and_marks_reused_layers(tmp_path):
@@ -38,3 +39,18 @@ def test_a_title_may_hold_any_characters(name, tmp_path, recwarn):
     save_heatmap({name: scores}, 0.5, tmp_path / "x.png")
     save_animation([(name, scores)], 0.5, tmp_path / "x.gif")
     assert not recwarn.list
+
+
+def test_a_plan_shows_the_age_of_each_output_and_marks_the_layers_that_run(tmp_path):
+    compute = torch.zeros(5, 2, 2, dtype=torch.bool)
+    compute[[4, 1]] = True
+    compute[2, 0, 1] = True
+    schedule = Schedule(compute, order=1)
+    assert ages(schedule)[:, 0].tolist() == [[1, 1], [0, 0], [2, 0], [1, 1], [0, 0]]
+    image, dots = draw_plan(Figure().subplots(), schedule, 2)
+    shown = np.asarray(image.get_array())
+    assert shown.tolist() == [[0] * 4, [1] * 4, [2, 0, 2, 2], [0] * 4, [1] * 4]  # step 4 runs first
+    marked = {(int(row), int(column)) for column, row in dots.get_offsets()}
+    assert marked == {(row, column) for row in range(5) for column in range(4) if shown[row, column] == 0}
+    save_plans({"one": schedule, "two": schedule}, tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").format == "PNG"
