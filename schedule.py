@@ -105,6 +105,16 @@ class Schedule:
         """The same plan with forecasts of this order. Raises ValueError if there is no such order."""
         return replace(self, order=order)
 
+    def with_steps(self, steps: int) -> "Schedule":
+        """This plan for a sampler of another number of steps: each step takes the row of the nearest timestep.
+
+        Samplers spread their timesteps evenly (`create_diffusion`). Raises ValueError if `steps` is below 2.
+        """
+        if steps < 2:
+            raise ValueError(f"{steps} steps have no nearest ones: pass at least 2")
+        nearest = [round(i * (self.steps - 1) / (steps - 1)) for i in range(steps)]
+        return replace(self, compute=self.compute[nearest])
+
     def sha256(self) -> str:
         """SHA-256 of `compute`, one byte per layer, and of the order if it is not 0, as hex digits."""
         digest = hashlib.sha256(self.compute.contiguous().numpy().tobytes())

@@ -1,9 +1,11 @@
 import hashlib
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from diffusion import create_diffusion
 from router import Router, load_schedule
 from runtime.errors import UserError
 from runtime.hashes import fingerprint
@@ -187,3 +189,14 @@ def test_the_table_of_a_schedule_adds_up():
     assert rows[3] == ["0/2", "0/2", "1", "4.3%", "0"]
     assert "cached 31.2% of all layers, 3 distinct steps; 60 of 92 G multiply-adds an image" in text
     assert text.endswith("so the speed-up is at most 1.533")
+
+
+@pytest.mark.parametrize("steps", [10, 30, 40, 50, 80])
+def test_a_plan_for_other_steps_has_the_rows_of_the_nearest_timesteps(steps):
+    schedule = Schedule.random_layers(50, 3, range(0, 49, 2), 40, 0).with_order(1)
+    other, old, new = schedule.with_steps(steps), create_diffusion(50), create_diffusion(steps)
+    assert (other.steps, other.order) == (steps, 1)
+    for i, t in enumerate(new.timestep_map):
+        distance = np.abs(np.asarray(old.timestep_map) - t)
+        same = [j for j in np.flatnonzero(distance <= distance.min() + 1)]  # timesteps are rounded
+        assert any(torch.equal(other.compute[i], schedule.compute[j]) for j in same)
