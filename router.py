@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from runtime import released
 from runtime.errors import UserError
 from runtime.files import atomic_write, load_tensors
-from runtime.hashes import fingerprint
 from schedule import Schedule, forecast_weights
 
 if TYPE_CHECKING:  # the model's libraries take seconds to import, and scores do without
@@ -189,21 +187,3 @@ def router_loss(
         scores = (scores > threshold).float() + (scores - scores.detach())
     student = dit(x, t_next, y, [row.unbind() for row in scores.unbind()], cache)
     return (teacher - student).square().flatten(1).mean(1)
-
-
-def load_schedule(method: str | None, path: str | None, threshold: float) -> tuple[Schedule | None, dict[str, Any]]:
-    """Load the schedule that --accelerate-method, --path and --thres ask for, and describe it for a manifest.
-
-    method: "dynamiclayer" for a router file, used at `threshold`; "schedule" for a schedule file; None for no schedule.
-    Returns the `Schedule` or None, and {"router", "threshold", "schedule"}: JSON types, None if it does not apply.
-    Raises UserError if the file is missing, damaged, or of the other kind.
-    """
-    described = dict.fromkeys(("router", "threshold", "schedule"))
-    if method is None:
-        return None, described
-    path = released.find(path)
-    if method == "schedule":
-        schedule = Schedule.load(path)
-        return schedule, described | {"schedule": schedule.sha256()}
-    router = Router.load(path)
-    return router.schedule(threshold), described | {"router": fingerprint(router, {}), "threshold": threshold}

@@ -34,13 +34,15 @@ def parse_args(argv=None):
     output.add_argument(
         "--compare",
         action="store_true",
-        help="also sample without the file of --path, in turn, from the same noise; the picture shows both",
+        help="also sample without --accelerate-method, in turn, from the same noise; the picture shows both",
     )
+    output.add_argument("--save-schedule", metavar="JSON", type=cli.json_file, help="file for the schedule that ran")
     cli.add_record_argument(output, only="with --compare: ")
     args = parser.parse_args(argv)
     cli.check_sampling_arguments(parser, args)
-    if args.compare and not args.path:
-        parser.error("--compare needs a router or schedule: add --accelerate-method and --path")
+    for flag in ("compare", "save_schedule"):
+        if getattr(args, flag) and not args.accelerate_method:
+            parser.error(f"--{flag.replace('_', '-')} needs a router or schedule: add --accelerate-method")
     if args.record and not args.compare:
         parser.error("--record writes the figures of --compare: add --compare")
     if args.random_weights and args.ckpt and args.ckpt.endswith((".pt", ".safetensors")):
@@ -50,8 +52,8 @@ def parse_args(argv=None):
 
 def main(args):
     """Check what can be refused early, load, sample, save the picture, report."""
+    from policies import schedule_of_flags
     from pretrained.spec import check_labels, model_spec
-    from router import load_schedule
     from runtime import devices
     from runtime.files import check_writable
     from runtime.pictures import picture_format
@@ -64,13 +66,13 @@ def main(args):
     check_labels(labels, spec.num_classes)
     out = args.out or f"Sample_NFE{args.num_sampling_steps}_Method_{args.accelerate_method or 'full'}.png"
     picture_format(out)
-    for path in filter(None, (out, args.record)):
+    for path in filter(None, (out, args.record, args.save_schedule)):
         check_writable(path)
-    schedule, _ = load_schedule(args.accelerate_method, args.path, args.thres)
+    schedule = schedule_of_flags(args, spec)
 
     cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
-    dit, vae = load_models(args, spec, schedule, cfg_scale, device, dtype)
-    name = {None: "full", "schedule": "schedule"}.get(args.accelerate_method, "router")
+    dit, vae, schedule = load_models(args, spec, schedule, cfg_scale, device, dtype)
+    name = {None: "full", "dynamiclayer": "router"}.get(args.accelerate_method, "schedule")
     schedules = {name: schedule}
     if args.compare:
         schedules = {"full": None} | schedules
@@ -85,12 +87,18 @@ def main(args):
     print_times(args, times, capturing)
     if images:
         print_picture(args, spec, labels, out, name)
+    if args.save_schedule:
+        print(f"Schedule: {args.save_schedule}")
     if args.compare:
         print_comparison(figures, name, "images" if images else "latents")
 
 
 def load_models(args, spec, schedule, cfg_scale, device, dtype):
-    """Load the DiT in `dtype` and the VAE (None with --random-weights). Prints the plan of `schedule`, if any."""
+    """Load the DiT in `dtype` and the VAE (None with --random-weights), make the schedule if its policy needs the DiT.
+
+    Returns the DiT, the VAE and the schedule or None, which is printed, and saved with --save-schedule.
+    """
+    from policies import schedule_of_flags
     from pretrained.loading import load_dit, load_vae
     from runtime import devices
     from sampling import check_sampler
@@ -102,13 +110,15 @@ def load_models(args, spec, schedule, cfg_scale, device, dtype):
     dit = load_dit(spec, device, args.seed if args.random_weights else None)
     check_sampler(dit, cfg_scale, args.p_sample)
     dit = devices.set_precision(dit, dtype)
+    schedule = schedule or schedule_of_flags(args, dit, cfg_scale)
     if args.compile:
         devices.compile_blocks(dit.blocks)
     if schedule:
-        schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
         print(schedule.describe(dit.multiply_adds()))
+    if args.save_schedule:
+        schedule.save(args.save_schedule)
     vae = None if args.random_weights else devices.speed_up_vae(load_vae(spec, device), device, dtype)
-    return dit, vae
+    return dit, vae, schedule
 
 
 def sample_in_turn(args, dit, schedules, cfg_scale, labels, device):

@@ -52,23 +52,19 @@ def parse_args(argv=None):
 
 
 def load(args, device, dtype):
-    """Load the model's spec, its DiT in `dtype`, its VAE, the schedule or None, and its entries of the manifest."""
+    """Load the model's spec, its DiT in `dtype`, its VAE, and the schedule of a file or None."""
     import sampling
+    from policies import schedule_of_flags
     from pretrained.loading import load_dit, load_vae
     from pretrained.spec import model_spec
-    from router import load_schedule
     from runtime import devices
 
     spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
-    schedule, schedule_entries = load_schedule(args.accelerate_method, args.path, args.thres)
+    schedule = schedule_of_flags(args, spec)
     dit = load_dit(spec, device)
     sampling.check_sampler(dit, spec.guidance(args.cfg_scale, CFG_SCALE), args.p_sample)
-    if schedule:
-        schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
     dit = devices.set_precision(dit, dtype)
-    if args.compile:
-        devices.compile_blocks(dit.blocks)
-    return spec, dit, devices.speed_up_vae(load_vae(spec, device), device, dtype), schedule, schedule_entries
+    return spec, dit, devices.speed_up_vae(load_vae(spec, device), device, dtype), schedule
 
 
 def describe(args, spec, dit, vae, schedule_entries, device, dtype):
@@ -105,6 +101,7 @@ def main(args):
     """Load, describe, open the set, then sample, assemble and report."""
     import torch
 
+    import policies
     from evaluation.sample_set import SampleSet, set_name
     from runtime import devices, records
     from runtime.files import check_writable
@@ -121,9 +118,13 @@ def main(args):
     if args.record:
         processes.run_on_main(lambda: check_writable(args.record))
 
-    spec, dit, vae, schedule, schedule_entries = processes.run_everywhere(
-        lambda: load(args, device, dtype), local_main_first=True
-    )
+    spec, dit, vae, schedule = processes.run_everywhere(lambda: load(args, device, dtype), local_main_first=True)
+    if schedule is None:  # rank 0 measures for all: rounding may differ from one machine to the next
+        cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
+        schedule = processes.run_on_main(lambda: policies.schedule_of_flags(args, dit, cfg_scale))
+    if args.compile:
+        processes.run_everywhere(lambda: devices.compile_blocks(dit.blocks))
+    schedule_entries = processes.run_everywhere(lambda: policies.manifest_entries(args, schedule))
     manifest = describe(args, spec, dit, vae, schedule_entries, device, dtype)
     check_equal(manifest, processes)
 

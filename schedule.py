@@ -94,6 +94,27 @@ class Schedule:
         return cls._reusing(steps, depth, {i: 2 * depth - 1 - np.arange(count) for i, count in zip(where, counts)})
 
     @classmethod
+    def by_change(cls, changes: Tensor, depth: int, alpha: float) -> "Schedule":
+        """Reuse attention, or the MLP, of all blocks while it has changed by less than `alpha` since it ran.
+
+        changes: [steps, most, 2]: [i, a-1, k] is the relative change of layer k's output from step i + a to step i, as
+        `training.smoothcache.layer_changes` measures it. A layer is reused at most `most` steps in a row.
+        Raises ValueError if alpha is not above 0. Source: Liu et al. 2024, arXiv:2411.10510 (SmoothCache).
+        """
+        if not alpha > 0:
+            raise ValueError(f"alpha {alpha} is not above 0")
+        steps, most, _ = changes.shape
+        compute = torch.ones(steps, depth, 2, dtype=torch.bool)
+        for k in (0, 1):
+            ran = steps - 1  # the last step that runs the layer
+            for i in range(steps - 2, -1, -1):
+                if ran - i <= most and changes[i, ran - i - 1, k] < alpha:
+                    compute[i, :, k] = False
+                else:
+                    ran = i
+        return cls(compute)
+
+    @classmethod
     def _reusing(cls, steps: int, depth: int, layers: Mapping[int, np.ndarray]) -> "Schedule":
         """Reuse the layers `layers[i]` (counted in the order in which they run) at step i, and run all others."""
         compute = torch.ones(steps, 2 * depth, dtype=torch.bool)
@@ -160,7 +181,10 @@ class Schedule:
         saved = load_tensors(path)
         compute = saved.get("compute") if isinstance(saved, dict) else None
         if not isinstance(compute, torch.Tensor):
-            raise UserError(f'{path} is not a schedule file: it has no tensor "compute"; Schedule.save writes JSON')
+            raise UserError(
+                f'{path} is not a schedule file: it has no tensor "compute"; Schedule.save writes JSON, and a router '
+                "is a file for --accelerate-method dynamiclayer"
+            )
         try:
             return cls(compute, saved.get("order", 0))
         except (ValueError, TypeError) as error:

@@ -81,11 +81,12 @@ def load(args, device):
     """A function that makes the DiT in float32, and the schedules by name."""
     from pretrained.loading import load_dit
     from pretrained.spec import model_spec
-    from router import load_schedule
+    from router import Router
+    from runtime import released
 
     spec, schedules = model_spec(args.model, ckpt=args.ckpt), {"full": None}
     if args.path:
-        schedules["router"], _ = load_schedule("dynamiclayer", args.path, args.thres)
+        schedules["router"] = Router.load(released.find(args.path)).schedule(args.thres)
     return partial(load_dit, spec, device, None if args.ckpt else 0), schedules
 
 

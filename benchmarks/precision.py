@@ -53,14 +53,14 @@ def measure(args):
     from evaluation import inception
     from pretrained.loading import load_dit, load_vae
     from pretrained.spec import model_spec
-    from router import load_schedule
+    from router import Router
     from runtime import devices
     from runtime.pictures import psnr
 
     device = devices.pick_device(args.device)
     spec = model_spec(ckpt=common.SHIPPED)
     classifier = inception.Graph(common.SHIPPED / "classifier.pb", device)
-    router, _ = load_schedule("dynamiclayer", common.SHIPPED_ROUTER, 0.1)
+    router = Router.load(common.SHIPPED_ROUTER).schedule(0.1)
     y = torch.arange(args.images) % spec.num_classes
     plain, rows = {}, []
     for dtype, compiled, cuda_graphs in ways(device):

@@ -40,6 +40,12 @@ class ModelSpec:
         return self.config["num_classes"]
 
     @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        default = DiT_models[self.name].keywords["depth"] if self.registered else 28  # that of `DiT`
+        return self.config.get("depth", default)
+
+    @property
     def registered(self) -> bool:
         """Whether the name is one of `DiT_models`; such a model needs more flags, a model folder needs none."""
         return self.name in DiT_models

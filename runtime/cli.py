@@ -64,6 +64,7 @@ sampling_steps = number(int, lambda value: 1 <= value <= 1000, "a whole number f
 router_steps = number(int, lambda value: 2 <= value <= 1000, "a whole number from 2 to 1000")
 fraction = number(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
 share = number(float, lambda value: 0 < value <= 0.5, "a number in (0, 0.5]")
+above_0 = number(float, lambda value: 0 < value < math.inf, "a finite number above 0")
 finite = number(float, math.isfinite, "a finite number")
 non_negative = number(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32-1")
@@ -118,14 +119,55 @@ def add_sampling_arguments(parser, cfg_scale):
         type=finite,
         help=f"guidance, 1 is none; default: {cfg_scale}, or what a model folder recommends",
     )
+    add_method_arguments(group)
+    return group
+
+
+# The setting that each --accelerate-method needs: its flag, and a noun for messages.
+METHODS = {
+    "dynamiclayer": ("path", "file"),
+    "schedule": ("path", "file"),
+    "fora": ("interval", "interval"),
+    "smoothcache": ("alpha", "largest change"),
+    "random": ("cached", "share"),
+    "first": ("cached", "share"),
+    "last": ("cached", "share"),
+}
+
+
+def add_method_arguments(group):
+    """Add --accelerate-method and its settings, for `check_sampling_arguments` and `policies.schedule_of_flags`."""
     group.add_argument(
         "--accelerate-method",
-        choices=["dynamiclayer", "schedule"],
-        help="dynamiclayer: skip the layers that the router in --path skips; schedule: follow the schedule in --path",
+        choices=METHODS,
+        help="which layers reuse their output: dynamiclayer: those that the router in --path skips; schedule: those "
+        "that the file in --path names; fora: all, between every --interval-th step; smoothcache: those that change "
+        "by less than --alpha; random, first, last: random layers, or the first or last blocks, see --cached",
     )
     group.add_argument("--path", metavar="FILE", help="router or schedule file; a missing released file is fetched")
     add_threshold_argument(group)
-    return group
+    group.add_argument("--interval", metavar="N", type=positive, help="of fora: run every N-th step; published: 3")
+    group.add_argument(
+        "--alpha",
+        metavar="CHANGE",
+        type=above_0,
+        help="of smoothcache: reuse attention, or MLP, for up to 3 steps while its output has changed by less than "
+        "this share, measured on 8 samples first; published for DiT-XL/2 and 50 steps: 0.08, 0.18, 0.22",
+    )
+    group.add_argument(
+        "--cached",
+        metavar="SHARE",
+        type=share,
+        help="of random, first and last: share of all layer calls that are reused, at every second step, at most 0.5",
+    )
+    group.add_argument(
+        "--forecast",
+        metavar="ORDER",
+        type=int,
+        choices=[0, 1, 2],
+        help="reuse the last output (0), or a linear (1) or quadratic (2) forecast from the last two or three; "
+        "default: what a schedule file says, else 0",
+    )
 
 
 def add_threshold_argument(parser):
@@ -158,11 +200,24 @@ def add_speed_arguments(parser):
 
 
 def check_sampling_arguments(parser, args):
-    """Refuse a method without its file, and a file without its method."""
-    if args.accelerate_method and not args.path:
-        parser.error(f"--accelerate-method {args.accelerate_method} needs its file: add --path")
-    if args.path and not args.accelerate_method:
-        parser.error("--path needs its method: add --accelerate-method dynamiclayer for a router, schedule for others")
+    """Refuse a method without its setting, a setting of another method, and one for which there are too few steps."""
+    method, steps = args.accelerate_method, args.num_sampling_steps
+    needed, noun = METHODS.get(method, ("", ""))
+    for flag in dict.fromkeys(flag for flag, _ in METHODS.values()):
+        given, users = getattr(args, flag), " or ".join(name for name in METHODS if METHODS[name][0] == flag)
+        if flag == needed and not given:
+            parser.error(f"--accelerate-method {method} needs its {noun}: add --{flag}")
+        if given and not method:
+            parser.error(f"--{flag} needs its method: add --accelerate-method {users}")
+        if given and flag != needed:
+            parser.error(f"--{flag} is no setting of {method}: leave it out, or pass --accelerate-method {users}")
+    if args.forecast is not None and not method:
+        parser.error(f"--forecast needs outputs to reuse: add --accelerate-method {' or '.join(METHODS)}")
+    if args.interval and args.interval > steps:
+        parser.error(f"--interval {args.interval} is more than the {steps} steps: pass at most {steps}")
+    if args.cached and args.cached > (half := steps // 2) / steps:
+        largest = math.floor(1000 * half / steps) / 1000
+        parser.error(f"--cached {args.cached} is too much: {half} of {steps} steps can reuse, so at most {largest:g}")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,3 @@
-import hashlib
 import math
 
 import numpy as np
@@ -6,9 +5,8 @@ import pytest
 import torch
 
 from diffusion import create_diffusion
-from router import Router, load_schedule
+from router import Router
 from runtime.errors import UserError
-from runtime.hashes import fingerprint
 from schedule import Schedule
 
 POLICIES = {"random": lambda *plan: Schedule.random_layers(*plan, seed=3)}
@@ -154,21 +152,6 @@ def test_files_that_are_no_schedule_are_refused(tmp_path, content, words):
         Schedule.load(path)
 
 
-def test_the_schedule_of_a_file_and_what_the_manifest_says_of_it(tmp_path):
-    schedule = Schedule.every_nth(4, 3, 2)
-    schedule.save(tmp_path / "s.pt")
-    Router(4, 3).save(tmp_path / "r.pt")
-    assert load_schedule(None, None, 0.5) == (None, {"router": None, "threshold": None, "schedule": None})
-    loaded, described = load_schedule("schedule", tmp_path / "s.pt", 0.5)
-    assert torch.equal(loaded.compute, schedule.compute)
-    cells = bytes(cell for row in schedule.rows() for block in row for cell in block)
-    assert described == {"router": None, "threshold": None, "schedule": hashlib.sha256(cells).hexdigest()}
-    loaded, described = load_schedule("dynamiclayer", tmp_path / "r.pt", 0.5)
-    router = Router.load(tmp_path / "r.pt")
-    assert torch.equal(loaded.compute, router.schedule(0.5).compute)
-    assert described == {"router": fingerprint(router, {}), "threshold": 0.5, "schedule": None}
-
-
 def test_a_schedule_of_other_steps_or_depth_is_refused():
     schedule = Schedule.full(20, 3)
     schedule.check_fits("s.pt", 20, 3)
@@ -200,3 +183,19 @@ def test_a_plan_for_other_steps_has_the_rows_of_the_nearest_timesteps(steps):
         distance = np.abs(np.asarray(old.timestep_map) - t)
         same = [j for j in np.flatnonzero(distance <= distance.min() + 1)]  # timesteps are rounded
         assert any(torch.equal(other.compute[i], schedule.compute[j]) for j in same)
+
+
+def test_a_schedule_by_change_by_hand():
+    """Attention: 0.1 and 0.3 reuse, at age 3 it would be 0.5. MLP: three steps of reuse are the most."""
+    changes = torch.full((7, 3, 2), 0.01)
+    changes[5:, :, 0] = torch.tensor([[0.1, 9, 9], [9, 9, 9]])
+    changes[4, :, 0] = torch.tensor([9, 0.3, 9])
+    changes[3, :, 0] = torch.tensor([0.2, 0.2, 0.5])
+    changes[2, 0, 0] = 0.4  # exactly alpha is not below it
+    schedule = Schedule.by_change(changes, depth=2, alpha=0.4)
+    assert schedule.compute[:, 0, 0].tolist() == [False, False, True, True, False, False, True]
+    assert schedule.compute[:, 0, 1].tolist() == [False, False, True, False, False, False, True]
+    assert torch.equal(schedule.compute[:, 0], schedule.compute[:, 1])
+    for alpha in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="above 0"):
+            Schedule.by_change(changes, 2, alpha)

@@ -1,0 +1,122 @@
+"""Policies by name: every way to make a `Schedule` that --accelerate-method offers.
+
+make_schedule("fora", steps=20, depth=12, interval=3, forecast=2)
+make_schedule("smoothcache", steps=50, depth=dit.depth, alpha=0.18, dit=dit, cfg_scale=1.5)
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from models import DiT
+from pretrained.spec import ModelSpec
+from router import Router
+from runtime import released
+from runtime.cli import METHODS
+from runtime.hashes import fingerprint
+from schedule import Schedule
+from training.smoothcache import layer_changes
+
+RANDOM_SEED = 0  # of the random layers, so that equal flags give equal schedules
+
+
+def make_schedule(method: str, steps: int, depth: int, forecast: int | None = None, **settings: Any) -> Schedule:
+    """The `Schedule` of a policy for `steps` sampling steps and `depth` blocks.
+
+    method and its settings, which are keyword arguments:
+        "dynamiclayer"             path: of a router file; threshold: as --thres, default 0.1
+        "schedule"                 path: of a schedule file, ours or SmoothCache's
+        "fora"                     interval: run every layer at every interval-th step, none in between
+        "smoothcache"              alpha: largest relative change of an output that is reused; dit: the DiT to measure
+                                   it on; cfg_scale: guidance, default 1
+        "random", "first", "last"  cached: share of all layer calls that are reused, at the steps that a router decides
+    forecast: order of the forecast, as in `Schedule`; None is that of a schedule file, else 0.
+    Raises UserError if a file cannot be used or does not fit, ValueError if the method is unknown or the value of a
+    setting is wrong, TypeError if a setting is missing or is one of another method.
+    """
+    if method not in POLICIES:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(POLICIES)}")
+    schedule = POLICIES[method](steps, depth, **settings)
+    return schedule if forecast is None else schedule.with_order(forecast)
+
+
+def _router_file(steps: int, depth: int, path: str, threshold: float = 0.1) -> Schedule:
+    schedule = Router.load(released.find(path)).schedule(threshold)
+    schedule.check_fits(path, steps, depth)
+    return schedule
+
+
+def _schedule_file(steps: int, depth: int, path: str) -> Schedule:
+    schedule = Schedule.load(released.find(path), depth)
+    schedule.check_fits(path, steps, depth)
+    return schedule
+
+
+def _smoothcache(steps: int, depth: int, alpha: float, dit: DiT, cfg_scale: float = 1.0) -> Schedule:
+    return Schedule.by_change(layer_changes(dit, steps, cfg_scale), depth, alpha)
+
+
+def _random_layers(steps: int, depth: int, cached: float) -> Schedule:
+    return Schedule.random_layers(steps, depth, Router.trained_steps(steps), _calls(steps, depth, cached), RANDOM_SEED)
+
+
+def _first_blocks(steps: int, depth: int, cached: float) -> Schedule:
+    return Schedule.first_blocks(steps, depth, Router.trained_steps(steps), _calls(steps, depth, cached))
+
+
+def _last_blocks(steps: int, depth: int, cached: float) -> Schedule:
+    return Schedule.last_blocks(steps, depth, Router.trained_steps(steps), _calls(steps, depth, cached))
+
+
+def _calls(steps: int, depth: int, cached: float) -> int:
+    """The number of layer calls that is nearest to a share of all."""
+    return round(cached * steps * depth * 2)
+
+
+POLICIES: dict[str, Callable[..., Schedule]] = {
+    "dynamiclayer": _router_file,
+    "schedule": _schedule_file,
+    "fora": Schedule.every_nth,
+    "smoothcache": _smoothcache,
+    "random": _random_layers,
+    "first": _first_blocks,
+    "last": _last_blocks,
+}
+
+
+def schedule_of_flags(args: argparse.Namespace, model: ModelSpec | DiT, cfg_scale: float = 1.0) -> Schedule | None:
+    """The schedule that the flags ask for, or None if they name no method.
+
+    model: its `ModelSpec` before it is loaded, which gives the schedules of files and None for all others, so that a
+    wrong file is refused early; then the DiT. cfg_scale: guidance of the sampler. Raises UserError as `make_schedule`.
+    """
+    method = args.accelerate_method
+    if method is None or isinstance(model, ModelSpec) and not args.path:
+        return None
+    setting, _ = METHODS[method]
+    settings = {setting: getattr(args, setting)}
+    if method == "dynamiclayer":
+        settings |= {"threshold": args.thres}
+    if method == "smoothcache":
+        settings |= {"dit": model, "cfg_scale": cfg_scale}
+    return make_schedule(method, args.num_sampling_steps, model.depth, args.forecast, **settings)
+
+
+def manifest_entries(args: argparse.Namespace, schedule: Schedule | None) -> dict[str, Any]:
+    """What a manifest says of the schedule of `schedule_of_flags`, as JSON types.
+
+    "router", "threshold" and "schedule" (its SHA-256) are None if they do not apply; other entries are there if they
+    do: "forecast", and "method" with its setting.
+    """
+    entries: dict[str, Any] = dict.fromkeys(("router", "threshold", "schedule"))
+    if schedule is None:
+        return entries
+    if args.accelerate_method == "dynamiclayer":
+        router = Router.load(released.find(args.path))
+        entries |= {"router": fingerprint(router, {}), "threshold": args.thres}
+    else:
+        entries |= {"schedule": schedule.sha256()}
+    if not args.path:
+        setting, _ = METHODS[args.accelerate_method]
+        entries |= {"method": args.accelerate_method, setting: getattr(args, setting)}
+    return entries | ({"forecast": schedule.order} if schedule.order else {})
