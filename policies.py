@@ -6,6 +6,7 @@ make_schedule("smoothcache", steps=50, depth=dit.depth, alpha=0.18, dit=dit, cfg
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from models import DiT
@@ -13,6 +14,7 @@ from pretrained.spec import ModelSpec
 from router import Router
 from runtime import released
 from runtime.cli import METHODS
+from runtime.errors import UserError
 from runtime.hashes import fingerprint
 from schedule import Schedule
 from training.smoothcache import layer_changes
@@ -41,6 +43,8 @@ def make_schedule(method: str, steps: int, depth: int, forecast: int | None = No
 
 
 def _router_file(steps: int, depth: int, path: str, threshold: float = 0.1) -> Schedule:
+    if Path(path).suffix == ".json":
+        raise UserError(f"{path} is no router file: pass --accelerate-method schedule if it is a schedule file")
     schedule = Router.load(released.find(path)).schedule(threshold)
     schedule.check_fits(path, steps, depth)
     return schedule

@@ -195,10 +195,10 @@ class Schedule:
         """The schedule in the content of a JSON file. Raises ValueError or TypeError if there is none."""
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
-        if {"attn", "mlp"} <= content.keys():  # SmoothCache
+        if {"attn", "mlp"} & content.keys():  # SmoothCache
             if depth is None:
                 raise ValueError("SmoothCache's files do not hold the number of blocks")
-            columns = content["attn"], content["mlp"]
+            columns = content.get("attn"), content.get("mlp")
             if not all(isinstance(c, list) and {*map(repr, c)} <= {"0", "1"} for c in columns):
                 raise ValueError('"attn" and "mlp" must be lists of 1 (compute) and 0 (reuse)')
             if len(columns[0]) != len(columns[1]) or not columns[0]:
@@ -209,8 +209,8 @@ class Schedule:
         missing = sorted({"steps", "depth", "rows"} - content.keys())
         if unknown or missing:
             raise ValueError(
-                f"its keys are steps, depth, order and rows; {', '.join(missing or unknown)} is "
-                f"{'missing' if missing else 'unknown'}"
+                f"its keys are steps, depth, order and rows; {'missing' if missing else 'unknown'}: "
+                f"{', '.join(missing or unknown)}"
             )
         steps, depth, order = content["steps"], content["depth"], content.get("order", 0)
         for name, value in (("steps", steps), ("depth", depth)):

@@ -212,7 +212,7 @@ def check_sampling_arguments(parser, args):
         if given and flag != needed:
             parser.error(f"--{flag} is no setting of {method}: leave it out, or pass --accelerate-method {users}")
     if args.forecast is not None and not method:
-        parser.error(f"--forecast needs outputs to reuse: add --accelerate-method {' or '.join(METHODS)}")
+        parser.error("--forecast needs a method that reuses outputs: add --accelerate-method")
     if args.interval and args.interval > steps:
         parser.error(f"--interval {args.interval} is more than the {steps} steps: pass at most {steps}")
     if args.cached and args.cached > (half := steps // 2) / steps:

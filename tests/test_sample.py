@@ -12,11 +12,30 @@ import torch
 from conftest import ROOT, assert_refused, call, run
 from PIL import Image
 
+from pretrained.loading import load_dit
+from pretrained.spec import model_spec
 from router import Router
 from schedule import Schedule
+from training.smoothcache import layer_changes
 
 METHOD = ["--accelerate-method", "dynamiclayer"]
 SCHEDULE = ["--accelerate-method", "schedule"]
+FORA = ["--accelerate-method", "fora", "--interval"]
+
+
+PLAN = {"steps": 4, "depth": 3, "order": 0, "rows": ["1", "0", "1", "0"]}
+# Mistakes in a schedule file that somebody wrote by hand.
+PLANS = {
+    "digit": {"rows": ["1", "0", "1", "2"]},
+    "width": {"rows": ["1", "11 00", "1", "0"]},
+    "rows": {"rows": ["1", "0"]},
+    "first": {"rows": ["0", "1", "1", "1"]},
+    "order": {"order": 3},
+    "typo": {"oder": 2},
+    "depth": {"depth": 7},
+    "steps": {"steps": 6, "rows": ["1"] * 6},
+    "list": [1, 2],
+}
 
 
 @pytest.fixture
@@ -75,9 +94,6 @@ def test_compare_prints_both_times_the_ratio_the_bound_and_the_psnr(sample, mode
     ):
         assert re.search(line, result.stdout, re.M), (line, result.stdout)
     bound = float(re.search(r"of the bound (\S+)", result.stdout)[1])
-    from pretrained.loading import load_dit
-    from pretrained.spec import model_spec
-
     costs = load_dit(model_spec(ckpt=str(model_folder)), "cpu").multiply_adds()
     assert bound == pytest.approx(Router.load(path).schedule(0.5).speedup_bound(costs), abs=6e-4)
     record = json.loads((tmp_path / "r.json").read_text())
@@ -112,6 +128,63 @@ def test_a_schedule_file_is_run_and_compared(sample, model_folder, tmp_path):
     assert "inf dB" in result.stdout and json.loads((tmp_path / "full.json").read_text())["psnr_db"] is None
     result = sample(*SCHEDULE, "--path", "same.pt", "--ddim-sample")
     assert result.returncode == 0 and (tmp_path / "Sample_NFE4_Method_schedule.png").exists()
+
+
+@pytest.mark.parametrize(
+    "method, flags, plan",
+    [
+        ("fora", ["--interval", 2], Schedule.every_nth(4, 3, 2)),
+        ("random", ["--cached", 0.25], Schedule.random_layers(4, 3, [0, 2], 6, 0)),
+        ("first", ["--cached", 0.25], Schedule.first_blocks(4, 3, [0, 2], 6)),
+        ("last", ["--cached", 0.25], Schedule.last_blocks(4, 3, [0, 2], 6)),
+        ("smoothcache", ["--alpha", 1e9], Schedule.every_nth(4, 3, 4)),
+    ],
+)
+def test_a_policy_by_its_name_is_run_and_written(sample, tmp_path, method, flags, plan):
+    """The picture is that of its schedule in a file, of the forecast that was asked for."""
+    for order in (0, 2):
+        plan.with_order(order).save(tmp_path / "plan.json")
+        assert sample(*SCHEDULE, "--path", "plan.json", "--out", "plan.png").returncode == 0
+        forecast = ["--forecast", order] if order else []
+        result = sample("--accelerate-method", method, *flags, *forecast, "--save-schedule", "saved.json")
+        assert result.returncode == 0 and "Schedule: saved.json\n" in result.stdout, result.stderr
+        assert np.array_equal(pixels(tmp_path / f"Sample_NFE4_Method_{method}.png"), pixels(tmp_path / "plan.png"))
+        assert (tmp_path / "saved.json").read_text() == (tmp_path / "plan.json").read_text()
+    result = sample("--accelerate-method", method, *flags, "--compare", "--record", "r.json")
+    assert result.returncode == 0, result.stderr
+    assert "(above without the schedule, below with it)" in result.stdout and "full, " in result.stdout
+    assert json.loads((tmp_path / "r.json").read_text())["layers_run_per_step"] == plan.compute.sum((1, 2)).tolist()
+
+
+def test_a_router_and_a_schedule_file_with_forecasts(sample, model_folder, tmp_path):
+    """In five steps, so that the first step that reuses has two outputs to forecast from."""
+    path = model_folder / "router5.pt"
+    router = [*METHOD, "--path", path, "--thres", 0.5, "--out", "r.png"]
+    pictures = []
+    for order in (0, 1, 2):
+        assert sample(*router, "--forecast", order, "--save-schedule", f"{order}.json", steps=5).returncode == 0
+        pictures.append(pixels(tmp_path / "r.png"))
+        schedule = Schedule.load(tmp_path / f"{order}.json")
+        assert schedule.order == order
+        assert torch.equal(schedule.compute, Router.load(path).schedule(0.5).compute)
+    for flags, expected in (([], 2), (["--forecast", 0], 0), (["--forecast", 1], 1)):
+        assert sample(*SCHEDULE, "--path", "2.json", *flags, "--out", "s.png", steps=5).returncode == 0
+        assert np.array_equal(pixels(tmp_path / "s.png"), pictures[expected])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+def test_smoothcache_measures_with_the_guidance_of_the_sampler(sample, model_folder, tmp_path):
+    spec = model_spec(ckpt=str(model_folder))
+    dit = load_dit(spec, "cpu")
+    guided, plain = layer_changes(dit, 4, 3.0), layer_changes(dit, 4, 1.0)
+    alpha = (guided[2, 0, 0] + plain[2, 0, 0]).item() / 2  # decides whether the second step runs attention
+    flags = ["--accelerate-method", "smoothcache", "--alpha", alpha, "--save-schedule", "s.json"]
+    for scale, changes in ((3, guided), (1, plain)):
+        assert sample(*flags, "--cfg-scale", scale).returncode == 0
+        saved = Schedule.load(tmp_path / "s.json")
+        assert torch.equal(saved.compute, Schedule.by_change(changes, 3, alpha).compute)
+        assert bool(saved.compute[2, 0, 0]) == bool(changes[2, 0, 0] >= alpha)
+    assert guided[2, 0, 0] != plain[2, 0, 0]
 
 
 def test_ddim_is_the_default_sampler(sample, tmp_path):
@@ -156,6 +229,28 @@ def test_help_imports_no_heavy_library(program, tmp_path):
         (SCHEDULE, "--accelerate-method schedule needs its file: add --path"),
         (["--path", "x.pt"], "--accelerate-method"),
         (["--compare"], "--compare needs a router"),
+        (["--save-schedule", "s.json"], "--save-schedule needs a router or schedule: add --accelerate-method"),
+        ([*FORA, "2", "--save-schedule", "s.pt"], "s.pt does not end in .json"),
+        (FORA[:2], "--accelerate-method fora needs its interval: add --interval"),
+        (
+            ["--accelerate-method", "smoothcache"],
+            "--accelerate-method smoothcache needs its largest change: add --alpha",
+        ),
+        (["--accelerate-method", "first"], "--accelerate-method first needs its share: add --cached"),
+        (["--interval", "2"], "--interval needs its method: add --accelerate-method fora"),
+        ([*FORA, "2", "--path", "x.pt"], "--path is no setting of fora: leave it out, or pass --accelerate-method dyn"),
+        ([*METHOD, "--path", "x.pt", "--alpha", "1"], "--alpha is no setting of dynamiclayer"),
+        (["--forecast", "2"], "--forecast needs a method that reuses outputs: add --accelerate-method"),
+        ([*FORA, "2", "--forecast", "3"], "invalid choice: 3"),
+        ([*FORA, "0"], "0 is not a whole number of at least 1"),
+        ([*FORA, "9", "--num-sampling-steps", "8"], "--interval 9 is more than the 8 steps: pass at most 8"),
+        (["--accelerate-method", "smoothcache", "--alpha", "0"], "0 is not a finite number above 0"),
+        (["--accelerate-method", "smoothcache", "--alpha", "nan"], "nan is not a finite number above 0"),
+        (["--accelerate-method", "last", "--cached", "0.6"], "0.6 is not a number in (0, 0.5]"),
+        (
+            ["--accelerate-method", "last", "--cached", "0.43", "--num-sampling-steps", "7"],
+            "--cached 0.43 is too much: 3 of 7 steps can reuse, so at most 0.428",
+        ),
         (["--record", "x.json"], "--record"),
         (["--seed", "-1"], "2**32"),
         (["--cfg-scale", "nan"], "finite"),
@@ -185,6 +280,10 @@ def test_wrong_files_are_refused_in_one_line(model_folder, tmp_path, monkeypatch
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(print))
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "fifo.png")
+    for name, changes in PLANS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(PLAN | changes if isinstance(changes, dict) else changes))
+    for name, mlp in (("lengths", [1, 0]), ("values", [1, 2, 1, 0]), ("first", [0, 1, 1, 1]), ("half", None)):
+        (tmp_path / f"smooth-{name}.json").write_text(json.dumps({"attn": [1, 0, 1, 0], "mlp": mlp}))
     (tmp_path / "keep.txt").write_text("mine")
     before = sorted(p.name for p in tmp_path.iterdir())
     for flags, words in (
@@ -195,7 +294,22 @@ def test_wrong_files_are_refused_in_one_line(model_folder, tmp_path, monkeypatch
         ([*METHOD, "--path", "pickle.pt"], ["pickle.pt", "was not loaded"]),
         ([*METHOD, "--path", "deep-plan.pt"], ["deep-plan.pt is not a router file"]),
         ([*SCHEDULE, "--path", "deep-plan.pt"], ["7 blocks", "has 3"]),
-        ([*SCHEDULE, "--path", "deep.pt"], ["deep.pt is not a schedule file"]),
+        ([*SCHEDULE, "--path", "deep.pt"], ["deep.pt is not a schedule file", "--accelerate-method dynamiclayer"]),
+        ([*METHOD, "--path", "digit.json"], ["digit.json is no router file", "--accelerate-method schedule"]),
+        ([*SCHEDULE, "--path", "digit.json"], ["digit.json is not a schedule file: row 4 is '2'", "6 digits"]),
+        ([*SCHEDULE, "--path", "width.json"], ["row 2 is '11 00'", "6 digits 1 and 0", "3 blocks"]),
+        ([*SCHEDULE, "--path", "rows.json"], ["it has 2 rows for 4 steps"]),
+        ([*SCHEDULE, "--path", "first.json"], ["step 3 runs first and must run every layer"]),
+        ([*SCHEDULE, "--path", "order.json"], ["order 3 is none of 0 (reuse), 1 and 2"]),
+        ([*SCHEDULE, "--path", "typo.json"], ["its keys are steps, depth, order and rows; unknown: oder"]),
+        ([*SCHEDULE, "--path", "depth.json"], ["depth.json is for 7 blocks, the model has 3"]),
+        ([*SCHEDULE, "--path", "steps.json"], ["steps.json is for 6 steps", "--num-sampling-steps 6"]),
+        ([*SCHEDULE, "--path", "list.json"], ["it holds no JSON object"]),
+        ([*SCHEDULE, "--path", "smooth-lengths.json"], ['"attn" has 4 steps and "mlp" has 2']),
+        ([*SCHEDULE, "--path", "smooth-values.json"], ['"attn" and "mlp" must be lists of 1 (compute) and 0 (reuse)']),
+        ([*SCHEDULE, "--path", "smooth-half.json"], ['"attn" and "mlp" must be lists']),
+        ([*SCHEDULE, "--path", "smooth-first.json"], ["step 3 runs first and must run every layer"]),
+        ([*FORA, 2, "--save-schedule", "/proc/s.json"], ["/proc/s.json"]),
         (["--class-labels", 0, 5], ["class label 5", "0 to 4"]),
         (["--class-labels", -1], ["class label -1"]),
         (["--out", "keep.txt"], ["keep.txt", ".png"]),

@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ import pytest
 import torch
 from conftest import assert_refused, call, fork, free_port, run, start, start_ranks, torchrun
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 import sampling
@@ -29,6 +31,8 @@ from pretrained.loading import load_dit, load_vae
 from pretrained.spec import model_spec
 from router import Router
 from runtime import devices
+from schedule import Schedule
+from training.smoothcache import layer_changes
 
 SCALE, STEPS = 2.0, 4  # the model folder's guidance
 FLAGS = f"--ckpt tiny --device cpu --num-sampling-steps {STEPS} --num-fid-samples 23 --sample-dir samples".split()
@@ -80,11 +84,11 @@ def read_set(folder):
         return {name: arrays[name] for name in arrays.files} | {"manifest": json.loads(str(arrays["manifest"]))}
 
 
-def expected(indices, labels=None, router=None, ancestral=False, scale=SCALE, seed=0):
+def expected(indices, labels=None, router=None, ancestral=False, scale=SCALE, seed=0, schedule=None):
     """The images `indices` by the documented rules, one at a time, with NumPy's and the sampler's own functions."""
     spec = model_spec(ckpt="tiny")
     dit, vae = load_dit(spec, "cpu"), load_vae(spec, "cpu")
-    schedule = Router.load(router).schedule(0.5) if router else None
+    schedule = Router.load(router).schedule(0.5) if router else schedule
     images = []
     for number in indices:
         stream = np.random.default_rng([3, seed, number])
@@ -168,6 +172,54 @@ def test_a_schedule_file_gives_the_images_of_its_router(make):
     assert npz_in().name == f"tiny-size-8-cfg-2.0-seed-0-ddim-4-schedule-plan-{digest[:8]}-n-23.npz"
 
 
+@pytest.mark.parametrize(
+    "flags, plan, name",
+    [
+        ("fora --interval 3 --forecast 2", Schedule.every_nth(4, 3, 3).with_order(2), "fora-interval-3-forecast-2"),
+        ("last --cached 0.5", Schedule.every_nth(4, 3, 2), "last-cached-0.5"),
+        ("smoothcache --alpha 1e9 --forecast 1", Schedule.every_nth(4, 3, 4).with_order(1), "smoothcache-alpha-1"),
+    ],
+)
+def test_a_policy_by_its_name_gives_the_images_of_its_schedule(make, sample, flags, plan, name):
+    made, _ = make(f"--accelerate-method {flags}")
+    images, _ = expected(range(0, 23, 6), schedule=plan)
+    assert_close(made["arr_0"][::6], images)
+    policy, _, value, *_ = flags.split()
+    entries = {"method": policy, "router": None, "schedule": plan.sha256(), flags.split()[1][2:]: float(value)}
+    assert made["manifest"].items() >= entries.items() and made["manifest"].get("forecast") == (plan.order or None)
+    assert f"-ddim-4-{name}" in npz_in().name
+    assert "is there already and complete" in sample(f"--accelerate-method {flags}").stdout
+
+
+def test_the_plan_of_a_router_with_forecasts_makes_another_set(make):
+    routed, forecast = make(ROUTER)[0], make(f"{ROUTER} --forecast 2", "2")[0]
+    plan = Router.load("tiny/router4.pt").schedule(0.5).with_order(2)
+    assert_close(forecast["arr_0"][::6], expected(range(0, 23, 6), schedule=plan)[0])
+    assert forecast["manifest"] == routed["manifest"] | {"forecast": 2} and "forecast" not in routed["manifest"]
+    assert npz_in("2").name == npz_in().name.replace("-n-23", "-forecast-2-n-23")
+    assert np.array_equal(make(f"{ROUTER} --forecast 0", "0")[0]["arr_0"], routed["arr_0"])
+    assert npz_in("0").name == npz_in().name
+
+
+def test_rank_0_measures_for_all_ranks(folder, make):
+    """With other weights on rank 1 the manifests differ in the weights, and not in the schedule of smoothcache."""
+    changes = layer_changes(load_dit(model_spec(ckpt="tiny"), "cpu"), STEPS, SCALE)
+    alpha = changes[changes.isfinite()].median().item()
+    flags = f"--accelerate-method smoothcache --alpha {alpha}"
+    result = fork("sample_ddp.py", *FLAGS, *flags.split(), cwd=folder, processes=2)
+    assert result.returncode == 0, result.stderr
+    made, alone = read_set(SAMPLES), make(flags, "alone")[0]
+    assert made["manifest"] == alone["manifest"]
+    assert made["manifest"]["schedule"] == Schedule.by_change(changes, 3, alpha).sha256()
+    assert_close(made["arr_0"], alone["arr_0"])
+    shutil.copytree("tiny/", "other")
+    state = {name: value * 1.5 for name, value in load_file("other/dit.safetensors").items()}
+    save_file(state, "other/dit.safetensors")
+    commands = [[*FLAGS, *flags.split(), "--ckpt", ckpt] for ckpt in ("tiny", "other")]
+    outputs = [output_of(process) for process in start_ranks("sample_ddp.py", *commands, cwd=folder)]
+    assert "process 1 differs from process 0 in model: pass" in outputs[0], outputs
+
+
 def test_any_processes_and_batch_size_give_the_same_set(make, folder):
     """World sizes 1, 2 (under torchrun) and 3, batches of 7 and 32; with --deterministic the same bits."""
     torch.set_num_threads(2)  # the other processes have one thread
@@ -200,6 +252,9 @@ def test_the_name_of_a_set_distinguishes_runs():
     assert routed.endswith("-ddim-50-dynamiclayer-rout-r-1-.2-01234567-thres-0.2-balanced-n-9")
     planned = name(path="plan.pt", schedule="abcdefghij", dtype="bf16", deterministic="CPU")
     assert planned.endswith("-ddim-50-schedule-plan-abcdefgh-bf16-deterministic-n-9")
+    assert name(method="fora", schedule="abc", interval=3).endswith("-ddim-50-fora-interval-3-n-9")
+    smooth = name(method="smoothcache", schedule="abc", alpha=0.18, forecast=2, labels="balanced")
+    assert smooth.endswith("-ddim-50-smoothcache-alpha-0.18-forecast-2-balanced-n-9")
 
 
 def test_a_complete_set_is_not_made_again_but_gets_its_pngs(make, sample):
@@ -230,6 +285,8 @@ def test_a_damaged_shard_is_sampled_again(make):
         ("--num-fid-samples 0", "--num-fid-samples"),
         ("--global-seed -1", "--global-seed"),
         ("--accelerate-method schedule", "--path"),
+        ("--accelerate-method fora --interval 5", "--interval 5 is more than the 4 steps"),
+        ("--accelerate-method first --cached 0.5 --num-sampling-steps 5", "2 of 5 steps can reuse, so at most 0.4"),
         (f"{SCHEDULE} tiny/router4.pt", "is not a schedule file"),
         (f"{ROUTER} --num-sampling-steps 5", "4 steps"),
         ("--ddim-sample --p-sample", "--p-sample"),
