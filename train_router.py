@@ -4,10 +4,14 @@
         --data-path PATH_TO_IMAGENET_TRAIN --global-batch-size 64 --image-size 256 --ckpt-every 1000 --l1 5e-6 --lr 0.01
     python train_router.py --preset xl2-20 --data-path PATH_TO_IMAGENET_TRAIN --resume auto
     python train_router.py --preset fashion-20
+    python train_router.py --ckpt ckpt/fashion_mnist --num-sampling-steps 50 --target-speedup 2 3 4
 
 Any number of processes does the same training: they share the batch of each update, which draws --draws-per-step steps
 of the sampler, each for its own part of the batch. All randomness depends on the seed and the sample's number alone.
 Source: Ma et al. 2024, arXiv:2406.01733, sec. 3.3.
+
+With --target-speedup it trains no router and needs no images: it learns plans, files of a schedule, in which each layer
+may be reused at any step, with forecasts. It searches for those that move the final latents least.
 """
 
 import math
@@ -19,6 +23,9 @@ from training.presets import PRESETS, describe_presets
 # The flags that determine a router, beside the model and the data: --resume auto continues a run with the same.
 DETERMINING = "num_sampling_steps global_batch_size draws_per_step global_seed l1 lr ste_threshold target_cached dtype"
 DETERMINING_TARGET = DETERMINING + " max_steps epochs thres"  # with --target-cached
+NOT_WITH_PLANS = "preset data_path latents extract_latents target_cached ste_threshold epochs keep wandb compile"
+NOT_WITH_PLANS += " grad_checkpointing"
+CFG_SCALE = 1.5  # as published for FID
 
 
 def parse_args(argv=None):
@@ -27,6 +34,7 @@ def parse_args(argv=None):
     cli.add_model_arguments(parser, vae="ema")
     add_data_arguments(parser.add_argument_group("data"))
     add_training_arguments(parser.add_argument_group("training"))
+    add_plan_arguments(parser.add_argument_group("plans instead of a router"))
     speed = cli.add_precision_arguments(parser, ["fp32", "tf32", "bf16"], default="tf32")  # no fp16: loss scaling
     speed.add_argument("--grad-checkpointing", action="store_true", help="less memory, slower: run blocks again")
     add_output_arguments(parser.add_argument_group("output"))
@@ -34,6 +42,8 @@ def parse_args(argv=None):
     if given.preset:
         parser.set_defaults(**PRESETS[given.preset][0])
     args = parser.parse_args(argv)
+    if check_plan_arguments(parser, args):
+        return args
     check_data_arguments(parser, args)
     if not args.extract_latents:
         check_training_arguments(parser, args)
@@ -66,6 +76,16 @@ def add_training_arguments(group):
     add("--global-seed", type=cli.seed, default=0, help="seed of the initial scores, draws, data order and noise")
 
 
+def add_plan_arguments(group):
+    add, speedup = group.add_argument, cli.number(float, lambda value: 1 <= value < math.inf, "a number of at least 1")
+    target = "learn a plan for each of these speed-ups, in multiply-adds, over running all layers; needs no images"
+    add("--target-speedup", metavar="X", type=speedup, nargs="+", help=target)
+    order = "reuse the last output (0), or forecast it from the last two (1) or three (2); default: 2"
+    add("--forecast", type=int, choices=[0, 1, 2], help=order)
+    guidance = f"guidance, 1 is none; default: {CFG_SCALE}, or what a model folder recommends"
+    add("--cfg-scale", metavar="SCALE", type=cli.finite, help=guidance)
+
+
 def add_output_arguments(group):
     add = group.add_argument
     add("--results-dir", metavar="DIR", default="results", help="folder in which each run makes NNN-MODEL")
@@ -75,6 +95,24 @@ def add_output_arguments(group):
     add("--keep", metavar="N", type=cli.positive, help="keep the newest N checkpoints; default: all")
     add("--log-every", metavar="N", type=cli.positive, default=100, help="updates between lines of the log")
     add("--wandb", action="store_true", help="log to Weights & Biases, offline if there is no account")
+
+
+def check_plan_arguments(parser, args):
+    """Refuse what does not go with --target-speedup or needs it; return whether plans are to be learned."""
+
+    def flags(names):
+        given = [name for name in names.split() if getattr(args, name) not in (None, False)]
+        return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+
+    if not args.target_speedup:
+        if unused := flags("forecast cfg_scale"):
+            parser.error(f"{unused} is for plans: add --target-speedup, or leave it out")
+        return False
+    if unused := flags(NOT_WITH_PLANS):
+        parser.error(f"--target-speedup learns plans and trains no router: leave out {unused}")
+    if (number_or("WORLD_SIZE", 1) or 1) > 1:
+        parser.error("--target-speedup runs in one process: start it with python, without torchrun")
+    return True
 
 
 def check_data_arguments(parser, args):
@@ -112,10 +150,31 @@ def main(args):
     processes.connect()
     device = processes.run_everywhere(lambda: devices.pick_device(args.device, processes))
     devices.make_deterministic(device)  # so that a resumed run ends like an uninterrupted one
+    if args.target_speedup:
+        return learn(args, device)
     stopped = (extract if args.extract_latents else train)(args, processes, device)
     processes.disconnect()
     if stopped:
         raise KeyboardInterrupt
+
+
+def learn(args, device):
+    """--target-speedup: learn plans."""
+    from diffusion import create_diffusion
+    from pretrained.loading import load_dit
+    from pretrained.spec import model_spec
+    from runtime import devices
+    from runtime.hashes import fingerprint
+    from sampling import check_sampler
+    from training.plan_run import learn_plans
+
+    spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+    dit = load_dit(spec, device)
+    cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
+    check_sampler(dit, cfg_scale, ancestral=False)
+    identity = fingerprint(dit, spec.config)
+    dit = devices.set_precision(dit, args.dtype)
+    learn_plans(args, spec, dit, create_diffusion(args.num_sampling_steps), cfg_scale, identity)
 
 
 def load(args, processes, device):

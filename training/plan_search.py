@@ -5,33 +5,26 @@ import itertools
 import numpy as np
 import torch
 
-from runtime.errors import UserError
 from schedule import Schedule, forecast_weights
 
 LARGEST_GAP = 9  # steps from one computed output of a layer to the next
 WINDOW = 3 * LARGEST_GAP - 1  # the oldest output that a forecast can read, in steps before it
 
 
-def fastest(steps, depth):
-    """The fastest plan in which no layer is reused for longer than `LARGEST_GAP` allows."""
-    return Schedule.every_nth(steps, depth, LARGEST_GAP)
-
-
-def forecast_errors(table, order):
-    """Squared errors of forecasts, [layers, steps, A, A+1, A+1] with A = `LARGEST_GAP`, from the table of a plan.
+def forecast_errors(table, order, gap=LARGEST_GAP):
+    """Squared errors of forecasts, [layers, steps, gap, gap+1, gap+1], from the table of a plan.
 
     Indices: layer n, step e in the order in which they run, age a of the newest output (0 is not used), gaps b and d
     before it. A gap of 0 means that no such output exists; a forecast then has a lower order.
     """
     table = np.asarray(table).transpose(1, 0, 2, 3)  # [layers, steps, age-1, age-1]
-    gap = LARGEST_GAP
     errors = np.zeros((*table.shape[:2], gap, gap + 1, gap + 1))
     for a, b, d in itertools.product(range(1, gap), range(gap + 1), range(gap + 1)):
         known = (a, a + b, a + b + d)[: 1 + (b > 0) + (b > 0 and d > 0)]
-        ages = [age for age in known[: order + 1]]
+        ages = known[: order + 1]
         if ages[-1] > table.shape[2]:  # a plan of so few steps has no such outputs
             continue
-        index, weights = np.array(ages) - 1, np.array(forecast_weights(tuple(ages)))
+        index, weights = np.array(ages) - 1, np.array(forecast_weights(ages))
         errors[:, :, a, b, d] = np.einsum("i,lsij,j->ls", weights, table[:, :, index][..., index], weights)
     return errors
 
@@ -66,13 +59,12 @@ def cheapest(errors, prices):
     return compute
 
 
-def plan_for(table, order, costs, target):
-    """The `Schedule` of least predicted error whose multiply-adds are at most 1/`target` of the full run's.
+def plan_for(table, order, costs, target, gap=LARGEST_GAP):
+    """The `Schedule` of least predicted error whose multiply-adds are at most 1/`target` of the full run's, or None.
 
-    table: of `error_table`. costs: of `DiT.multiply_adds`. Raises UserError if no plan is that fast.
+    table: of `error_table`. costs: of `DiT.multiply_adds`. gap: the most steps between two computed outputs of a layer.
     """
-    errors, depth = forecast_errors(table, order), table.shape[1] // 2
-    check_target(target, len(table), depth, costs)
+    errors, depth = forecast_errors(table, order, gap), table.shape[1] // 2
     layer_costs = np.tile(costs["layer"], depth) / np.mean(costs["layer"])
     scale = errors.max() or 1.0
 
@@ -82,6 +74,8 @@ def plan_for(table, order, costs, target):
 
     low, high = -30.0, 5.0  # powers of ten of `scale`
     found = plan(10**high * scale)
+    if found.speedup_bound(costs) < target:
+        return None
     for _ in range(35):
         middle = (low + high) / 2
         trial = plan(10**middle * scale)
@@ -92,11 +86,6 @@ def plan_for(table, order, costs, target):
     return found
 
 
-def check_target(target, steps, depth, costs):
-    """Raise UserError if no plan reaches a speed-up of `target`."""
-    most = fastest(steps, depth).speedup_bound(costs)
-    if target > most:
-        raise UserError(
-            f"--target-speedup {target:g} is beyond {most:.2f}, the most for {steps} steps of this model if each layer "
-            f"runs at every {LARGEST_GAP}th step: pass less, or fewer --num-sampling-steps without a plan"
-        )
+def largest_speedup(steps, depth, costs):
+    """The speed-up of the fastest plan: every layer runs at every `LARGEST_GAP`-th step."""
+    return Schedule.every_nth(steps, depth, LARGEST_GAP).speedup_bound(costs)

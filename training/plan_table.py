@@ -78,10 +78,11 @@ def forecast(pairs, n, outputs):
     return sum(outputs[e][n] * weight for e, weight in pairs)
 
 
-def samples_at_once(dit, window, directions, cfg_scale):
+def samples_at_once(dit, steps, window, directions, cfg_scale):
     """How many samples `error_table` can handle at once in `MEMORY` bytes, at least 1."""
     rows = 1 if cfg_scale == 1.0 else 2
-    tensors = window + 1 + 4 * directions + ACTIVATIONS  # 4: gradients of this step, and of three earlier ones
+    outputs = steps if dit.pos_embed.device.type == "cpu" else window + 1
+    tensors = outputs + 4 * directions + ACTIVATIONS  # 4: gradients of this step, and of three earlier ones
     return max(1, MEMORY // (tensors * dit.cache_bytes(rows, dit.pos_embed.dtype)))
 
 
@@ -120,7 +121,7 @@ def error_table(dit, diffusion, schedule, z, y, vectors, cfg_scale, window, tick
 
 def _run_plan(path, plan, z, schedule, tick):
     """Run a plan; return x (N, C, H, W) before each step, and per step the fresh outputs of all layers, on the CPU."""
-    x, inputs, outputs, recent = z, [], [], {}
+    x, inputs, outputs = z, [], []
     last = [deque(maxlen=schedule.order + 1) for _ in range(2 * schedule.depth)]
     for e, row in enumerate(plan):
         fresh = {}

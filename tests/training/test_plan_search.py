@@ -5,13 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, random_dit
+from conftest import random_dit
 
 from diffusion import create_diffusion
-from runtime.errors import UserError
 from sampling import sample_latents
 from schedule import Schedule, forecast_weights
-from training.plan_search import cheapest, forecast_errors, plan_for
+from training.plan_search import cheapest, forecast_errors
 from training.plan_table import Trajectory, error_table, sources
 
 STEPS, DEPTH = 7, 3
@@ -69,8 +68,9 @@ def test_the_table_agrees_with_finite_differences(problem, cfg_scale):
         moved = []
         for age in range(1, window + 1):
             difference = fresh[e - age][n] - fresh[e][n] if age <= e else torch.zeros_like(fresh[e][n])
-            ends = [run(problem, schedule, cfg_scale, (e, n, lambda h, s=s: h + s * 1e-5 * difference)) for s in (1, -1)]
-            slope = (ends[0][0] - ends[1][0]) / 2e-5
+            shifts = [lambda h, by=sign * 1e-5 * difference: h + by for sign in (1, -1)]
+            up, down = (run(problem, schedule, cfg_scale, (e, n, shift))[0] for shift in shifts)
+            slope = (up - down) / 2e-5
             moved.append((vectors * slope).flatten(2).sum(2).flatten())
         moved = torch.stack(moved, 1)
         assert torch.allclose(table[e, n], moved.T @ moved, rtol=1e-4, atol=1e-7 * table.max().item()), (e, n)

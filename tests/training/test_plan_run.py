@@ -1,0 +1,133 @@
+"""train_router.py --target-speedup as a user types it, on a small model."""
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import assert_refused, call
+from PIL import Image
+
+from diffusion import create_diffusion
+from pretrained.loading import load_dit
+from pretrained.spec import model_spec
+from sampling import sample_latents
+from schedule import Schedule
+from training import plan_run, plan_table
+
+STEPS = 8
+RUN = "results/000-tiny"
+
+
+@pytest.fixture
+def learn(model_folder, tmp_path, monkeypatch, capfd):
+    """Learn plans in an empty folder; few samples at once, so that a table has several parts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan_table, "MEMORY", 3_000_000)
+
+    def learn(*more, code=0):
+        flags = ["--ckpt", model_folder, "--num-sampling-steps", STEPS, "--device", "cpu"]
+        result = call("train_router.py", *flags, *more, capfd=capfd)
+        assert result.returncode == code, result
+        return result
+
+    return learn
+
+
+def error(model_folder, plan, purpose, count):
+    """The error of a plan on the samples of one purpose, sampled as sample.py does."""
+    dit, diffusion = load_dit(model_spec(ckpt=str(model_folder)), torch.device("cpu")), create_diffusion(STEPS)
+    z, y = plan_run.draw(dit, 0, purpose, 0, count, count)
+    ends = [sample_latents(dit, diffusion, z, y, 2.0, schedule) for schedule in (None, plan)]
+    return (ends[0] - ends[1]).square().mean().item()
+
+
+def test_plans_are_as_fast_as_asked_and_printed_with_their_errors(learn, model_folder, capfd):
+    result = learn("--target-speedup", 2, 1.3)
+    dit = load_dit(model_spec(ckpt=str(model_folder)), torch.device("cpu"))
+    lines = re.findall(r"^(\S+): speed-up at most (\S+), error (\S+) on 64 held-out samples; .* at (\S+): (\S+)$",
+                       result.stdout, re.M)  # fmt: skip
+    assert [line[0] for line in lines] == [f"{RUN}/DDIM8_1.3x.json", f"{RUN}/DDIM8_2x.json"]
+    for target, (path, speedup, held_out, uniform_speedup, uniform_error) in zip((1.3, 2), lines):
+        plan = Schedule.load(path)
+        assert (plan.steps, plan.depth, plan.order) == (STEPS, 3, 2)
+        bound = plan.speedup_bound(dit.multiply_adds())
+        assert bound >= target and speedup == f"{bound:.3f}" and float(uniform_speedup) >= target
+        assert float(held_out) == pytest.approx(error(model_folder, plan, "held-out", 64), rel=0.01)
+        uniform = next(p for n in range(1, 9) if (p := Schedule.every_nth(STEPS, 3, n)).speedup_bound(
+            dit.multiply_adds()) >= target).with_order(2)  # fmt: skip
+        assert float(uniform_error) == pytest.approx(error(model_folder, uniform, "held-out", 64), rel=0.01)
+        assert error(model_folder, plan, "choice", 48) <= error(model_folder, uniform, "choice", 48) * 1.0001
+
+    command = shlex.split(re.search(r"^sample with it: python (.*)$", result.stdout, re.M)[1])
+    sampled = call(*command, "--repeats", 1, "--out", "x.png", capfd=capfd)
+    assert sampled.returncode == 0 and Image.open("x.png").size[0] > 8, sampled.stderr
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_plans_of_other_orders_without_guidance(learn, order):
+    learn("--target-speedup", 1.5, "--forecast", order, "--cfg-scale", 1)
+    assert Schedule.load(f"{RUN}/DDIM8_1.5x.json").order == order
+
+
+@pytest.mark.parametrize("resume", [RUN, "auto"])
+def test_an_interrupted_search_continues_and_ends_as_an_uninterrupted_one(learn, monkeypatch, resume):
+    flags = ["--target-speedup", 1.5]
+    calls, compute = [], plan_run.error_table
+
+    def counted(*arguments):
+        calls.append(arguments[3])
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return compute(*arguments)
+
+    monkeypatch.setattr(plan_run, "error_table", counted)
+    stop = None
+    learn(*flags, "--results-dir", "whole")
+    total = len(calls)
+    assert total >= 6  # two rounds of three parts or more
+    expected = open("whole/000-tiny/DDIM8_1.5x.json").read()
+    for stop in (2, total - 2):
+        calls.clear()
+        result = learn(*flags, *(["--resume", resume] if stop > 2 else []), code=130)
+        assert f"--resume {RUN}" in result.stderr
+    stop = None
+    calls.clear()
+    learn(*flags, "--resume", resume)
+    assert open(f"{RUN}/DDIM8_1.5x.json").read() == expected
+    assert 0 < len(calls) < total / 2
+    calls.clear()
+    learn(*flags, 1.3, "--resume", resume)  # a target more
+    assert calls and open(f"{RUN}/DDIM8_1.5x.json").read()
+
+
+def test_a_search_with_other_flags_is_refused_or_begins_anew(learn):
+    learn("--target-speedup", 1.3)
+    assert_refused(learn("--target-speedup", 1.3, "--forecast", 1, "--resume", RUN, code=1), "--forecast 2")
+    assert "so a new one starts" in learn("--target-speedup", 1.3, "--global-seed", 1, "--resume", "auto").stdout
+    assert json.loads(open("results/001-tiny/args.json").read())["args"]["global_seed"] == 1
+    assert_refused(learn("--target-speedup", 1.3, "--resume", "nowhere", code=1), "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--target-speedup", 0.5], ["0.5 is not a number of at least 1"]),
+        (["--target-speedup", 2, "nan"], ["nan is not a number"]),
+        (["--target-speedup", 2, 50], ["--target-speedup 50 is beyond", "pass at most"]),
+        (["--target-speedup", 2, "--data-path", "x", "--wandb"], ["leave out --data-path, --wandb"]),
+        (["--target-speedup", 2, "--preset", "fashion-20"], ["leave out --preset"]),
+        (["--target-speedup", 2, "--compile"], ["leave out --compile"]),
+        (["--forecast", 1, "--data-path", "x"], ["--forecast is for plans: add --target-speedup"]),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(learn, flags, words):
+    result = learn(*flags, code=1 if 50 in flags else 2)
+    assert_refused(result, *words)
+
+
+def test_several_processes_are_refused_in_one_line(learn, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert_refused(learn("--target-speedup", 2, code=2), "one process", "without torchrun")

@@ -1,0 +1,267 @@
+"""Learn plans for given speed-ups: rounds of tables and plans that can be continued, and a report.
+
+NNN-MODEL/args.json                flags and versions of the last launch
+NNN-MODEL/checkpoints/search.pt    what the search has found so far, to continue it
+NNN-MODEL/DDIMn_Xx.json            the plan for n steps and a speed-up of X, a schedule file
+"""
+
+import json
+import math
+import shlex
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from runtime.errors import UserError
+from runtime.files import atomic_write, load_tensors
+from runtime.noise import ImageNoise
+from runtime.signals import sigterm_interrupts
+from sampling import sample_latents
+from schedule import Schedule
+from training.plan_search import LARGEST_GAP, WINDOW, largest_speedup, plan_for
+from training.plan_table import error_table, samples_at_once
+from training.run_folder import RunFolder
+
+# Samples for a table, for the choice among the plans found, and for the error that is reported.
+TABLE, CHOICE, HELD_OUT = 64, 48, 64
+DIRECTIONS = 1  # in the space of the final latents, for each sample of a table
+# Their noise has numbers that no image of a sample set has.
+FIRST = {"table": 1 << 40, "choice": 2 << 40, "held-out": 3 << 40}
+LARGEST_STEP = 1.25  # a table is wrong far from its plan, so the speed-up grows by at most this factor at once
+GAPS = (4, 6, LARGEST_GAP)  # limits to try for the steps between two computed outputs
+
+
+def draw(dit, seed, purpose, first, count, total):
+    """Noise (N, C, H, W) and labels (N,) of samples `first` to `first + count` of `total`, on the device of the model.
+
+    Labels are spread evenly over the classes.
+    """
+    numbers, device = range(first, first + count), dit.pos_embed.device
+    shape = (dit.in_channels, dit.input_size, dit.input_size)
+    noise = ImageNoise(seed, (FIRST[purpose] + k for k in numbers), shape, dit.num_classes, device)
+    return noise.z, torch.tensor([k * dit.num_classes // total for k in numbers], device=device)
+
+
+@dataclass
+class Problem:
+    """What plans are learned for: a frozen DiT, its sampler, the guidance, the order of forecasts, and a seed."""
+
+    dit: object
+    diffusion: object
+    cfg_scale: float
+    order: int
+    seed: int
+    samples: int = TABLE
+    directions: int = DIRECTIONS
+    latents: dict = field(default_factory=dict)  # of the full run, by purpose
+
+    @property
+    def window(self):
+        return min(WINDOW, self.diffusion.steps - 1)
+
+    def batches(self, total):
+        """The (first, count) of the samples that are handled at once."""
+        size = samples_at_once(self.dit, self.diffusion.steps, self.window, self.directions, self.cfg_scale)
+        return [(first, min(size, total - first)) for first in range(0, total, size)]
+
+    def table(self, plan, batch, tick):
+        """`error_table` of one batch of samples."""
+        z, y = draw(self.dit, self.seed, "table", *batch, self.samples)
+        generator = torch.Generator().manual_seed(self.seed + batch[0])
+        vectors = torch.randn(self.directions, *z.shape, generator=generator).to(z.device)
+        return error_table(self.dit, self.diffusion, plan, z, y, vectors, self.cfg_scale, self.window, tick)
+
+    def sample(self, purpose, total, plan=None):
+        """The final latents (N, C, H, W) of the samples of one purpose, on the CPU."""
+        parts = []
+        for batch in self.batches(total):
+            z, y = draw(self.dit, self.seed, purpose, *batch, total)
+            parts.append(sample_latents(self.dit, self.diffusion, z, y, self.cfg_scale, plan).cpu())
+        return torch.cat(parts)
+
+    def errors(self, purpose, total, plan):
+        """Mean squared error of the final latents of each sample against the full run, (N,)."""
+        if purpose not in self.latents:
+            self.latents[purpose] = self.sample(purpose, total)
+        return (self.sample(purpose, total, plan) - self.latents[purpose]).square().flatten(1).mean(1)
+
+
+class Search:
+    """The search for plans, with its state after each batch of samples, so that it can be continued.
+
+    state: {"plans": {text: bool [steps, depth, 2]}, "errors": {text: float}, "table": what is known of the next table}.
+    save: called after each change of `state`.
+    """
+
+    def __init__(self, problem, state, save):
+        self.problem, self.state, self.save = problem, state, save
+        for name, empty in {"plans": {}, "errors": {}, "table": None}.items():
+            self.state.setdefault(name, empty)
+        self.costs = problem.dit.multiply_adds()
+
+    def learn(self, target, last=None):
+        """The plan with a speed-up of at least `target` that has the least error on the samples of choice.
+
+        last: a plan with a lower speed-up to start from, if it is nearer than every n-th step.
+        """
+        plan = max(filter(None, (self.uniform(target), last)), key=self.speedup)
+        steps = max(1, math.ceil(math.log(max(1.0, target / self.speedup(plan))) / math.log(LARGEST_STEP)))
+        aims = [target * (self.speedup(plan) / target) ** (1 - k / steps) for k in range(1, steps)] + [target] * 2
+        candidates = [self.faster_uniform(target)]
+        for number, aim in enumerate(aims):
+            plan = self.round(plan, min(aim, target), f"{target:g}x, round {number + 1} of {len(aims)}")
+            candidates += [plan] * (aim == target)
+        return min(candidates, key=self.error)
+
+    def speedup(self, plan):
+        return plan.speedup_bound(self.costs)
+
+    def uniform(self, target):
+        """Every n-th step, the nearest below a speed-up; every second step if there is none."""
+        plans = [self.every_nth(n) for n in range(2, LARGEST_GAP + 1)]
+        return max((p for p in plans if self.speedup(p) <= target), key=self.speedup, default=plans[0])
+
+    def faster_uniform(self, target):
+        """Every n-th step, the nearest with at least this speed-up."""
+        plans = [self.every_nth(n) for n in range(1, LARGEST_GAP + 1)]
+        return min((p for p in plans if self.speedup(p) >= target), key=self.speedup)
+
+    def every_nth(self, n):
+        steps = self.problem.diffusion.steps
+        return Schedule.every_nth(steps, self.problem.dit.depth, n).with_order(self.problem.order)
+
+    def round(self, plan, aim, key):
+        """The best plan for a speed-up of `aim` from the table around `plan`: that of each of `GAPS` is tried."""
+        if key not in self.state["plans"]:
+            table = self.table(plan, key)
+            found = [plan_for(table.numpy(), plan.order, self.costs, aim, gap) for gap in GAPS]
+            best = min(filter(None, found), key=self.error)
+            self.state["plans"][key], self.state["table"] = best.compute, None
+            self.save()
+        return Schedule(self.state["plans"][key], plan.order)
+
+    def table(self, plan, key):
+        """The table around a plan, from all batches; those of an interrupted search are not computed again."""
+        problem, known = self.problem, self.state["table"]
+        done, table = (known["samples"], known["sum"]) if known else (0, None)
+        total = 2 * problem.samples * plan.steps
+        with tqdm(total=total, initial=2 * done * plan.steps, desc=key, unit="step", disable=None) as bar:
+            for first, count in problem.batches(problem.samples):
+                if first < done:
+                    continue
+                part = problem.table(plan, (first, count), lambda count=count: bar.update(count))
+                table = part if table is None else table + part
+                self.state["table"] = {"samples": first + count, "sum": table}
+                self.save()
+        return table
+
+    def error(self, plan, purpose="choice"):
+        """Mean squared error of the final latents on the samples of choice, or on those held out."""
+        key = f"{purpose} {plan.sha256()}"
+        if key not in self.state["errors"]:
+            errors = self.problem.errors(purpose, {"choice": CHOICE, "held-out": HELD_OUT}[purpose], plan)
+            self.state["errors"][key] = errors.mean().item()
+            self.save()
+        return self.state["errors"][key]
+
+
+# The flags that determine plans, beside the model: --resume continues a search with the same. Targets may be added.
+DETERMINING = ("num_sampling_steps", "forecast", "global_seed", "dtype", "cfg_scale")
+
+
+def check_targets(targets, steps, dit):
+    """Raise UserError if no plan is as fast as a target."""
+    most = largest_speedup(steps, dit.depth, dit.multiply_adds())
+    if max(targets) > most:
+        raise UserError(
+            f"--target-speedup {max(targets):g} is beyond {most:.2f}, the most for {steps} steps of this model (every "
+            f"layer runs at every {LARGEST_GAP}th step): pass at most {math.floor(most * 100) / 100:g}"
+        )
+
+
+def learn_plans(args, spec, dit, diffusion, cfg_scale, identity):
+    """Learn and report the plans of --target-speedup, in a new run's folder or in that of --resume."""
+    check_targets(args.target_speedup, diffusion.steps, dit)
+    order = 2 if args.forecast is None else args.forecast
+    flags = vars(args) | {"cfg_scale": cfg_scale, "forecast": order}
+    determining = {name: flags[name] for name in DETERMINING} | {"model": identity}
+    run, state = open_search(args, spec.name, determining)
+    folder = run.folder
+
+    def save():
+        with atomic_write(run.checkpoints / "search.pt") as part, part.open("wb") as file:
+            torch.save({"determining": determining, "state": state}, file)
+
+    with atomic_write(folder / "args.json") as part:
+        versions = {name: version(name) for name in ("torch", "numpy")}
+        part.write_text(json.dumps({"args": vars(args), "versions": versions}, indent=2) + "\n")
+    print(f"{folder}: plans of order {order} for {diffusion.steps} steps, guidance {cfg_scale:g}")
+    search = Search(Problem(dit, diffusion, cfg_scale, order, args.global_seed), state, save)
+    save()
+    last = None
+    try:
+        with sigterm_interrupts():
+            for target in sorted(set(args.target_speedup)):
+                last = search.learn(target, last)
+                path = folder / f"DDIM{diffusion.steps}_{target:g}x.json"
+                last.save(path)
+                report(search, target, last, path)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"continue with the same command and --resume {shlex.quote(str(folder))}") from None
+    print(f"sample with it: {sampling_command(args, spec, cfg_scale, path)}")
+
+
+def report(search, target, plan, path):
+    """Print the bound and error of a plan, and those of every n-th step that is at least as fast."""
+    uniform = search.faster_uniform(target)
+    print(
+        f"{path}: speed-up at most {search.speedup(plan):.3f}, error {search.error(plan, 'held-out'):.2e} on "
+        f"{HELD_OUT} held-out samples; every n-th step at {search.speedup(uniform):.3f}: "
+        f"{search.error(uniform, 'held-out'):.2e}"
+    )
+
+
+def open_search(args, name, determining):
+    """The `RunFolder` of a search, and the state to continue (empty for a new one)."""
+    if args.resume not in (None, "auto"):
+        folder = Path(args.resume)
+        saved = read_search(folder)
+        for flag, value in determining.items():
+            if saved["determining"].get(flag) != value:
+                what = (
+                    "another model" if flag == "model" else f"--{flag.replace('_', '-')} {saved['determining'][flag]}"
+                )
+                raise UserError(f"--resume {folder} searched with {what}: pass the same, or leave out --resume")
+        return RunFolder(folder), read_search(folder)["state"]
+    if args.resume == "auto":
+        folders = sorted(Path(args.results_dir).glob("*-*/checkpoints/search.pt"), reverse=True)
+        for folder in (path.parent.parent for path in folders):
+            try:
+                if read_search(folder)["determining"] == determining:
+                    return RunFolder(folder), read_search(folder)["state"]
+            except UserError:
+                continue
+        print(f"--resume auto: no search in {args.results_dir} has these flags and model, so a new one starts")
+    return RunFolder.new(args.results_dir, name), {}
+
+
+def read_search(folder):
+    """Load search.pt of a folder. Raises UserError if it is missing or no search."""
+    path = folder / "checkpoints" / "search.pt"
+    saved = load_tensors(path)
+    if not isinstance(saved, dict) or not {"determining", "state"} <= saved.keys():
+        raise UserError(f"{path} is no search to continue: name a folder of --target-speedup")
+    return saved
+
+
+def sampling_command(args, spec, cfg_scale, path):
+    """The command to sample with a plan."""
+    model = ["--ckpt", args.ckpt] if args.ckpt else []
+    if spec.registered:
+        model += ["--model", args.model, "--image-size", args.image_size, "--num-classes", args.num_classes]
+    command = ["python", "sample.py", *model, "--num-sampling-steps", args.num_sampling_steps, "--ddim-sample"]
+    command += ["--cfg-scale", f"{cfg_scale:g}", "--accelerate-method", "schedule", "--path", path]
+    return shlex.join(map(str, command))
