@@ -26,7 +26,7 @@ from training.plan_table import error_table, samples_at_once
 from training.run_folder import RunFolder
 
 # Samples for a table, for the choice among the plans found, and for the error that is reported.
-TABLE, CHOICE, HELD_OUT = 64, 48, 64
+TABLE, CHOICE, HELD_OUT = 48, 32, 64
 DIRECTIONS = 1  # in the space of the final latents, for each sample of a table
 # Their noise has numbers that no image of a sample set has.
 FIRST = {"table": 1 << 40, "choice": 2 << 40, "held-out": 3 << 40}

@@ -17,7 +17,7 @@ from models import guided, modulate
 
 # Bytes for the outputs and gradients of the samples that are handled at once, on the device. DiT-XL/2 at 256 x 256
 # takes one sample at a time and 10 GB in float32, beside its 2.7 GB of weights.
-MEMORY = 4 * 2**30
+MEMORY = 2**30
 ACTIVATIONS = 20  # tensors (T, D) per layer in the graph of one step
 
 
