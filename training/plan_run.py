@@ -19,7 +19,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_write, load_tensors
 from runtime.noise import ImageNoise
 from runtime.signals import sigterm_interrupts
-from sampling import sample_latents
+from sampling import check_finite, sample_latents
 from schedule import Schedule
 from training.plan_search import LARGEST_GAP, WINDOW, largest_speedup, plan_for
 from training.plan_table import error_table, samples_at_once
@@ -79,14 +79,18 @@ class Problem:
         parts = []
         for batch in self.batches(total):
             z, y = draw(self.dit, self.seed, purpose, *batch, total)
-            parts.append(sample_latents(self.dit, self.diffusion, z, y, self.cfg_scale, plan).cpu())
+            latents = sample_latents(self.dit, self.diffusion, z, y, self.cfg_scale, plan).cpu()
+            if plan is None:
+                check_finite(latents.isfinite().flatten(1).all(1, keepdim=True))
+            parts.append(latents)
         return torch.cat(parts)
 
     def errors(self, purpose, total, plan):
         """Mean squared error of the final latents of each sample against the full run, (N,)."""
         if purpose not in self.latents:
             self.latents[purpose] = self.sample(purpose, total)
-        return (self.sample(purpose, total, plan) - self.latents[purpose]).square().flatten(1).mean(1)
+        difference = self.sample(purpose, total, plan) - self.latents[purpose]
+        return difference.square().flatten(1).mean(1).nan_to_num(math.inf)
 
 
 class Search:
@@ -112,7 +116,9 @@ class Search:
         aims = [target * (self.speedup(plan) / target) ** (1 - k / steps) for k in range(1, steps)] + [target] * 2
         candidates = [self.faster_uniform(target)]
         for number, aim in enumerate(aims):
-            plan = self.round(plan, min(aim, target), f"{target:g}x, round {number + 1} of {len(aims)}")
+            name = f"{target:g}x, round {number + 1} of {len(aims)}"
+            plan = self.round(plan, aim, name)
+            print(f"{name}: speed-up at most {self.speedup(plan):.3f}, error {self.error(plan):.2e}", flush=True)
             candidates += [plan] * (aim == target)
         return min(candidates, key=self.error)
 

@@ -12,6 +12,7 @@ from PIL import Image
 from diffusion import create_diffusion
 from pretrained.loading import load_dit
 from pretrained.spec import model_spec
+from runtime.errors import UserError
 from sampling import sample_latents
 from schedule import Schedule
 from training import plan_run, plan_table
@@ -65,10 +66,48 @@ def test_plans_are_as_fast_as_asked_and_printed_with_their_errors(learn, model_f
     assert sampled.returncode == 0 and Image.open("x.png").size[0] > 8, sampled.stderr
 
 
-@pytest.mark.parametrize("order", [0, 1])
-def test_plans_of_other_orders_without_guidance(learn, order):
-    learn("--target-speedup", 1.5, "--forecast", order, "--cfg-scale", 1)
+@pytest.mark.parametrize(("order", "dtype"), [(0, "fp32"), (1, "bf16")])
+def test_plans_of_other_orders_and_precision_without_guidance(learn, order, dtype):
+    learn("--target-speedup", 1.5, "--forecast", order, "--cfg-scale", 1, "--dtype", dtype)
     assert Schedule.load(f"{RUN}/DDIM8_1.5x.json").order == order
+
+
+def test_two_steps_are_enough(learn):
+    learn("--target-speedup", 1.2, "--num-sampling-steps", 2)
+    assert not Schedule.load(f"{RUN}/DDIM2_1.2x.json").compute[0].all()
+
+
+def test_a_far_target_is_approached_in_steps_from_the_nearest_plan_below(dit, monkeypatch):
+    aims = []
+
+    def next_plan(search, plan, aim, key):
+        aims.append((round(search.speedup(plan), 3), aim))
+        return search.every_nth(2)
+
+    monkeypatch.setattr(plan_run.Search, "round", next_plan)
+    monkeypatch.setattr(plan_run.Search, "error", lambda *_: 0.0)
+    monkeypatch.setattr(plan_run, "LARGEST_STEP", 1.1)
+    search = plan_run.Search(plan_run.Problem(dit, create_diffusion(50), 1.5, 2, 0), {}, lambda: None)
+    of_nth = {n: search.speedup(search.every_nth(n)) for n in range(2, 10)}
+    target = of_nth[4] * 0.999  # every third step is below
+    search.learn(target)
+    start, far = of_nth[3], target / of_nth[3]
+    assert 1.1 < far < 1.1**2
+    assert [aim for _, aim in aims] == pytest.approx([start * far**0.5, target, target])
+    assert aims[0][0] == round(start, 3)
+    aims.clear()
+    search.learn(of_nth[2] * 0.9)  # nothing but the full run is below: from every second step
+    assert aims[0] == (round(of_nth[2], 3), of_nth[2] * 0.9) and len(aims) == 2
+    aims.clear()
+    search.learn(of_nth[3] * 0.99, last=search.every_nth(2))
+    assert aims[0][0] == round(of_nth[2], 3)
+
+
+def test_a_model_that_diverges_is_refused_in_one_line(dit):
+    dit.pos_embed.fill_(torch.inf)
+    problem = plan_run.Problem(dit, create_diffusion(4), 1.5, 2, 0)
+    with pytest.raises(UserError, match="not finite"):
+        problem.errors("choice", 2, Schedule.every_nth(4, 3, 2))
 
 
 @pytest.mark.parametrize("resume", [RUN, "auto"])
