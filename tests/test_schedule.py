@@ -186,13 +186,13 @@ def test_a_plan_for_other_steps_has_the_rows_of_the_nearest_timesteps(steps):
 
 
 def test_a_schedule_by_change_by_hand():
-    """Attention: 0.1 and 0.3 reuse, at age 3 it would be 0.5. MLP: three steps of reuse are the most."""
+    """Attention: 0.1 and 0.3 reuse; at age 3 the change is alpha, not below it. MLP: reuse for three steps at most."""
     changes = torch.full((7, 3, 2), 0.01)
     changes[5:, :, 0] = torch.tensor([[0.1, 9, 9], [9, 9, 9]])
     changes[4, :, 0] = torch.tensor([9, 0.3, 9])
     changes[3, :, 0] = torch.tensor([0.2, 0.2, 0.5])
-    changes[2, 0, 0] = 0.4  # exactly alpha is not below it
-    schedule = Schedule.by_change(changes, depth=2, alpha=0.4)
+    changes[2, 0, 0] = 0.6
+    schedule = Schedule.by_change(changes, depth=2, alpha=0.5)
     assert schedule.compute[:, 0, 0].tolist() == [False, False, True, True, False, False, True]
     assert schedule.compute[:, 0, 1].tolist() == [False, False, True, False, False, False, True]
     assert torch.equal(schedule.compute[:, 0], schedule.compute[:, 1])
