@@ -2,7 +2,7 @@
 
 NNN-MODEL/args.json                flags and versions of the last launch
 NNN-MODEL/checkpoints/search.pt    what the search has found so far, to continue it
-NNN-MODEL/DDIMn_Xx.json            the plan for n steps and a speed-up of X, a schedule file
+NNN-MODEL/DDIMn_Xx.json            the plan for n steps and a speed-up of X, a schedule file; its picture is a .png
 """
 
 import json
@@ -23,6 +23,7 @@ from sampling import check_finite, sample_latents
 from schedule import Schedule
 from training.plan_search import LARGEST_GAP, WINDOW, largest_speedup, plan_for
 from training.plan_table import error_table, samples_at_once
+from training.plots import save_plans
 from training.run_folder import RunFolder
 
 # Samples for a table, for the choice among the plans found, and for the error that is reported.
@@ -214,6 +215,7 @@ def learn_plans(args, spec, dit, diffusion, cfg_scale, identity):
                 last = search.learn(target, last)
                 path = folder / f"DDIM{diffusion.steps}_{target:g}x.json"
                 last.save(path)
+                save_plans({path.stem: last}, path.with_suffix(".png"))
                 report(search, target, last, path)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with the same command and --resume {shlex.quote(str(folder))}") from None
@@ -221,12 +223,13 @@ def learn_plans(args, spec, dit, diffusion, cfg_scale, identity):
 
 
 def report(search, target, plan, path):
-    """Print the bound and error of a plan, and those of every n-th step that is at least as fast."""
-    uniform = search.faster_uniform(target)
+    """Print the bound and error of a plan, and those of every n-th step that is the next slower and the next faster."""
+    uniform = {p.sha256(): p for p in (search.uniform(target), search.faster_uniform(target))}
+    others = [f"{search.error(other, 'held-out'):.2e} at {search.speedup(other):.3f}" for other in uniform.values()]
     print(
         f"{path}: speed-up at most {search.speedup(plan):.3f}, error {search.error(plan, 'held-out'):.2e} on "
-        f"{HELD_OUT} held-out samples; every n-th step at {search.speedup(uniform):.3f}: "
-        f"{search.error(uniform, 'held-out'):.2e}"
+        f"{HELD_OUT} held-out samples; every n-th step: {', '.join(others)}",
+        flush=True,
     )
 
 
@@ -243,8 +246,8 @@ def open_search(args, name, determining):
                 raise UserError(f"--resume {folder} searched with {what}: pass the same, or leave out --resume")
         return RunFolder(folder), read_search(folder)["state"]
     if args.resume == "auto":
-        folders = sorted(Path(args.results_dir).glob("*-*/checkpoints/search.pt"), reverse=True)
-        for folder in (path.parent.parent for path in folders):
+        folders = [path.parent.parent for path in Path(args.results_dir).glob("*-*/checkpoints/search.pt")]
+        for folder in sorted(folders, key=lambda f: (f.name.index("-"), f.name), reverse=True):  # the newest first
             try:
                 if read_search(folder)["determining"] == determining:
                     return RunFolder(folder), read_search(folder)["state"]
