@@ -198,7 +198,7 @@ class Schedule:
         if {"attn", "mlp"} & content.keys():  # SmoothCache
             if depth is None:
                 raise ValueError("SmoothCache's files do not hold the number of blocks")
-            columns = content.get("attn"), content.get("mlp")
+            columns = [content.get("attn") or [], content.get("mlp") or []]
             if not all(isinstance(c, list) and {*map(repr, c)} <= {"0", "1"} for c in columns):
                 raise ValueError('"attn" and "mlp" must be lists of 1 (compute) and 0 (reuse)')
             if len(columns[0]) != len(columns[1]) or not columns[0]:

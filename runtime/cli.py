@@ -162,7 +162,6 @@ def add_method_arguments(group):
     )
     group.add_argument(
         "--forecast",
-        metavar="ORDER",
         type=int,
         choices=[0, 1, 2],
         help="reuse the last output (0), or a linear (1) or quadratic (2) forecast from the last two or three; "

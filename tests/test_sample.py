@@ -307,7 +307,7 @@ def test_wrong_files_are_refused_in_one_line(model_folder, tmp_path, monkeypatch
         ([*SCHEDULE, "--path", "list.json"], ["it holds no JSON object"]),
         ([*SCHEDULE, "--path", "smooth-lengths.json"], ['"attn" has 4 steps and "mlp" has 2']),
         ([*SCHEDULE, "--path", "smooth-values.json"], ['"attn" and "mlp" must be lists of 1 (compute) and 0 (reuse)']),
-        ([*SCHEDULE, "--path", "smooth-half.json"], ['"attn" and "mlp" must be lists']),
+        ([*SCHEDULE, "--path", "smooth-half.json"], ['"attn" has 4 steps and "mlp" has 0']),
         ([*SCHEDULE, "--path", "smooth-first.json"], ["step 3 runs first and must run every layer"]),
         ([*FORA, 2, "--save-schedule", "/proc/s.json"], ["/proc/s.json"]),
         (["--class-labels", 0, 5], ["class label 5", "0 to 4"]),

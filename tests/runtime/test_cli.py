@@ -22,6 +22,7 @@ INTENDED = {
     ("--num-sampling-steps", "type"),  # steps of a router come in pairs
     ("--cfg-scale", "help"),  # it names the published guidance of the program
     ("--global-seed", "help"),
+    ("--forecast", "help"),  # it names the default, which is 2 for a plan that is learned
     ("--record", "help"),  # sample.py needs --compare with it
     ("--dtype", "default"),  # training records its precision on a CPU too
     ("--dtype", "help"),
