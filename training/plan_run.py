@@ -27,23 +27,23 @@ from training.plots import save_plans
 from training.run_folder import RunFolder
 
 # Samples for a table, for the choice among the plans found, and for the error that is reported.
-TABLE, CHOICE, HELD_OUT = 48, 32, 64
+TABLE, CHOICE, HELD_OUT = 64, 64, 64
 DIRECTIONS = 1  # in the space of the final latents, for each sample of a table
 # Their noise has numbers that no image of a sample set has.
 FIRST = {"table": 1 << 40, "choice": 2 << 40, "held-out": 3 << 40}
-LARGEST_STEP = 1.25  # a table is wrong far from its plan, so the speed-up grows by at most this factor at once
+LARGEST_STEP = 1.3  # a table is wrong far from its plan, so the speed-up grows by at most this factor at once
 GAPS = (4, 6, LARGEST_GAP)  # limits to try for the steps between two computed outputs
 
 
 def draw(dit, seed, purpose, first, count, total):
-    """Noise (N, C, H, W) and labels (N,) of samples `first` to `first + count` of `total`, on the device of the model.
+    """Noise (N, C, H, W) and labels (N,) of `count` samples from number `first` on, on the device of the model.
 
-    Labels are spread evenly over the classes.
+    The labels of `total` samples are spread evenly over the classes.
     """
     numbers, device = range(first, first + count), dit.pos_embed.device
     shape = (dit.in_channels, dit.input_size, dit.input_size)
     noise = ImageNoise(seed, (FIRST[purpose] + k for k in numbers), shape, dit.num_classes, device)
-    return noise.z, torch.tensor([k * dit.num_classes // total for k in numbers], device=device)
+    return noise.z, torch.tensor([k % total * dit.num_classes // total for k in numbers], device=device)
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Problem:
     def table(self, plan, batch, tick):
         """`error_table` of one batch of samples."""
         z, y = draw(self.dit, self.seed, "table", *batch, self.samples)
-        generator = torch.Generator().manual_seed(self.seed + batch[0])
+        generator = torch.Generator().manual_seed(self.seed + batch[0])  # one for each batch
         vectors = torch.randn(self.directions, *z.shape, generator=generator).to(z.device)
         return error_table(self.dit, self.diffusion, plan, z, y, vectors, self.cfg_scale, self.window, tick)
 
@@ -97,13 +97,14 @@ class Problem:
 class Search:
     """The search for plans, with its state after each batch of samples, so that it can be continued.
 
-    state: {"plans": {text: bool [steps, depth, 2]}, "errors": {text: float}, "table": what is known of the next table}.
+    state: {"plans": {text: bool [steps, depth, 2]}, "errors": {text: float}, "table": what is known of the next table,
+    "before": the last table and its aim}.
     save: called after each change of `state`.
     """
 
     def __init__(self, problem, state, save):
         self.problem, self.state, self.save = problem, state, save
-        for name, empty in {"plans": {}, "errors": {}, "table": None}.items():
+        for name, empty in {"plans": {}, "errors": {}, "table": None, "before": None}.items():
             self.state.setdefault(name, empty)
         self.costs = problem.dit.multiply_adds()
 
@@ -118,7 +119,7 @@ class Search:
         candidates = [self.faster_uniform(target)]
         for number, aim in enumerate(aims):
             name = f"{target:g}x, round {number + 1} of {len(aims)}"
-            plan = self.round(plan, aim, name)
+            plan = self.round(plan, aim, number, name)
             print(f"{name}: speed-up at most {self.speedup(plan):.3f}, error {self.error(plan):.2e}", flush=True)
             candidates += [plan] * (aim == target)
         return min(candidates, key=self.error)
@@ -140,28 +141,36 @@ class Search:
         steps = self.problem.diffusion.steps
         return Schedule.every_nth(steps, self.problem.dit.depth, n).with_order(self.problem.order)
 
-    def round(self, plan, aim, key):
-        """The best plan for a speed-up of `aim` from the table around `plan`: that of each of `GAPS` is tried."""
+    def round(self, plan, aim, number, key):
+        """The best plan for a speed-up of `aim` from the table around `plan`: that of each of `GAPS` is tried.
+
+        The table of the round before is added if its aim was the same: a plan found in a table is tuned to its samples.
+        number: of the round; each has samples of its own.
+        """
         if key not in self.state["plans"]:
-            table = self.table(plan, key)
+            table, before = self.table(plan, number, key), self.state["before"]
+            if before and before["aim"] == aim:
+                table = table + before["table"]
             found = [plan_for(table.numpy(), plan.order, self.costs, aim, gap) for gap in GAPS]
             best = min(filter(None, found), key=self.error)
-            self.state["plans"][key], self.state["table"] = best.compute, None
+            self.state["plans"][key] = best.compute
+            self.state |= {"table": None, "before": {"aim": aim, "table": table}}
             self.save()
         return Schedule(self.state["plans"][key], plan.order)
 
-    def table(self, plan, key):
+    def table(self, plan, number, key):
         """The table around a plan, from all batches; those of an interrupted search are not computed again."""
-        problem, known = self.problem, self.state["table"]
-        done, table = (known["samples"], known["sum"]) if known else (0, None)
+        problem, known, around = self.problem, self.state["table"], f"{key} {plan.sha256()}"
+        done, table = (known["samples"], known["sum"]) if known and known["around"] == around else (0, None)
         total = 2 * problem.samples * plan.steps
         with tqdm(total=total, initial=2 * done * plan.steps, desc=key, unit="step", disable=None) as bar:
             for first, count in problem.batches(problem.samples):
                 if first < done:
                     continue
-                part = problem.table(plan, (first, count), lambda count=count: bar.update(count))
+                batch = number * problem.samples + first, count
+                part = problem.table(plan, batch, lambda count=count: bar.update(count))
                 table = part if table is None else table + part
-                self.state["table"] = {"samples": first + count, "sum": table}
+                self.state["table"] = {"around": around, "samples": first + count, "sum": table}
                 self.save()
         return table
 

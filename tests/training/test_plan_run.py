@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_plans_are_as_fast_as_asked_and_printed_with_their_errors(learn, model_f
         for n in dict.fromkeys([max(faster - 1, 1), faster]):
             expected += [error(model_folder, every_nth[n], "held-out", 64), bounds[n]]
         assert [float(x) for x in re.findall(r"[\d.]+(?:e[+-]\d+)?", others)] == pytest.approx(expected, rel=0.01)
-        chosen, uniform = (error(model_folder, p, "choice", 32) for p in (plan, every_nth[faster]))
+        chosen, uniform = (error(model_folder, p, "choice", 64) for p in (plan, every_nth[faster]))
         assert chosen <= uniform * 1.0001
 
     command = shlex.split(re.search(r"^sample with it: python (.*)$", result.stdout, re.M)[1])
@@ -84,7 +85,7 @@ def test_two_steps_are_enough(learn):
 def test_a_far_target_is_approached_in_steps_from_the_nearest_plan_below(dit, monkeypatch):
     aims = []
 
-    def next_plan(search, plan, aim, key):
+    def next_plan(search, plan, aim, number, key):
         aims.append((round(search.speedup(plan), 3), aim))
         return search.every_nth(2)
 
@@ -135,14 +136,21 @@ def test_an_interrupted_search_continues_and_ends_as_an_uninterrupted_one(learn,
         calls.clear()
         result = learn(*flags, *(["--resume", resume] if stop > 2 else []), code=130)
         assert f"--resume {RUN}" in result.stderr
+    shutil.copytree(RUN, "copy/000-tiny")
+    stop = None
+    calls.clear()
+    learn(*flags, "--resume", "copy/000-tiny")
+    assert open("copy/000-tiny/DDIM8_1.5x.json").read() == expected
+    assert len(calls) == total - 1 - (total - 3)  # one part was known, then all but three were computed
+    stop = 2
+    calls.clear()
+    learn(*flags, 1.2, "--resume", resume, code=130)  # another target comes first: what is known is not for its table
+    assert torch.load(f"{RUN}/checkpoints/search.pt")["state"]["table"]["around"].startswith("1.2x, round 1")
     stop = None
     calls.clear()
     learn(*flags, "--resume", resume)
     assert open(f"{RUN}/DDIM8_1.5x.json").read() == expected
-    assert 0 < len(calls) < total / 2
-    calls.clear()
-    learn(*flags, 1.3, "--resume", resume)  # a target more
-    assert calls and open(f"{RUN}/DDIM8_1.5x.json").read()
+    assert len(calls) == total / 2  # the first round was known
 
 
 def test_a_search_with_other_flags_is_refused_or_begins_anew(learn):
