@@ -52,12 +52,12 @@ def parse_args(argv=None):
 
 def main(args):
     """Check what can be refused early, load, sample, save the picture, report."""
-    from policies import schedule_of_flags
     from pretrained.spec import check_labels, model_spec
     from runtime import devices
     from runtime.files import check_writable
     from runtime.pictures import picture_format
     from runtime.records import write_record
+    from training.policies import schedule_of_flags
 
     device = devices.pick_device(args.device, cuda_graphs=args.cuda_graphs)
     dtype = devices.pick_dtype(args.dtype, device)
@@ -98,10 +98,10 @@ def load_models(args, spec, schedule, cfg_scale, device, dtype):
 
     Returns the DiT, the VAE and the schedule or None, which is printed, and saved with --save-schedule.
     """
-    from policies import schedule_of_flags
     from pretrained.loading import load_dit, load_vae
     from runtime import devices
     from sampling import check_sampler
+    from training.policies import schedule_of_flags
 
     if not (args.ddim_sample or args.p_sample):
         print("No sampler flag: sampling with DDIM")

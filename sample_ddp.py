@@ -54,10 +54,10 @@ def parse_args(argv=None):
 def load(args, device, dtype):
     """Load the model's spec, its DiT in `dtype`, its VAE, and the schedule of a file or None."""
     import sampling
-    from policies import schedule_of_flags
     from pretrained.loading import load_dit, load_vae
     from pretrained.spec import model_spec
     from runtime import devices
+    from training.policies import schedule_of_flags
 
     spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
     schedule = schedule_of_flags(args, spec)
@@ -101,11 +101,11 @@ def main(args):
     """Load, describe, open the set, then sample, assemble and report."""
     import torch
 
-    import policies
     from evaluation.sample_set import SampleSet, set_name
     from runtime import devices, records
     from runtime.files import check_writable
     from runtime.processes import Processes
+    from training import policies
 
     processes = Processes()
     processes.connect()

@@ -136,7 +136,7 @@ METHODS = {
 
 
 def add_method_arguments(group):
-    """Add --accelerate-method and its settings, for `check_sampling_arguments` and `policies.schedule_of_flags`."""
+    """Add --accelerate-method and its settings, for `check_sampling_arguments` and `schedule_of_flags` (training)."""
     group.add_argument(
         "--accelerate-method",
         choices=METHODS,

@@ -6,8 +6,8 @@ import torch
 from conftest import random_dit
 
 from diffusion import create_diffusion
-from policies import make_schedule
 from training import smoothcache
+from training.policies import make_schedule
 from training.smoothcache import layer_changes
 
 STEPS = 6

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import random_dit
 
-from policies import POLICIES, make_schedule, manifest_entries, schedule_of_flags
 from pretrained.loading import load_dit
 from pretrained.spec import model_spec
 from router import Router
@@ -17,6 +16,7 @@ from runtime.cli import METHODS
 from runtime.errors import UserError
 from runtime.hashes import fingerprint
 from schedule import Schedule
+from training.policies import POLICIES, make_schedule, manifest_entries, schedule_of_flags
 
 
 def flags(method=None, **settings):
