@@ -48,7 +48,7 @@ METHODS = {
 }
 # Target speed-ups of the learned plans whose files are shipped, by number of steps.
 LEARNED = {50: ("2x", "3x", "4x"), 20: ("1.6x", "2x", "2.5x")}
-SEVERAL_SEEDS = ("ddim-50", "ddim-20", "router-50", "router-20", "learned-3x-50", "learned-2x-20")
+SEVERAL_SEEDS = ("ddim", "router")  # whose difference is the point of the first table
 WITH_ROUTER = (50, 20)  # numbers of steps that there is a router for
 
 
@@ -67,7 +67,7 @@ class Row:
     @property
     def seeds(self):
         """Seeds of the noise: several for the methods whose difference is the point of the table."""
-        return (0, 1, 2) if self.name in SEVERAL_SEEDS else (0,)
+        return (0, 1, 2) if self.method in SEVERAL_SEEDS and self.steps in WITH_ROUTER else (0,)
 
 
 ROWS = tuple(
