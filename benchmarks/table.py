@@ -47,7 +47,7 @@ METHODS = {
     "learned": "learned plan, forecast",
 }
 # Target speed-ups of the learned plans whose files are shipped, by number of steps.
-LEARNED = {50: ("2x", "3x", "4x"), 20: ("1.6x", "2x", "2.5x")}
+LEARNED = {50: ("3x", "4x"), 20: ("1.6x", "2x", "2.5x")}
 SEVERAL_SEEDS = ("ddim", "router")  # whose difference is the point of the first table
 WITH_ROUTER = (50, 20)  # numbers of steps that there is a router for
 
