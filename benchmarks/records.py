@@ -16,14 +16,22 @@ def cells(record):
         "model": f"{flags['ckpt'] or flags['model']}{', random weights' if random else ''}",
         "steps": flags["num_sampling_steps"],
         "images": len(flags["class_labels"]),
+        "plan": plan(flags),
         "layers cached": f"{record['cached_share']:.1%}",
         "bound": f"{record['bound']:.3f}",
         "speed-up (of the bound)": f"{record['speedup']:.3f} ({record['share_of_bound']:.1%}{one_run})",
-        "seconds: full, router": ", ".join(seconds),
-        "G multiply-adds/s: full, router, plain products": ", ".join(rates),
+        "seconds: full, plan": ", ".join(seconds),
+        "G multiply-adds/s: full, plan, plain products": ", ".join(rates),
         "PSNR, dB": "equal" if psnr is None else f"{psnr:.1f}{' (latents)' if random else ''}",
         "commit": record["commit"][:7],
     }
+
+
+def plan(flags):
+    """The plan of a record in words, from its flags; older records have no settings beside the router."""
+    words = {"dynamiclayer": "router", "fora": f"every {flags.get('interval')} steps"}
+    method = flags["accelerate_method"]
+    return words.get(method, method) + (f", order {flags['forecast']}" if flags.get("forecast") else "")
 
 
 def table():
