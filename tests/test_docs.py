@@ -54,6 +54,8 @@ def test_every_command_parses(document):
 
 # Make a command small enough for a test.
 SMALLER = (
+    # a search for three plans of 50 steps takes minutes
+    ("--num-sampling-steps 50 --target-speedup 2 3 4", "--num-sampling-steps 4 --target-speedup 1.5"),
     (r"--num-fid-samples \d+", "--num-fid-samples 12"),
     (r"-n-500\.npz", "-n-12.npz"),
     (r"--max-steps \d+", "--max-steps 2"),
