@@ -45,7 +45,7 @@ def make_denoiser(
             f"the sampler runs {diffusion.steps} steps of {dit.depth} blocks"
         )
     rows = [None] * diffusion.steps if schedule is None else schedule.rows()
-    if schedule is not None and schedule.order and devices.are_compiled(dit.blocks):
+    if schedule is not None and schedule.order and devices.are_compiled(getattr(dit, "blocks", ())):
         rows = _weights_as_tensors(rows, y.device)
     slots = None if schedule is None else dit.empty_cache(schedule.order)
     guidance = cfg_scale != 1.0

@@ -363,6 +363,8 @@ def test_any_model_with_the_documented_interface_is_sampled_and_trained():
     _, diffusion, z, y = setup()
     latents = sampling.sample_latents(model, diffusion, z, y, 2.0, schedule, ancestral=True)
     assert latents.isfinite().all() and model.ran == schedule.compute.sum() < schedule.compute.numel()
+    forecast = sampling.sample_latents(model, diffusion, z, y, 2.0, schedule.with_order(1))
+    assert forecast.isfinite().all()
     scores = torch.full((2, 2), 0.5, requires_grad=True)
     router_loss(model, diffusion, scores, 3, z, y, z.flip(0)).sum().backward()
     assert scores.grad.all()
