@@ -49,9 +49,7 @@ def make_denoiser(
         rows = _weights_as_tensors(rows, y.device)
     slots = None if schedule is None else dit.empty_cache(schedule.order)
     guidance = cfg_scale != 1.0
-    if guidance:
-        y = torch.cat([y, torch.full_like(y, dit.num_classes)])
-    modulations = _modulations_by_step(dit, diffusion.timesteps(y.device), y)
+    modulations = _modulations_by_step(dit, diffusion.timesteps(y.device), *_distinct_labels(dit, y, guidance))
 
     def denoise(x: Tensor, i: int) -> Tensor:
         if guidance:  # the model sees equal halves, but after a step they differ in the unguided channels
@@ -69,14 +67,27 @@ def _weights_as_tensors(rows: list, device: torch.device) -> list:
     return [[[next(tensors).unbind() if isinstance(c, tuple) else c for c in block] for block in row] for row in rows]
 
 
-def _modulations_by_step(dit: DiT, timesteps: Tensor, y: Tensor) -> Callable[[int], list[Tensor]]:
-    """Return a function i -> the modulations of step i, for timesteps (steps,) and labels y (N,).
+def _distinct_labels(dit: DiT, y: Tensor, guidance: bool) -> tuple[Tensor, Tensor]:
+    """Labels (R,) without most repetitions, and the row of each sample of the batch in them.
 
-    Timesteps and labels are embedded before the loop starts. Modulations are computed for a group of steps at once, and
-    only the last group is kept.
+    The samples are those of y (N,), with guidance also N of the null class, whose modulations are all alike. Shapes do
+    not depend on the labels, so that a CUDA graph serves all of them.
     """
-    steps, at_once = len(timesteps), max(1, MODULATION_ROWS // len(y))
-    conditions = dit.condition(timesteps[:, None].expand(-1, len(y)), y)  # (steps, N, D)
+    batch = torch.cat([y, torch.full_like(y, dit.num_classes)]) if guidance else y
+    labels, classes = batch[: len(y) + guidance], dit.num_classes + (dit.label_dropout > 0)
+    if classes <= len(labels):
+        return torch.arange(classes, device=y.device), batch
+    return labels, torch.arange(len(batch), device=y.device).clamp(max=len(labels) - 1)
+
+
+def _modulations_by_step(dit: DiT, timesteps: Tensor, labels: Tensor, rows: Tensor) -> Callable[[int], list[Tensor]]:
+    """Return a function i -> the modulations of step i, for timesteps (steps,) and labels (R,).
+
+    rows: which of the labels each sample has, (N,). Timesteps and labels are embedded before the loop starts.
+    Modulations are computed for a group of steps at once, and only the last group is kept.
+    """
+    steps, at_once = len(timesteps), max(1, MODULATION_ROWS // len(labels))
+    conditions = dit.condition(timesteps[:, None].expand(-1, len(labels)), labels)  # (steps, R, D)
 
     @lru_cache(maxsize=1)
     def group(g: int) -> tuple[int, list[Tensor]]:
@@ -87,7 +98,7 @@ def _modulations_by_step(dit: DiT, timesteps: Tensor, y: Tensor) -> Callable[[in
 
     def modulations(i: int) -> list[Tensor]:
         start, vectors = group((steps - 1 - i) // at_once)
-        return [v[i - start] for v in vectors]
+        return [v[i - start].index_select(0, rows) for v in vectors]
 
     return modulations
 

@@ -91,6 +91,15 @@ def test_each_step_has_its_own_modulations_however_many_steps_are_computed_at_on
     )
 
 
+@pytest.mark.parametrize("labels", [[3], [0, 0, 7], [1, 10] * 6, list(range(9, -1, -1))])
+@pytest.mark.parametrize("guidance", [False, True])
+def test_modulations_are_computed_once_for_the_null_class_and_at_most_once_for_each_of_few_classes(labels, guidance):
+    dit = SimpleNamespace(num_classes=10, label_dropout=0.1)
+    distinct, rows = sampling._distinct_labels(dit, torch.tensor(labels), guidance)
+    assert distinct[rows].tolist() == labels + [10] * (len(labels) * guidance)
+    assert len(distinct) == min(len(labels) + guidance, 11)
+
+
 @pytest.mark.parametrize("ancestral", [False, True])
 def test_a_recorded_trajectory_is_that_of_its_arguments_and_its_results_stay(ancestral):
     """On a CPU, whose recording is the function on the same static tensors as a CUDA graph's."""
