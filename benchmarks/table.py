@@ -6,9 +6,10 @@
 
 sample_ddp.py samples each row from the same noise and labels, evaluator.py judges it against the training images, and
 its figures go to results/table/ROW.json. Random layers, first and last blocks reuse exactly as many layer calls as the
-router for as many steps, at the steps that it decides; FORA's share follows from its interval. "-f2" in the name of a
-row is a forecast of order 2; the learned plans are shipped files, with forecasts of order 2. The times of all rows are
-measured in one process, in turn, into results/table/timing.json: on a machine that does nothing else.
+router for as many steps, at the steps that it decides; FORA's share follows from its interval, SmoothCache's from its
+alpha. "-f1" and "-f2" in the name of a row are forecasts of order 1 and 2; the learned plans are shipped files, with
+forecasts of order 2. The times of all rows are measured in one process, in turn, into results/table/timing.json: on a
+machine that does nothing else.
 """
 
 import argparse
@@ -40,29 +41,36 @@ METHODS = {
     "last": "last blocks",
     "fora2": "FORA, interval 2",
     "fora3": "FORA, interval 3",
+    "smoothcache": "SmoothCache, alpha",
     "router-f2": "router, forecast",
+    "fora2-f1": "every 2nd step, linear forecast",
     "fora2-f2": "every 2nd step, forecast",
+    "fora3-f1": "every 3rd step, linear forecast",
     "fora3-f2": "every 3rd step, forecast",
+    "fora4-f1": "every 4th step, linear forecast",
     "fora4-f2": "every 4th step, forecast",
-    "learned": "learned plan, forecast",
+    "learned": "learned plan",
 }
-# Target speed-ups of the learned plans whose files are shipped, by number of steps.
-LEARNED = {50: ("3x", "4x"), 20: ("1.6x", "2x", "2.5x")}
-SEVERAL_SEEDS = ("ddim", "router")  # whose difference is the point of the first table
+# By number of steps: the target speed-ups of the learned plans whose files are shipped, and alphas of SmoothCache.
+SETTINGS = {
+    "learned": {50: ("2x", "2.5x", "3x", "4x"), 20: ("1.6x", "2x", "2.5x")},
+    "smoothcache": {50: ("0.18", "0.22"), 20: ("0.2", "0.3")},
+}
+SEVERAL_SEEDS = ("ddim", "router", "router-f2", "fora3-f2", "learned")  # whose differences the text speaks of
 WITH_ROUTER = (50, 20)  # numbers of steps that there is a router for
 
 
 @dataclass(frozen=True)
 class Row:
-    """method: a key of METHODS; steps: of DDIM; target: of LEARNED, for a learned plan."""
+    """method: a key of METHODS; steps: of DDIM; setting: of SETTINGS, for a method that is there."""
 
     method: str
     steps: int
-    target: str = ""
+    setting: str = ""
 
     @property
     def name(self):
-        return "-".join(filter(None, (self.method, self.target, str(self.steps))))
+        return "-".join(filter(None, (self.method, self.setting, str(self.steps))))
 
     @property
     def seeds(self):
@@ -71,12 +79,12 @@ class Row:
 
 
 ROWS = tuple(
-    Row(method, steps, target)
+    Row(method, steps, setting)
     for steps in (50, 40, 38, 20, 16, 15, 10)
     for method in (METHODS if steps in WITH_ROUTER else ["ddim"])
-    for target in (LEARNED[steps] if method == "learned" else [""])
+    for setting in SETTINGS.get(method, {}).get(steps, [""])
 )
-FORECASTS = ("ddim", "router", *(method for method in METHODS if "forecast" in METHODS[method]))
+FORECASTS = ("ddim", "router", *(method for method in METHODS if "-f" in method), "learned")
 TABLES = [
     ("Fewer steps, or a router", lambda row: row.method in ("ddim", "router")),
     ("Which layers are reused", lambda row: row.steps in WITH_ROUTER and row.method not in FORECASTS[2:]),
@@ -115,17 +123,24 @@ def router_path(steps):
     return f"{MODEL}/DDIM{steps}_router.pt"
 
 
-def plan(row, depth):
-    """The `Schedule` of a row for a model of `depth` blocks."""
+def plan(row, dit):
+    """The `Schedule` of a row."""
+    from pretrained.spec import model_spec
     from router import Router
     from schedule import Schedule
+    from training.policies import make_schedule
 
+    depth = dit.depth
     if row.method == "ddim":
         return Schedule.full(row.steps, depth)
     if row.method == "learned":
         return Schedule.load(common.ROOT / learned_path(row))
-    if row.method.endswith("-f2"):
-        return plan(Row(row.method.removesuffix("-f2"), row.steps), depth).with_order(2)
+    if row.method == "smoothcache":
+        cfg_scale = model_spec(ckpt=str(common.ROOT / MODEL)).cfg_scale
+        return make_schedule("smoothcache", row.steps, depth, alpha=float(row.setting), dit=dit, cfg_scale=cfg_scale)
+    if "-f" in row.method:
+        method, _, order = row.method.rpartition("-f")
+        return plan(Row(method, row.steps), dit).with_order(int(order))
     if row.method.startswith("fora"):
         return Schedule.every_nth(row.steps, depth, int(row.method[-1]))
     routed = Router.load(common.ROOT / router_path(row.steps)).schedule(THRESHOLD)
@@ -136,7 +151,7 @@ def plan(row, depth):
 
 
 def learned_path(row):
-    return f"{MODEL}/DDIM{row.steps}_{row.target}.json"
+    return f"{MODEL}/DDIM{row.steps}_{row.setting}.json"
 
 
 def schedule_path(row, folder):
@@ -205,7 +220,7 @@ def fill(args):
     # All rows with seed 0 come before some of them with other seeds.
     todo = sorted((seed, number) for number, row in enumerate(ROWS) if row in (args.rows or ROWS) for seed in row.seeds)
     for seed, row in ((seed, ROWS[number]) for seed, number in todo):
-        path, schedule = args.results / f"{row.name}.json", plan(row, dit.depth)
+        path, schedule = args.results / f"{row.name}.json", plan(row, dit)
         described = {
             "layers": schedule.compute.numel(),
             "layers_run": int(schedule.compute.sum()),
@@ -227,7 +242,7 @@ def fill(args):
     path = args.results / "timing.json"
     if args.timing or not args.rows and list(read(path).get("rows", [])) != [row.name for row in ROWS]:
         print("times of all rows, in turn:", file=sys.stderr, flush=True)
-        plans = {row: plan(row, dit.depth) for row in ROWS}
+        plans = {row: plan(row, dit) for row in ROWS}
         timing = {"batch": BATCH, "cfg_scale": spec.cfg_scale, "rows": times(spec, dit, plans, device)}
         write_record(path, {}, device, timing)
 
@@ -262,7 +277,7 @@ def cells(row, record, timing):
     measured, metrics = timing.get("rows", {}).get(row.name), result["metrics"]
     fids = [other["metrics"]["fid"] for other in record["seeds"].values()]
     return {
-        "method": METHODS[row.method] + (f", {row.target}" if row.target else ""),
+        "method": f"{METHODS[row.method]} {row.setting}".rstrip(),
         "steps": row.steps,
         "layers run": f"{schedule['layers_run'] / schedule['layers']:.1%}",
         "G multiply-adds": f"{schedule['g_multiply_adds']:.3f}",
@@ -292,8 +307,16 @@ def missing(records, timing):
     return names + ([f"the times of {', '.join(untimed)}"] if untimed else [])
 
 
+def curve(row):
+    """The curve of the picture that a row belongs to, and its steps or None for a curve over steps, with its text."""
+    name = re.sub(r", (interval \d|alpha)", "", METHODS[row.method])
+    name = re.sub(r"\d(nd|rd|th)", "n-th", name)
+    setting = row.setting or (row.method[4] if row.method.startswith("fora") else "")
+    return (name, row.steps if setting else None), setting or str(row.steps)
+
+
 def save_curves(records, timing, path):
-    """Write a PNG with a curve for each method: FID, logarithmic, by seconds, at each point its number of steps."""
+    """Write a PNG: FID, logarithmic, by seconds. A method has a color; a curve is over steps, or over its settings."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -303,15 +326,18 @@ def save_curves(records, timing, path):
     for row, record in records.items():
         if row.name in timing["rows"]:
             seconds = statistics.median(timing["rows"][row.name]["seconds"])
-            curve = f"{METHODS[row.method]}{f', {row.steps} steps' if row.target else ''}"
-            fid = record["seeds"]["0"]["metrics"]["fid"]
-            curves.setdefault(curve, []).append((seconds, fid, row.target or str(row.steps)))
+            key, text = curve(row)
+            curves.setdefault(key, []).append((seconds, record["seeds"]["0"]["metrics"]["fid"], text))
     with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(6, 5), dpi=110, layout="constrained")
+        figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
         axis = figure.subplots()
-    for (method, points), marker in zip(curves.items(), "os^v<>DP*XphH+"):
+    names = list(dict.fromkeys(name for name, _ in curves))
+    for (name, steps), points in curves.items():
         x, y, texts = zip(*sorted(points))
-        axis.plot(x, y, marker=marker, markersize=5, linewidth=0.8, label=method)
+        number = names.index(name)
+        label = name if name not in axis.get_legend_handles_labels()[1] else None
+        style = {"marker": "os^v<>DP*XphH"[number % 13], "color": f"C{number % 10}", "ls": "--" if steps == 20 else "-"}
+        axis.plot(x, y, markersize=5, linewidth=0.8, label=label, **style)
         for *point, text in zip(x, y, texts):
             axis.annotate(text, point, (4, 3), textcoords="offset points", fontsize=7)
     axis.set_yscale("log")

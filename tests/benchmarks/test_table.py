@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 
 from benchmarks import table
 from benchmarks.table import Row
+from pretrained.loading import load_dit
+from pretrained.spec import model_spec
 from router import Router
 
 STEPS = 4
@@ -20,13 +23,14 @@ STEPS = 4
 
 @pytest.mark.parametrize("steps, reused, fora2, fora3", [(20, 186, 10, 13), (50, 555, 25, 33)])
 def test_policies_reuse_as_many_layers_as_the_router_and_fora_whole_steps(steps, reused, fora2, fora3):
-    plans = {method: table.plan(Row(method, steps), 12).compute for method in table.METHODS if method != "learned"}
-    counts = {method: int((~compute).sum()) for method, compute in plans.items() if "-f2" not in method}
+    methods = [method for method in table.METHODS if method not in table.SETTINGS]
+    plans = {method: table.plan(Row(method, steps), SimpleNamespace(depth=12)).compute for method in methods}
+    counts = {method: int((~compute).sum()) for method, compute in plans.items() if "-f" not in method}
     expected = dict.fromkeys(("router", "random", "first", "last"), reused)
     assert counts == expected | {"ddim": 0, "fora2": 24 * fora2, "fora3": 24 * fora3}
-    for method in ("router", "fora2", "fora3"):
-        forecast = table.plan(Row(f"{method}-f2", steps), 12)
-        assert forecast.order == 2 and torch.equal(forecast.compute, plans[method])
+    for method, order in (("router", 2), ("fora2", 1), ("fora2", 2), ("fora3", 1), ("fora3", 2)):
+        forecast = table.plan(Row(f"{method}-f{order}", steps), SimpleNamespace(depth=12))
+        assert forecast.order == order and torch.equal(forecast.compute, plans[method])
     assert (~plans["first"][:, 0]).sum() == (~plans["last"][:, 11]).sum() == 2 * (steps // 2)
 
 
@@ -35,9 +39,10 @@ def test_the_committed_records_are_complete_and_made_by_todays_flags_and_plans()
     timing = table.read(args.results / "timing.json")
     records = {row: table.read(args.results / f"{row.name}.json") for row in table.ROWS}
     assert table.missing(records, timing) == []
+    dit = load_dit(model_spec(ckpt=str(ROOT / table.MODEL)), "cpu")
     for row, record in records.items():
         assert record["flags"]["sample_ddp"] == table.sampling_flags(row, args.folder, args.samples)
-        assert record["schedule"]["sha256"] == table.plan(row, 12).sha256()
+        assert record["schedule"]["sha256"] == table.plan(row, dit).sha256()
     shown = (ROOT / "docs" / "results.md").read_text()
     assert all(line in shown for text in table.tables(records, timing).values() for line in text.splitlines())
 
