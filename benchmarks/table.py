@@ -54,9 +54,10 @@ METHODS = {
 # By number of steps: the target speed-ups of the learned plans whose files are shipped, and alphas of SmoothCache.
 SETTINGS = {
     "learned": {50: ("2x", "2.5x", "3x", "4x"), 20: ("1.6x", "2x", "2.5x")},
-    "smoothcache": {50: ("0.18", "0.22"), 20: ("0.2", "0.3")},
+    "smoothcache": {50: ("0.18",), 20: ("0.3",)},
 }
-SEVERAL_SEEDS = ("ddim", "router", "router-f2", "fora3-f2", "learned")  # whose differences the text speaks of
+# Methods, and some rows by name, whose small differences the text speaks of.
+SEVERAL_SEEDS = ("ddim", "router", "router-f2", "fora3-f2-20", "learned-3x-50", "learned-2x-20")
 WITH_ROUTER = (50, 20)  # numbers of steps that there is a router for
 
 
@@ -74,8 +75,9 @@ class Row:
 
     @property
     def seeds(self):
-        """Seeds of the noise: several for the methods whose difference is the point of the table."""
-        return (0, 1, 2) if self.method in SEVERAL_SEEDS and self.steps in WITH_ROUTER else (0,)
+        """Seeds of the noise: several for the rows whose difference is the point of the table."""
+        several = {self.method, self.name} & set(SEVERAL_SEEDS) and self.steps in WITH_ROUTER
+        return (0, 1, 2) if several else (0,)
 
 
 ROWS = tuple(
