@@ -22,6 +22,7 @@ from training.presets import PRESETS, describe_presets
 
 # The flags that determine a router, beside the model and the data: --resume auto continues a run with the same.
 DETERMINING = "num_sampling_steps global_batch_size draws_per_step global_seed l1 lr ste_threshold target_cached dtype"
+DETERMINING += " forecast"
 DETERMINING_TARGET = DETERMINING + " max_steps epochs thres"  # with --target-cached
 NOT_WITH_PLANS = "preset data_path latents extract_latents target_cached ste_threshold epochs keep wandb compile"
 NOT_WITH_PLANS += " grad_checkpointing"
@@ -73,6 +74,8 @@ def add_training_arguments(group):
     add("--draws-per-step", metavar="N", type=cli.positive, default=8, help=draws)
     straight_through = "harden the scores at this threshold in the forward pass (straight-through)"
     add("--ste-threshold", metavar="SCORE", type=cli.fraction, help=straight_through)
+    order = "reuse the last output (0), or forecast it from the last two (1) or three (2); default: 0, for plans 2"
+    add("--forecast", type=int, choices=[0, 1, 2], help=order)
     add("--global-seed", type=cli.seed, default=0, help="seed of the initial scores, draws, data order and noise")
 
 
@@ -80,8 +83,6 @@ def add_plan_arguments(group):
     add, speedup = group.add_argument, cli.number(float, lambda value: 1 <= value < math.inf, "a number of at least 1")
     target = "learn a plan for each of these speed-ups, in multiply-adds, over running all layers; needs no images"
     add("--target-speedup", metavar="X", type=speedup, nargs="+", help=target)
-    order = "reuse the last output (0), or forecast it from the last two (1) or three (2); default: 2"
-    add("--forecast", type=int, choices=[0, 1, 2], help=order)
     guidance = f"guidance, 1 is none; default: {CFG_SCALE}, or what a model folder recommends"
     add("--cfg-scale", metavar="SCALE", type=cli.finite, help=guidance)
 
@@ -105,8 +106,9 @@ def check_plan_arguments(parser, args):
         return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
     if not args.target_speedup:
-        if unused := flags("forecast cfg_scale"):
-            parser.error(f"{unused} is for plans: add --target-speedup, or leave it out")
+        if args.cfg_scale is not None:
+            parser.error("--cfg-scale is for plans: add --target-speedup, or leave it out")
+        args.forecast = args.forecast or None  # 0 is the default of a router, and earlier checkpoints have no entry
         return False
     if unused := flags(NOT_WITH_PLANS):
         parser.error(f"--target-speedup learns plans and trains no router: leave out {unused}")
@@ -322,6 +324,7 @@ def make_trainer(args, processes, dit, vae, images, updates, saved):
         threshold=args.thres,
         ste_threshold=args.ste_threshold,
         target_cached=args.target_cached,
+        order=args.forecast or 0,
     )
     first_update, rank, size = saved["step"] if saved else 0, processes.rank, processes.size
     batches = BatchSampler(images, config.batch_size, config.seed, rank, size, first_update, args.epochs)
@@ -381,6 +384,7 @@ def conclude(args, spec, run, trainer):
         model += ["--model", args.model, "--image-size", args.image_size, "--num-classes", args.num_classes]
     command = ["python", "sample.py", *model, "--num-sampling-steps", args.num_sampling_steps, "--ddim-sample"]
     command += ["--accelerate-method", "dynamiclayer", "--path", path, "--thres", args.thres]
+    command += ["--forecast", args.forecast] if args.forecast else []
     print(f"sample with it: {shlex.join(map(str, command))}")
 
 

@@ -17,7 +17,7 @@ class TrainingConfig:
     updates: in all. batch_size: images per update, on all ranks. draws: sampler steps per update, each with its part of
     the batch. seed: of the initial scores and the draws. l1_weight: larger caches more layers; it is adjusted if there
     is target_cached, a share of all layers. threshold: layers with at most this score are cached.
-    ste_threshold: see `router_loss`.
+    ste_threshold, order: see `router_loss`.
     """
 
     updates: int
@@ -29,6 +29,7 @@ class TrainingConfig:
     threshold: float
     ste_threshold: float | None = None
     target_cached: float | None = None
+    order: int = 0
 
 
 def slices_per_draw(part, draw_size):
@@ -121,7 +122,8 @@ class Trainer:
         for d, part in self.slices:
             scores = self.router(rows[d])
             x_start, y, noise = clean_latents({name: v[part] for name, v in batch.items()}, self.vae, self.device)
-            mse = router_loss(self.dit, self.diffusion, scores, rows[d] + 1, x_start, y, noise, config.ste_threshold)
+            inputs = x_start, y, noise, config.ste_threshold, config.order
+            mse = router_loss(self.dit, self.diffusion, scores, rows[d] + 1, *inputs)
             share = len(mse) / config.batch_size
             (share * (mse.mean() + self.l1_weight * scores.sum())).backward()
             values[d] += mse.detach().sum() / self.draw_size

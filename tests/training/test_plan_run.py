@@ -170,7 +170,7 @@ def test_a_search_with_other_flags_is_refused_or_begins_anew(learn):
         (["--target-speedup", 2, "--data-path", "x", "--wandb"], ["leave out --data-path, --wandb"]),
         (["--target-speedup", 2, "--preset", "fashion-20"], ["leave out --preset"]),
         (["--target-speedup", 2, "--compile"], ["leave out --compile"]),
-        (["--forecast", 1, "--data-path", "x"], ["--forecast is for plans: add --target-speedup"]),
+        (["--cfg-scale", 1, "--data-path", "x"], ["--cfg-scale is for plans: add --target-speedup"]),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line(learn, flags, words):

@@ -26,15 +26,16 @@ def make_batch(size, seed=0):
     return {"moments": x, "y": torch.arange(size) % 6, "posterior_noise": posterior_noise, "noise": noise}
 
 
-def test_an_update_has_the_gradient_of_the_mean_over_its_draws():
-    trainer, batch = make_trainer(batch=6, draws=3), make_batch(6)
+@pytest.mark.parametrize("order", [0, 2])
+def test_an_update_has_the_gradient_of_the_mean_over_its_draws(order):
+    trainer, batch = make_trainer(batch=6, draws=3, order=order), make_batch(6)
     rows = [trainer.trained_steps[k] for k in draw_steps(0, 0, 3, 3)]
     x_start = batch["moments"][:, :4] + torch.exp(0.5 * batch["moments"][:, 4:]) * batch["posterior_noise"]
     loss = 0
     for d, row in enumerate(rows):
         scores = trainer.router(row)
         inputs = [values[2 * d : 2 * d + 2] for values in (x_start, batch["y"], batch["noise"])]
-        mse = router_loss(trainer.dit, trainer.diffusion, scores, row + 1, *inputs)
+        mse = router_loss(trainer.dit, trainer.diffusion, scores, row + 1, *inputs, order=order)
         loss = loss + (mse.mean() + 1e-3 * scores.sum()) / 3
     parameters = list(trainer.router.parameters())
     expected = torch.autograd.grad(loss, parameters, allow_unused=True)
