@@ -1,4 +1,4 @@
-"""Mutated routers, .npz files, model configs and graph files are used or refused, in little memory.
+"""Mutated routers, schedules, .npz files, model configs and graph files are used or refused, in little memory.
 
     python tests/test_fuzz.py 1 routers
 
@@ -208,7 +208,34 @@ def graphs(folder):
     return [other_node, other_node, lambda random: damaged(random, whole)], path.write_bytes, lambda: Network(path)
 
 
+def schedules(folder):
+    """As `routers`, for schedule files: our JSON, and SmoothCache's."""
+    from schedule import Schedule
+
+    path, row = folder / "plan.json", "10 01 11"
+    ours = {"steps": 4, "depth": 3, "order": 1, "rows": ["1", row, "0", row]}
+    theirs = {"attn": [1, 0, 1, 0], "mlp": [1, 1, 0, 0]}
+    values = [*HUGE, None, True, "", "1", "0", "11 0x 10", row * 999, "\0", [], {}, ["1"], [1, 0], [[1]], 2.5, "1" * 6]
+
+    def change(random):
+        whole = pick(random, [ours, ours, theirs])
+        name = pick(random, [*whole, "no_such"] if random.random() < 0.8 else list(ours))
+        content = whole | {name: pick(random, values)}
+        if whole is ours and random.random() < 0.5:
+            content = ours | {"rows": [pick(random, ["1", "0", row, pick(random, values)]) for _ in ours["rows"]]}
+        return json.dumps(content).encode()
+
+    def read():
+        schedule = Schedule.load(path, depth=3)
+        schedule.rows()
+        schedule.check_fits(path, 4, 3)
+
+    ways = [change] * 6 + [lambda random: damaged(random, json.dumps(ours).encode())]
+    return ways, path.write_bytes, read
+
+
 KINDS = {"routers": (routers, 2000), "npz": (npz, 2000), "configs": (configs, 500), "graphs": (graphs, 300)}
+KINDS |= {"schedules": (schedules, 1000)}
 
 
 def limit_memory():
