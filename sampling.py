@@ -61,10 +61,13 @@ def make_denoiser(
 
 
 def _weights_as_tensors(rows: list, device: torch.device) -> list:
-    """Replace the weights of forecasts by tensors (): a graph of torch.compile would keep a float as a constant."""
-    weights = [c for row in rows for block in row for c in block if isinstance(c, tuple)]
-    tensors = iter(torch.tensor(weights, device=device))
-    return [[[next(tensors).unbind() if isinstance(c, tuple) else c for c in block] for block in row] for row in rows]
+    """Replace the weights of forecasts by tensors (): a graph of torch.compile would keep a float as a constant.
+
+    They are made on the device, because a CUDA graph cannot capture a copy from the CPU.
+    """
+    weights = {c for row in rows for block in row for c in block if isinstance(c, tuple)}
+    tensors = {c: torch.stack([torch.full((), weight, device=device) for weight in c]) for c in weights}
+    return [[[tensors[c].unbind() if c in tensors else c for c in block] for block in row] for row in rows]
 
 
 def _distinct_labels(dit: DiT, y: Tensor, guidance: bool) -> tuple[Tensor, Tensor]:

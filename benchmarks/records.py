@@ -23,7 +23,7 @@ def cells(record):
         "seconds: full, plan": ", ".join(seconds),
         "G multiply-adds/s: full, plan, plain products": ", ".join(rates),
         "PSNR, dB": "equal" if psnr is None else f"{psnr:.1f}{' (latents)' if random else ''}",
-        "commit": record["commit"][:7],
+        "commit": (record["commit"] or "unknown")[:7],  # none without git
     }
 
 

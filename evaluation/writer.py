@@ -58,7 +58,7 @@ class SampleWriter:
         latents, labels = self._sample(start, stop)
         marks.append(self._mark())
         if self._side:
-            self._side.wait_stream(torch.cuda.current_stream())
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
             latents.record_stream(self._side)
         with torch.cuda.stream(self._side):  # None changes nothing
             marks.append(self._mark())
@@ -79,11 +79,11 @@ class SampleWriter:
         return arrived
 
     def _mark(self):
-        """The present time, on a GPU as an event of the current stream."""
+        """The present time, on a GPU as an event of the current stream of that device."""
         if not self._side:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
 

@@ -41,17 +41,19 @@ class GraphedFunction:
         static = [tensor.clone() for tensor in tensors]
         if static[0].device.type != "cuda":
             return static, lambda: self._function(*static)
-        # A first run outside the graph does what happens only once: compiling, choosing algorithms, workspaces.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._function(*static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local", because other threads of the process may use the device meanwhile, to decode.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = self._function(*static)
-        torch.cuda.synchronize()
+        # Streams are those of the tensors' device, which need not be the current one of this process.
+        with torch.cuda.device(static[0].device):
+            # A first run outside the graph does what happens only once: compiling, choosing algorithms, workspaces.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._function(*static)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # "thread_local", because other threads of the process may use the device meanwhile, to decode.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+                output = self._function(*static)
+            torch.cuda.synchronize()
 
         def replay() -> Tensor:
             graph.replay()

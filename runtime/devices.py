@@ -29,9 +29,10 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 
 
 def pick_dtype(name: str | None, device: torch.device) -> str:
-    """Resolve --dtype: None is tf32, as published, and tf32 is fp32 on a CPU."""
+    """Resolve --dtype: None is tf32, as published, and tf32 is fp32 on a CPU and on GPUs that do not have it."""
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     name = name or "tf32"
-    return "fp32" if (name, device.type) == ("tf32", "cpu") else name
+    return "fp32" if name == "tf32" and not has_tf32 else name
 
 
 def set_precision(module: nn.Module, dtype: str) -> Any:
@@ -65,7 +66,8 @@ def speed_up_vae(vae: Any, device: torch.device, dtype: str) -> Any:
     """
     if device.type != "cuda":
         return vae
-    return vae.to(DTYPES["fp16" if dtype == "fp16" else "fp32"], memory_format=torch.channels_last)
+    # Not vae.to: diffusers would print a warning about modules in float32, of which this model has none.
+    return nn.Module.to(vae, DTYPES["fp16" if dtype == "fp16" else "fp32"], memory_format=torch.channels_last)
 
 
 def compile_blocks(blocks: nn.ModuleList, backend: str = "inductor") -> None:
@@ -73,8 +75,13 @@ def compile_blocks(blocks: nn.ModuleList, backend: str = "inductor") -> None:
     weight = next(blocks.parameters())
     if backend == "inductor":
         _check_compiler(weight.device, weight.dtype)
+    import torch._inductor.config as inductor
+
     # A block has four graphs per shape and precision; the default limit is 8. Old versions know this name only.
     torch._dynamo.config.cache_size_limit = 64  # type: ignore[attr-defined]
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        # Each process starts up to 32 others that compile: share the cores among the processes of this machine.
+        inductor.compile_threads = max(1, min(32, os.cpu_count() or 1) // number_or("LOCAL_WORLD_SIZE", 1))
     for block in blocks:
         block.compile(fullgraph=True, backend=backend)
 

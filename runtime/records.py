@@ -1,6 +1,7 @@
 """Records: JSON files of measured figures and of the circumstances they were measured in."""
 
 import json
+import os
 import platform
 import subprocess
 from functools import partial
@@ -14,15 +15,15 @@ from runtime.files import atomic_write
 
 
 def _commit() -> str | None:
-    """Commit of this repository, with "-dirty" if code differs from it; None without git."""
+    """Commit of this repository, with "-dirty" if code differs from it; without git the variable COMMIT, or None."""
     git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
         commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
         # Records come out of a measurement: they do not change it.
         changed = git(["git", "diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/results"]).returncode
     except OSError:
-        return None
-    return commit + "-dirty" * bool(changed) if commit else None
+        commit = ""
+    return commit + "-dirty" * bool(changed) if commit else os.environ.get("COMMIT")
 
 
 def write_record(path: str | Path, flags: dict[str, Any], device: torch.device, figures: dict[str, Any]) -> None:

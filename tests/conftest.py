@@ -130,6 +130,7 @@ def write_pngs(folder, images):
 # Programs: `program` is the path of a script from the root of the repository, e.g. sample.py or benchmarks/latency.py.
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+FORKED = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}  # a GPU that a process has looked for is of no use to its forks
 # Importing libraries is most of the time of a program. Forks of this server process have them already.
 FORKS = multiprocessing.get_context("forkserver")
 AUTOENCODER = "diffusers.models.autoencoders.autoencoder_kl"
@@ -163,10 +164,11 @@ def run(program, *flags, cwd, processes=None, **environment):
 def start(program, *flags, cwd, launcher=None, **environment):
     """Start a program in a session of its own; returns a process with the methods of `subprocess.Popen`.
 
-    launcher: flags of torchrun; without them the program is forked with its libraries imported, which saves seconds.
+    launcher: flags of torchrun; without them the program is forked with its libraries imported, which saves seconds,
+    and sees no GPU.
     """
     if launcher is None:
-        return Forked(program, list(map(str, flags)), cwd, os.environ | ENVIRONMENT | environment)
+        return Forked(program, list(map(str, flags)), cwd, os.environ | FORKED | environment)
     command, env = command_of(program, flags, launcher)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=cwd, env=env | environment, start_new_session=True, **pipes)
@@ -180,7 +182,7 @@ class Forked:
         paths = [file.name for file in self.output]
         self.process = FORKS.Process(target=run_forked, args=(program, flags, str(cwd), environment, paths))
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in ENVIRONMENT.items():  # libraries read it when the server imports them
+            for name, value in FORKED.items():  # libraries read it when the server imports them
                 patch.setenv(name, value)
             self.process.start()
         self.pid, self.kill = self.process.pid, self.process.kill

@@ -8,11 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, assert_refused, call
 
 from benchmarks import busy, common, records
 from runtime.errors import UserError
 from runtime.files import check_writable
+from runtime.records import write_record
 
 SHOWN = ["train_step", "assembly", "scaling", "extraction", "metrics_speed", "tutorial", "busy"]
 DOCUMENTS = [ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
@@ -33,6 +35,19 @@ def test_a_command_that_fails_is_named_and_its_output_shown(capfd):
         common.run_command(sys.executable, "-c", "import sys; print('seen'); sys.exit(3)")
     assert capfd.readouterr().err == "seen\n"
     assert common.run_command(sys.executable, "-c", "import os; print(os.environ['A'])", A="b") == "b\n"
+
+
+def test_a_record_made_without_git_takes_its_commit_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("COMMIT", raising=False)
+    path = tmp_path / "record.json"
+    for commit in (None, "1234567"):
+        if commit:
+            monkeypatch.setenv("COMMIT", commit)
+        write_record(path, {}, torch.device("cpu"), {})
+        assert json.loads(path.read_text())["commit"] == commit
+    shown = json.loads((common.RESULTS / "fashion-ddim20-cpu.json").read_text()) | {"commit": None}
+    assert records.cells(shown)["commit"] == "unknown"
 
 
 # The documents show only parts of the tables of latency and precision.

@@ -8,6 +8,7 @@ import tempfile
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from conftest import assert_refused, call, random_dit, run
 
 from runtime import devices
@@ -27,6 +28,13 @@ def test_a_missing_device_is_refused():
     for name in ("cuda:63", "tpu", "meta", "meta:"):
         with pytest.raises(UserError, match="--device cpu"):
             devices.pick_device(name)
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), "fp32"), ((8, 0), "tf32")])
+def test_tf32_is_float32_on_gpus_without_it(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.pick_dtype(None, GPU) == devices.pick_dtype("tf32", GPU) == dtype
+    assert devices.pick_dtype("bf16", GPU) == "bf16" and devices.pick_dtype(None, CPU) == "fp32"
 
 
 # --compile
@@ -134,6 +142,20 @@ def test_a_gpu_needs_a_c_compiler(place, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="clang fails .x."):
         devices._check_compiler(GPU, torch.bfloat16)
     assert seen[0][0] == "clang" and os.path.basename(seen[0][1]) == "module.c"
+
+
+def test_the_processes_of_a_machine_share_its_cores_for_compiling(monkeypatch):
+    def workers(cores, processes):
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        devices.compile_blocks(random_dit().blocks, backend="eager")
+        return inductor.compile_threads
+
+    monkeypatch.setattr(inductor, "compile_threads", 5)  # restored after the test
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")
+    assert workers(64, "8") == 5  # what the user set
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    assert [workers(64, "8"), workers(64, "1"), workers(2, "8")] == [4, 32, 1]
 
 
 @pytest.mark.parametrize(
