@@ -1,4 +1,4 @@
-"""Where the time of sampling goes and what shortens it: a model with and without a router, run in every way.
+"""Where the time of sampling goes and what shortens it: a model with and without a router or plans, run in every way.
 
     python -m benchmarks.latency --ckpt ckpt/fashion_mnist --path ckpt/fashion_mnist/DDIM20_router.pt --reference
     python -m benchmarks.latency --model DiT-XL/2 --path ckpt/DDIM20_router.pt --reference --modes eager --repeats 1
@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks import common
@@ -28,7 +29,7 @@ MODES = ["eager", "compile", "graphs", "compile+graphs"]
 
 @dataclass
 class Row:
-    """A way to run: "full" or "router", one of MODES or "reference", a precision; and its measurements."""
+    """A way to run: "full", "router" or a plan, one of MODES or "reference", a precision; and its measurements."""
 
     schedule: str
     mode: str
@@ -59,7 +60,8 @@ def parse_args(argv=None):
     parser = common.parser(__doc__)
     parser.add_argument("--model", default="DiT-XL/2", help="size and patch, with random weights; not with --ckpt")
     parser.add_argument("--ckpt", help="weights or a model folder, as for sample.py")
-    parser.add_argument("--path", help="router file; without it only the full model runs")
+    parser.add_argument("--path", help="router file")
+    parser.add_argument("--plans", nargs="+", default=[], metavar="JSON", help="schedule files, which also run")
     cli.add_threshold_argument(parser)
     parser.add_argument("--num-sampling-steps", type=cli.sampling_steps, default=20, help="denoising steps")
     parser.add_argument("--images", type=cli.positive, default=1, help="images of a batch; guidance doubles it")
@@ -72,21 +74,26 @@ def parse_args(argv=None):
     profile = "only print where the time of a full and of a cached step goes"
     parser.add_argument("--profile", action="store_true", help=profile)
     args = parser.parse_args(argv)
-    if args.profile and not args.path:
-        parser.error("--profile needs a cached step: add --path")
+    if args.profile and not (args.path or args.plans):
+        parser.error("--profile needs a cached step: add --path or --plans")
     return args
 
 
 def load(args, device):
-    """A function that makes the DiT in float32, and the schedules by name."""
+    """A function that makes the DiT in float32, and the schedules by name: "full", "router", those of plans."""
     from pretrained.loading import load_dit
     from pretrained.spec import model_spec
     from router import Router
     from runtime import released
+    from schedule import Schedule
 
     spec, schedules = model_spec(args.model, ckpt=args.ckpt), {"full": None}
     if args.path:
         schedules["router"] = Router.load(released.find(args.path)).schedule(args.thres)
+    schedules |= {Path(path).stem: Schedule.load(path, spec.depth) for path in args.plans}
+    for name, schedule in schedules.items():
+        if schedule:
+            schedule.check_fits(args.path if name == "router" else name, args.num_sampling_steps, spec.depth)
     return partial(load_dit, spec, device, None if args.ckpt else 0), schedules
 
 
@@ -104,14 +111,14 @@ def make_models(load, dtypes, compiled):
     return models
 
 
-def every_kind(depth):
+def every_kind(depth, order):
     """A schedule of two steps: a full one, then blocks that reuse neither layer, either and both in turn."""
     import torch
 
     from schedule import Schedule
 
     kinds = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
-    return Schedule(torch.stack([kinds[torch.arange(depth) % 4], torch.ones(depth, 2, dtype=torch.bool)]))
+    return Schedule(torch.stack([kinds[torch.arange(depth) % 4], torch.ones(depth, 2, dtype=torch.bool)]), order)
 
 
 def make_rows(ways, steps, models, schedules):
@@ -132,7 +139,9 @@ def make_rows(ways, steps, models, schedules):
         else:
             sample = original_latents if mode == "reference" else sampling.sample_latents
             sampler = partial(sample, dit, diffusion, cfg_scale=CFG_SCALE, schedule=schedule)
-            warm_up = partial(sample, dit, short, cfg_scale=CFG_SCALE, schedule=schedule and every_kind(dit.depth))
+            warm_up = partial(
+                sample, dit, short, cfg_scale=CFG_SCALE, schedule=schedule and every_kind(dit.depth, schedule.order)
+            )
         rows.append(Row(name, mode, dtype, dit, sampler, warm_up))
     return rows
 
@@ -164,8 +173,6 @@ def measure(args):
     load_model, schedules = load(args, device)
     models = make_models(load_model, dtypes, any("compile" in mode for mode in modes))
     dit = next(iter(models.values()))
-    if "router" in schedules:
-        schedules["router"].check_fits(args.path, steps, dit.depth)
     ways = [(name, mode, dtype) for dtype in dtypes for mode in modes for name in schedules]
     ways += [(name, "reference", published) for name in schedules if args.reference]
     rows = make_rows(ways, steps, models, schedules)
@@ -218,7 +225,7 @@ def figures(way, rows, plans, published, images, rates):
         "error": error,
         # On a CPU the peak is known of the whole process only.
         "peak_bytes": row.peak + weights if row.latents.is_cuda else None,
-        "cache_bytes": 0 if schedule == "full" else row.dit.cache_bytes(2 * images, DTYPES[dtype]),
+        "cache_bytes": 0 if schedule == "full" else row.dit.cache_bytes(2 * images, DTYPES[dtype], plan.order),
     }
 
 
@@ -245,8 +252,7 @@ def profile(args):
     device = devices.pick_device(args.device)
     load_model, schedules = load(args, device)
     dit = devices.set_precision(load_model(), args.dtypes[0] if args.dtypes else devices.pick_dtype(None, device))
-    schedule = schedules["router"]
-    schedule.check_fits(args.path, args.num_sampling_steps, dit.depth)
+    schedule = list(schedules.values())[1]  # the first after the full run
     z, y = inputs(dit, args.images, device)
     denoise = sampling.make_denoiser(dit, create_diffusion(schedule.steps), y, CFG_SCALE, schedule)
     work, first = schedule.multiply_adds(dit.multiply_adds()), schedule.steps - 1

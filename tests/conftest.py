@@ -29,6 +29,11 @@ SIZES = dict(input_size=4, patch_size=2, hidden_size=24, depth=3, num_heads=2, n
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
+
 # Models and images
 
 

@@ -243,7 +243,7 @@ def test_half_precision_keeps_the_cache_and_not_the_state():
     assert 0 < (latents - full).norm() < 0.1 * full.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("ancestral", [False, True])
 def test_nothing_waits_for_a_gpu(ancestral, graphs):
@@ -258,7 +258,7 @@ def test_nothing_waits_for_a_gpu(ancestral, graphs):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_a_graph_computes_what_it_recorded_on_a_gpu():
     dit, diffusion, z, y = setup()
     dit, z, y = dit.to("cuda"), z.to("cuda"), y.to("cuda")

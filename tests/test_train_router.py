@@ -215,7 +215,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_router_is_that_of_an_uninterrup
     assert sorted(p.name for p in Path("results").iterdir()) == ["000-tiny", "001-tiny"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_gpu_trains_the_router_of_a_cpu(processes, train):
     if torch.cuda.device_count() < processes:

@@ -216,7 +216,7 @@ def test_precision_and_recall_refuse_unusable_features(bad):
         precision_recall(bad, whole_numbers(1, 9))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @DTYPES
 def test_a_gpu_agrees_and_keeps_the_settings_of_torch(published, dtype):
     sets = published["ref_pool"], published["sample_pool"]

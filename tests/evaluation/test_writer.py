@@ -80,7 +80,7 @@ def test_batches_decoded_before_an_interruption_are_written(error):
     assert written == [0, 1, 2]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_decoding_beside_the_next_batch_changes_nothing():
     written, device = [], torch.device("cuda", 0)
 
