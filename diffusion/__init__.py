@@ -1,5 +1,6 @@
-"""The diffusion process: betas, respacing, DDPM and DDIM steps and loops. Knows no model and no cache."""
+"""The processes: Gaussian diffusion (DDIM, DDPM) and flow matching (Euler, Heun, SDE). Knows no model and no cache."""
 
+from .flow import FlowMatching
 from .gaussian import GaussianDiffusion
 from .respace import linear_betas, space_timesteps
 
@@ -13,4 +14,4 @@ def create_diffusion(steps: int | str | None = "", diffusion_steps: int = 1000) 
     return GaussianDiffusion(linear_betas(diffusion_steps), space_timesteps(diffusion_steps, steps))
 
 
-__all__ = ["GaussianDiffusion", "create_diffusion", "linear_betas", "space_timesteps"]
+__all__ = ["FlowMatching", "GaussianDiffusion", "create_diffusion", "linear_betas", "space_timesteps"]
