@@ -1,11 +1,11 @@
-"""Evaluate samples against a reference as the ADM evaluator does: Inception Score, FID, sFID, precision and recall.
+"""Evaluate samples against a reference as the ADM evaluator does: Inception Score, FID, sFID, precision, recall; KID.
 
     python evaluator.py VIRTUAL_imagenet256_labeled.npz SAMPLES.npz
     python evaluator.py ckpt/fashion_mnist/reference.npz SAMPLES.npz --graph ckpt/fashion_mnist/classifier.pb
     python evaluator.py IMAGES --save-stats STATISTICS.npz       # once; then use STATISTICS.npz instead of IMAGES
 
-Each set is an .npz of images (arr_0 uint8 (N, H, W, 3)), a folder of pictures, or an .npz of statistics. The graph and
-the ImageNet reference are downloaded if they are missing.
+Each set is an .npz of images (arr_0 uint8 (N, H, W, 3)), a folder of pictures, an .npz of statistics, or an .npz of
+features of any network (arr_0 floats (N, D)). The graph and the ImageNet reference are downloaded if they are missing.
 """
 
 import argparse
@@ -20,7 +20,10 @@ METRICS = {
     "sfid": ("sFID", ("mu_s", "sigma_s")),
     "precision": ("Precision", ("pool",)),
     "recall": ("Recall", ("pool",)),
+    "kid": ("KID", ("pool",)),
 }
+PUBLISHED = [name for name in METRICS if name != "kid"]  # by the ADM evaluator
+LABELS = {name: label for name, (label, _) in METRICS.items()} | {"kid_std": "KID standard deviation"}
 
 
 def metric_names(text):
@@ -46,10 +49,14 @@ def parse_args(argv=None):
     add("--batch-size", metavar="N", type=cli.positive, default=64, help="images in the network at a time")
     results = parser.add_argument_group("results")
     add = results.add_argument
-    add("--metrics", metavar="NAMES", type=metric_names, default=",".join(METRICS), help="metrics, separated by commas")
+    help_text = f"metrics, separated by commas: {', '.join(METRICS)}"
+    add("--metrics", metavar="NAMES", type=metric_names, default=",".join(PUBLISHED), help=help_text)
     add(
         "--distance", choices=["fp16", "fp32"], default="fp16", help="precision of distances; published values use fp16"
     )
+    add("--kid-subsets", metavar="N", type=cli.positive, help="random subsets for KID; default: 100, as published")
+    kid_size = cli.number(int, lambda value: value >= 2, "a whole number of at least 2")
+    add("--kid-subset-size", metavar="N", type=kid_size, help="images of a set in each; default: 1000, as published")
     add("--save-stats", metavar="NPZ", help="write statistics and pool features of SAMPLES, without them of REFERENCE")
     add(
         "--keep-features",
@@ -63,6 +70,8 @@ def parse_args(argv=None):
         parser.error("there are no samples to compare with the reference: name them, or add --save-stats")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         parser.error(f"--save-stats {args.save_stats} does not end in .npz")
+    if (args.kid_subsets or args.kid_subset_size) and "kid" not in args.metrics:
+        parser.error("--kid-subsets and --kid-subset-size are about KID: add --metrics kid")
     if args.keep_features and not args.save_stats:
         parser.error("--keep-features is about the file of --save-stats: add that")
     return args
@@ -83,7 +92,7 @@ def needed_arrays(sets, metrics, save_stats):
 
     Raises UserError if a set has neither the arrays nor images to compute them from.
     """
-    from evaluation.evaluation_set import STATISTICS
+    from evaluation.evaluation_set import MOMENTS, STATISTICS
     from runtime.errors import UserError
 
     needed = {role: {array for name in metrics for array in METRICS[name][1]} for role in sets}
@@ -91,8 +100,13 @@ def needed_arrays(sets, metrics, save_stats):
         needed["sample"].add("pool")
     if save_stats:
         needed[list(sets)[-1]] = {*STATISTICS, "pool"}
+    of_features = [name for name, (_, arrays) in METRICS.items() if arrays and {*arrays} <= {"pool", *MOMENTS}]
     for role, images in sets.items():
-        missing = sorted(needed[role] - images.stored.keys())
+        if images.features and not {*metrics} <= {*of_features}:
+            raise UserError(
+                f"{images} holds features, which are enough for {', '.join(of_features)}: pass --metrics fid,kid"
+            )
+        missing = sorted(images.missing(needed[role]))
         if missing and images.count is None:
             raise UserError(
                 f"{images} holds no images and no {', '.join(missing)}: name the images, or leave out the metrics that "
@@ -113,8 +127,8 @@ def check_graphs(sets, network):
         raise UserError(f"{' and '.join(map(str, sets))} are statistics by different graphs: make both with the same")
 
 
-def find_doubts(sets, network):
-    """Yield a line for each thing that looks like a mistake in a set, or in a comparison of two."""
+def find_doubts(sets, metrics, network):
+    """Yield a line for each thing that looks like a mistake in a set, or in a comparison of two by these metrics."""
     for images in sets.values():
         yield from images.doubts
     if "sample" not in sets:
@@ -127,17 +141,20 @@ def find_doubts(sets, network):
         pixels = (f"{images} has {w}x{h} pixels" for images, (h, w) in zip((reference, sample), sizes))
         yield f"{', '.join(pixels)}: the network resizes both to one size, which blurs them differently"
     count = sample.count or sample.about.get("images")
+    if metrics == ["kid"]:  # fewer images do not raise it
+        return
     if network and network.is_published and count and count < PUBLISHED_SAMPLES:
         yield f"{count} samples: published values use {PUBLISHED_SAMPLES}, with fewer FID and sFID are higher"
-    elif network and 1 < (count or 0) <= network.sizes[0]:
-        yield f"{count} samples for {network.sizes[0]} features: FID and sFID mean little"
+    width = network.sizes[0] if network else sample.stored["pool"].shape[1] if sample.features else 0
+    if not (network and network.is_published) and 1 < (count or 0) <= width:
+        yield f"{count} samples for {width} features: FID and sFID mean little"
 
 
 def collect(images, needed, network, role):
     """The arrays `needed` of a set, {name: array}: stored ones, and the others computed by the network."""
     from tqdm import tqdm
 
-    arrays = {name: images.stored[name] for name in needed & images.stored.keys()}
+    arrays = images.take(needed)
     missing = needed - arrays.keys()
     if missing:
         with tqdm(total=images.count, desc=role, unit="image", disable=None) as bar:
@@ -145,10 +162,10 @@ def collect(images, needed, network, role):
     return arrays
 
 
-def compute_metrics(arrays, network, names, distance, device):
+def compute_metrics(arrays, network, names, distance, kid, device):
     """Yield (name, value) of the metrics `names` in the order of METRICS; arrays: {role: {name: array}}.
 
-    Raises ValueError if stored arrays cannot be used.
+    kid: arguments of `metrics.kernel_distance`. Raises ValueError if stored arrays cannot be used.
     """
     from tqdm import tqdm
 
@@ -171,6 +188,9 @@ def compute_metrics(arrays, network, names, distance, device):
             pools = reference["pool"], sample["pool"]
             values = metrics.precision_recall(*pools, dtype=distance, device=device, progress=progress)
         yield from ((name, value) for name, value in zip(("precision", "recall"), values) if name in names)
+    if "kid" in names:
+        pools = reference["pool"], sample["pool"]
+        yield from zip(("kid", "kid_std"), metrics.kernel_distance(*pools, **kid, device=device))
 
 
 def set_figures(images, arrays):
@@ -199,13 +219,12 @@ def main(args):
     needed = needed_arrays(sets, args.metrics, args.save_stats)
     with cli.one_line_warnings() as warned:
         network = None
-        all_stored = all(needed[role] <= images.stored.keys() for role, images in sets.items())
-        if not all_stored or "is" in args.metrics and args.sample:
+        if any(images.missing(needed[role]) for role, images in sets.items()) or "is" in args.metrics and args.sample:
             from evaluation.features import Network
 
             network = Network(args.graph, args.backend, device, args.batch_size)
         check_graphs(sets.values(), network)
-        for doubt in find_doubts(sets, network):
+        for doubt in find_doubts(sets, args.metrics, network):
             warnings.warn(doubt, RuntimeWarning, stacklevel=1)
 
         arrays, seconds, values = {}, {}, {}
@@ -222,20 +241,21 @@ def main(args):
 
         values, fault, start = {}, None, time.perf_counter()
         try:
-            for name, value in compute_metrics(arrays, network, args.metrics, args.distance, device):
+            kid = {"subsets": args.kid_subsets or 100, "size": args.kid_subset_size or 1000}
+            for name, value in compute_metrics(arrays, network, args.metrics, args.distance, kid, device):
                 values[name] = value
         except ValueError as error:
             fault = UserError(f"{args.reference} and {args.sample} cannot be compared: {error}")
         seconds["metrics"] = time.perf_counter() - start
     # Saved before it is printed: the output may be a pipe that was closed.
     if args.record and not fault:
-        figures = {"metrics": {METRICS[name][0].lower().replace(" ", "_"): value for name, value in values.items()}}
+        figures = {"metrics": {LABELS[name].lower().replace(" ", "_"): value for name, value in values.items()}}
         figures |= {role: set_figures(images, arrays[role]) for role, images in sets.items()}
         backend = network and {"name": network.backend, "graph_sha256": network.sha256, "versions": network.versions}
         figures |= {"backend": backend, "seconds": seconds, "warnings": warned}
         records.write_record(args.record, vars(args), device, figures)
     for name, value in values.items():
-        print(f"{METRICS[name][0]}: {value:.6g}")
+        print(f"{LABELS[name]}: {value:.6g}")
     if fault:
         raise fault
 

@@ -2,7 +2,7 @@
 
 An .npz may hold images (`arr_0`, (N, H, W, 3)), statistics of their features as the ADM evaluator stores them (`mu,
 sigma, mu_s, sigma_s`), and what `save_statistics` adds: pool features (`pool`) and `about`, JSON about the images and
-the graph.
+the graph. Instead of images, `arr_0` may be features of any network, floats (N, D).
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from runtime.hashes import CHUNK
 from runtime.pictures import find_pictures, load_image
 
 STATISTICS = "mu", "sigma", "mu_s", "sigma_s"
+MOMENTS = STATISTICS[:2]  # of pool features
 LOSSY = {"AVIF", "GIF", "JPEG", "JPEG2000", "WEBP"}  # formats that change pixels
 
 
@@ -31,6 +32,7 @@ class EvaluationSet:
 
     count, size, dtype: number of images, their (height, width) and NumPy type; None without images.
     stored: those of `STATISTICS` and "pool" that the file holds, {name: array}.
+    features: whether the file holds features of any network: they are stored as "pool", `MOMENTS` follow from them.
     about: what `save_statistics` wrote beside them, or {}.
     doubts: a line of text for each thing that looks like a mistake before images are read.
     """
@@ -38,10 +40,27 @@ class EvaluationSet:
     def __init__(self, path):
         self.path, self.stored, self.about, self.doubts = Path(path), {}, {}, []
         self.count = self.size = self.dtype = None
+        self.features = False
         self._files = [self.path]
 
     def __str__(self):
         return str(self.path)
+
+    def missing(self, names):
+        """Those of `names`, as in `stored`, that are neither stored nor follow from what is."""
+        return {*names} - self.stored.keys() - ({*MOMENTS} if self.features else set())
+
+    def take(self, names):
+        """Those of `names` that are not `missing`, as {name: array}. Raises UserError if a value is not finite."""
+        arrays = {name: self.stored[name] for name in {*names} & self.stored.keys()}
+        if self.features and {*names} & {*MOMENTS}:
+            from evaluation.metrics import statistics  # imports torch
+
+            try:
+                arrays |= zip(MOMENTS, statistics(self.stored["pool"]))
+            except ValueError as error:
+                raise UserError(f"{self}: {error}") from error
+        return arrays
 
     def batches(self, count):
         """Yield arrays (n, H, W, 3) of `dtype`, n = `count` except for the last; a thread reads the next one.
@@ -80,10 +99,15 @@ class NpzSet(EvaluationSet):
         with self._explained():
             self.stored, names = read_arrays(path, (*STATISTICS, "pool", "about"))
             self.about = dict(json.loads(str(self.stored.pop("about", "{}"))))
-            if "arr_0" in names:
-                shape, self.dtype = read_header(path, "arr_0")
+            shape, dtype = read_header(path, "arr_0") if "arr_0" in names else ((), None)
+            if len(shape) == 2:
+                self._read_features(shape, dtype)
+            elif dtype is not None:
+                self.dtype = dtype
                 if len(shape) != 4 or shape[3] != 3 or 0 in shape:
-                    raise UserError(f"{path}: arr_0 is {shape}: images (N, H, W, 3) are needed, at least one")
+                    raise UserError(
+                        f"{path}: arr_0 is {shape}: images (N, H, W, 3) are needed, at least one, or features (N, D)"
+                    )
                 if self.dtype != np.uint8 and self.dtype.kind != "f":
                     raise UserError(f"{path}: arr_0 is {self.dtype}: save images as uint8, from 0 to 255")
                 self.count, self.size = shape[0], shape[1:3]
@@ -92,6 +116,17 @@ class NpzSet(EvaluationSet):
                 f"{path} has no arr_0, the images (N, H, W, 3), and no statistics ({', '.join(STATISTICS)}); it has "
                 f"{', '.join(names) or 'nothing'}"
             )
+
+    def _read_features(self, shape, dtype):
+        """Read arr_0 as features. Raises UserError if there is no distribution of them, or statistics beside them."""
+        if dtype.kind != "f" or shape[0] < 2 or not shape[1]:
+            raise UserError(
+                f"{self.path}: arr_0 is {dtype} {shape}: features are floats (N, D), at least two, images (N, H, W, 3)"
+            )
+        if self.stored:
+            raise UserError(f"{self.path} holds features and {', '.join(sorted(self.stored))}: keep either")
+        self.stored = {"pool": read_arrays(self.path, ["arr_0"])[0]["arr_0"]}
+        self.about, self.features = {"images": shape[0]}, True
 
     @contextlib.contextmanager
     def _explained(self):

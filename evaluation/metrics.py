@@ -1,4 +1,4 @@
-"""Metrics of the ADM evaluator, as functions of arrays of features and probabilities.
+"""Metrics of the ADM evaluator, and KID, as functions of arrays of features and probabilities.
 
 Source: evaluator.py of openai/guided-diffusion; each function names its paper.
 """
@@ -122,6 +122,47 @@ def _above_rounding(name, values, scale):
     return values > max(-3 * lowest, 4 * np.finfo(np.float64).eps * scale)
 
 
+def kernel_distance(
+    reference: np.ndarray,
+    sample: np.ndarray,
+    subsets: int = 100,
+    size: int = 1000,
+    seed: int = 2020,
+    device: Any = "cpu",
+) -> tuple[float, float]:
+    """KID of features sample (N, D) against reference (M, D): mean and standard deviation over random subsets.
+
+    A subset has `size` points of each set, or all points of the smaller set if these are fewer. Its distance is the
+    unbiased estimate of the squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, in float64; it may be
+    negative. seed: of the subsets, drawn as torch-fidelity draws them, so that equal features give its values.
+    device: a torch.device or its name.
+    Raises ValueError if shapes or values do not fit, or a set has fewer than two points.
+    Source: Binkowski et al. 2018, sec. 4; the estimate is that of Gretton et al. 2012, eq. 3.
+    """
+    reference, sample = _checked("reference", reference, 1), _checked("sample", sample, 1)
+    _check_widths(reference, sample)
+    if subsets < 1 or size < 2:
+        raise ValueError(f"{subsets} subsets of {size} points: at least 1 of 2 are needed")
+    if (smaller := min(len(reference), len(sample))) < size:
+        warnings.warn(f"KID: subsets of {smaller} points, because a set has no more", RuntimeWarning, stacklevel=2)
+        size = smaller
+    draw, distances = np.random.RandomState(seed), []
+    for _ in range(subsets):
+        x, y = (
+            torch.tensor(features[draw.choice(len(features), size, replace=False)], dtype=torch.float64, device=device)
+            for features in (reference, sample)
+        )
+        within = [_cubic_kernel(z, z) for z in (x, y)]
+        pairs = sum(kernel.sum() - kernel.trace() for kernel in within) / (size * (size - 1))
+        distances.append((pairs - 2 * _cubic_kernel(x, y).mean()).item())
+    return float(np.mean(distances)), float(np.std(distances))
+
+
+def _cubic_kernel(x, y):
+    """(x.y / D + 1)^3 of all pairs of points x (M, D) and y (N, D): (M, N)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
 def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
     """Inception Score of class probabilities (N, classes), from 1 to the number of classes.
 
@@ -173,8 +214,7 @@ def precision_recall(
     Source: Kynkäänniemi et al. 2019, algorithm 1.
     """
     reference, sample = _checked("reference", reference, k), _checked("sample", sample, k)
-    if reference.shape[1] != sample.shape[1]:
-        raise ValueError(f"reference has {reference.shape[1]} features a point, sample {sample.shape[1]}")
+    _check_widths(reference, sample)
     if dtype not in ("fp16", "fp32"):
         raise ValueError(f"dtype {dtype!r} is neither 'fp16' nor 'fp32'")
     if k < 1 or tile < 1:
@@ -198,11 +238,16 @@ def _checked(name, features, k):
     """`features` as an array. Raises ValueError if it cannot be used."""
     features = np.asarray(features)
     if features.ndim != 2 or len(features) <= k or not features.shape[1]:
-        raise ValueError(f"{name} is {features.shape}: (N, D) is needed, N above k = {k}")
+        raise ValueError(f"{name} is {features.shape}: (N, D) is needed, N above {k}")
     # Both are NaN if any value is; neither needs memory.
     if not np.isfinite([features.min(), features.max()]).all():
         raise ValueError(f"{name} is not finite")
     return features
+
+
+def _check_widths(reference, sample):
+    if reference.shape[1] != sample.shape[1]:
+        raise ValueError(f"reference has {reference.shape[1]} features a point, sample {sample.shape[1]}")
 
 
 def _precision_recall(reference, sample, k, half, device, tile, progress):

@@ -200,14 +200,73 @@ def test_if_memory_runs_out_smaller_batches_are_tried(folder, monkeypatch, evalu
     assert [line.split()[-1] for line in err.splitlines()] == ["32", "16"] and "out of memory" in err
 
 
+def test_kid_is_that_of_the_formula(folder, tmp_path, evaluate):
+    record = tmp_path / "out.json"
+    flags = folder / "a.npz", folder / "b.npz", "--metrics", "fid,kid", "--record", record
+    printed, err = evaluate(*flags, "--kid-subset-size", 250, "--kid-subsets", 2)  # a subset is the whole set
+    assert list(printed) == ["Record", "FID", "KID", "KID standard deviation"] and err == ""
+    x, y = (Graph(GRAPH).features(np.load(folder / name)["arr_0"])[0].double() for name in ("a.npz", "b.npz"))
+    kernels = [torch.tensor([[(u @ v / 64 + 1) ** 3 for v in b] for u in a]) for a, b in ((x, x), (y, y), (x, y))]
+    within = sum(kernel.sum() - kernel.diagonal().sum() for kernel in kernels[:2]) / (250 * 249)
+    assert float(printed["KID"]) == pytest.approx((within - 2 * kernels[2].mean()).item(), rel=1e-5)
+    assert float(printed["KID standard deviation"]) < 1e-9
+    saved = json.loads(record.read_text())["metrics"]
+    assert saved["kid"] == pytest.approx(float(printed["KID"]), rel=1e-5) and "kid_standard_deviation" in saved
+    # 1000 images are asked for, as published; subsets are the same each time, and images that are few are no doubt.
+    again, err = evaluate(*flags[:2], "--metrics", "kid")
+    assert (
+        again["KID"] == printed["KID"]
+        and err == "evaluator.py: warning: KID: subsets of 250 points, because a set has no more\n"
+    )
+    first, err = evaluate(*flags[:2], "--metrics", "kid", "--kid-subset-size", 20)
+    assert first == evaluate(*flags[:2], "--metrics", "kid", "--kid-subset-size", 20)[0] and err == ""
+    assert float(first["KID standard deviation"]) > 0.001 and first["KID"] != printed["KID"]
+
+
+def test_features_of_any_network_replace_images(folder, tmp_path, evaluate, refused, capfd):
+    for name in ("a.npz", "b.npz"):
+        np.savez(tmp_path / name, Graph(GRAPH).features(np.load(folder / name)["arr_0"])[0].numpy())
+    metrics = "--metrics", "fid,precision,recall,kid", "--kid-subset-size", 100
+    direct, _ = evaluate(folder / "a.npz", folder / "b.npz", *metrics)
+    result = call("evaluator.py", tmp_path / "a.npz", tmp_path / "b.npz", *metrics, "--device", "cpu", capfd=capfd)
+    assert result.returncode == 0 and result.stderr == ""  # without a network
+    assert result.stdout == "".join(f"{name}: {value}\n" for name, value in direct.items())
+    assert evaluate(folder / "a.npz", tmp_path / "b.npz", *metrics)[0] == direct  # of the same network
+    for others in ("fid,sfid", "is", "fid,is,sfid,precision,recall"):
+        refused(tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", others, words=["a.npz", "features", "fid,kid"])
+    np.savez(tmp_path / "few.npz", np.eye(30, 64))
+    flags = tmp_path / "a.npz", tmp_path / "few.npz", "--metrics", "fid", "--device", "cpu"
+    assert "30 samples for 64 features" in call("evaluator.py", *flags, capfd=capfd).stderr
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        (dict(arr_0=np.zeros((9, 3), int)), ["int64 (9, 3)", "floats (N, D)"]),
+        (dict(arr_0=np.zeros((1, 3))), ["(1, 3)", "at least two"]),
+        (dict(arr_0=np.zeros((9, 3)), mu=np.zeros(3)), ["features and mu"]),
+        (dict(arr_0=np.full((9, 3), np.nan)), ["not finite"]),
+        (dict(arr_0=np.zeros((9, 4))), ["3", "4", "cannot be compared"]),
+        (dict(arr_0=np.zeros(9)), ["(9,)", "(N, D)"]),
+    ],
+)
+def test_unusable_features_are_refused(arrays, words, tmp_path, refused):
+    np.savez(tmp_path / "good.npz", np.eye(9, 3))
+    np.savez(tmp_path / "bad.npz", **arrays)
+    for metric in ("fid", "kid"):
+        refused(tmp_path / "good.npz", tmp_path / "bad.npz", "--metrics", metric, words=["bad.npz", *words])
+
+
 def test_unusable_input_is_refused_in_one_line(folder, tmp_path, images, refused):
     a, graph = folder / "a.npz", ("--graph", GRAPH)
     refused(a, GRAPH, *graph, words=["not an .npz", GRAPH])
     refused(a, words=["--save-stats"])
-    refused(a, a, *graph, "--metrics", "fid,kid", words=["kid", "recall"])
+    refused(a, a, *graph, "--metrics", "fid,lpips", words=["lpips", "recall"])
     refused(a, a, *graph, "--record", "out.txt", words=["out.txt", ".json"])
     refused(a, a, *graph, "--save-stats", "out", words=["out", ".npz"])
     refused(a, a, *graph, "--keep-features", 3, words=["--save-stats"])
+    refused(a, a, *graph, "--kid-subsets", 3, words=["--metrics kid"])
+    refused(a, a, *graph, "--metrics", "kid", "--kid-subset-size", 1, words=["at least 2"])
     refused(a, a, *graph, "--record", "/proc/none/out.json", words=["cannot write"])
     np.savez(tmp_path / "one.npz", arr_0=images[:1])
     refused(a, tmp_path / "one.npz", *graph, "--metrics", "fid", words=["one.npz", "two are needed"])

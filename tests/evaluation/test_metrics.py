@@ -6,7 +6,14 @@ import torch
 from conftest import DATA
 
 from evaluation import metrics
-from evaluation.metrics import Moments, frechet_distance, inception_score, precision_recall, statistics
+from evaluation.metrics import (
+    Moments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    statistics,
+)
 
 DTYPES = pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 
@@ -128,6 +135,46 @@ def test_fid_refuses_what_is_not_a_distribution(change, words):
     arguments = dict(mu1=np.zeros(3), sigma1=np.eye(3), mu2=np.zeros(3), sigma2=np.eye(3)) | change
     with pytest.raises(ValueError, match=words):
         frechet_distance(**arguments)
+
+
+# KID
+
+
+@pytest.mark.parametrize(
+    "subsets, size, expected",
+    [(100, 50, (0.018815089053255657, 0.03540312019956868)), (7, 200, (0.020938029173392585, 0.008173320569946066))],
+)
+def test_kid_equals_torch_fidelitys(published, subsets, size, expected):
+    """The expected values are printed by this, with torch-fidelity 0.4.0 and SUBSETS, SIZE of the test:
+
+    python -c "import numpy as np, torch; from torch_fidelity.metric_kid import kid_features_to_metric as kid
+    a = np.load('tests/data/evaluator_metrics.npz')
+    sets = [torch.from_numpy(a[name]).double() for name in ('ref_pool', 'sample_pool')]
+    print(kid(*sets, kid_subsets=SUBSETS, kid_subset_size=SIZE, verbose=False))"
+    """
+    distance = kernel_distance(published["ref_pool"], published["sample_pool"], subsets, size)
+    assert distance == pytest.approx(expected, rel=1e-11)
+
+
+def test_kid_of_two_points_is_that_of_the_kernel_by_hand():
+    # D = 2: the kernel of (1, 0) and (0, 1) is 1; of (2, 2) and either of them (2 / 2 + 1)^3 = 8.
+    x, y = np.eye(2), np.array([[2.0, 2.0], [2.0, 2.0]])
+    within_x, within_y, between = 1, (8 / 2 + 1) ** 3, 8
+    with pytest.warns(RuntimeWarning, match="subsets of 2 points"):
+        mean, std = kernel_distance(x, y, subsets=3)
+    assert mean == pytest.approx(within_x + within_y - 2 * between, rel=1e-14) and std < 1e-12
+
+
+def test_kid_draws_the_same_subsets_each_time_and_others_with_another_seed(published):
+    sets = published["ref_pool"], published["sample_pool"]
+    first, again, other = (kernel_distance(*sets, 5, 30, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("bad", [np.zeros((1, 2)), np.zeros((5, 3)), np.full((5, 2), np.inf), np.zeros(5)])
+def test_kid_refuses_unusable_features(bad):
+    with pytest.raises(ValueError, match="sample"):
+        kernel_distance(np.zeros((5, 2)), bad)
 
 
 # Inception Score
