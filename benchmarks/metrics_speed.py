@@ -57,8 +57,8 @@ def fid_by_sqrtm(mu1, sigma1, mu2, sigma2):
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root).real)
 
 
-def measure_fid(count, features, repeats):
-    """Seconds and values of both ways, {way: {...}}, from statistics of `count` points a set."""
+def random_statistics(count, features):
+    """Mean and covariance of one set of `count` random points, then of another: four arrays."""
     import numpy as np
 
     from evaluation import metrics
@@ -68,6 +68,14 @@ def measure_fid(count, features, repeats):
         # A little noise in each feature gives the covariances full rank, which sqrtm is made for.
         noise = np.random.default_rng([seed, 2]).standard_normal((count, features), dtype=np.float32)
         inputs += metrics.statistics(random_features(seed, count, features) + 0.1 * noise)
+    return inputs
+
+
+def measure_fid(count, features, repeats):
+    """Seconds and values of both ways, {way: {...}}, from statistics of `count` points a set."""
+    from evaluation import metrics
+
+    inputs = random_statistics(count, features)
     ways = {"eigh": metrics.frechet_distance, "sqrtm": fid_by_sqrtm}
     timings = {way: partial(common.timed, function, *inputs) for way, function in ways.items()}
     results = common.in_turn(timings, repeats)

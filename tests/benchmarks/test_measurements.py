@@ -1,5 +1,6 @@
 """Every benchmark at a small size: the original's way computes what ours does, and records hold what was measured."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from backends import needs_tensorflow
 from conftest import call, random_dit
 
 import sampling
-from benchmarks import assembly, common, precision, train_step
+from benchmarks import assembly, common, evaluators, precision, train_step
 from benchmarks.inception_graph import inception_v3
 from benchmarks.metrics_speed import WAYS
 from benchmarks.original import original_latents, original_loss
@@ -227,6 +228,56 @@ def test_backends_run_in_turn_and_must_agree(value, agree, monkeypatch, record):
         with pytest.raises(RuntimeError, match="apart"):
             record("extraction", *flags)
     assert launched == ["tensorflow", "torch"] * 3
+
+
+@pytest.mark.slow
+def test_evaluators_that_are_installed_agree_and_others_are_left_out(record, capfd):
+    found = evaluators.installed()
+    missing = capfd.readouterr().err.splitlines()
+    flags = ["--image-size", 16, "--batch-size", 1, "--batches", 1, "--repeats", 1, "--features", 16, "--device", "cpu"]
+    saved, shown = record("evaluators", *flags)
+    measured = saved["measurements"]
+    assert list(measured) == ["evaluator.py", *found] and len(shown) == len(measured)
+    assert len(missing) == 3 - len(found) and all("left out: pip install" in line for line in missing)
+    for figures in measured.values():
+        assert figures["seconds"][0] > 0 and figures["distance_seconds"][0] > 0 and figures["distance"] > 0
+    if "torch-fidelity" in found:
+        assert 0 < measured["torch-fidelity"]["features_apart"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    "features, distance, fault",
+    [
+        (1.000001, 7.000001, None),
+        (1.0001, 7, "features of torch-fidelity"),
+        (1, 7.001, "distance"),
+        (np.nan, 7, "feat"),
+    ],
+)
+def test_evaluators_take_turns_and_must_agree(features, distance, fault, monkeypatch, record):
+    launched = []
+
+    def run_alone(function, *args):
+        if function is evaluators.measure_distances:
+            values = {"evaluator.py": (7.0, [1, 2, 3]), "torch-fidelity": (distance, [2, 6, 12])}
+            return {name: {"distance": value, "distance_seconds": some} for name, (value, some) in values.items()}
+        if function is inception_v3:
+            return "random.pb"
+        launched.append(args[0])
+        ours = args[0] == "evaluator.py"
+        return len(launched) * (1 if ours else 2), np.full((2, 9), 1.0 if ours else features)  # 1, 4, 3, 8, 5, 12
+
+    monkeypatch.setattr(common, "run_alone", run_alone)
+    monkeypatch.setattr(evaluators, "installed", lambda: ["torch-fidelity"])
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
+    if fault:
+        with pytest.raises(RuntimeError, match=fault):
+            record("evaluators", "--device", "cpu")
+    else:
+        _, shown = record("evaluators", "--device", "cpu")
+        # Medians of 4, 8/3 and 12/5, and of 2, 3 and 4; 128 images in 8 seconds.
+        assert "| torch-fidelity 0 | 256 | 16 | 2.67 | 1.0e-06 | 6 | 3.00 |" in shown[1]
+    assert launched == ["evaluator.py", "torch-fidelity"] * 3
 
 
 @pytest.mark.slow
