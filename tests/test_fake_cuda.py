@@ -7,6 +7,7 @@ whether the CPU waits for a value, and whether a CUDA graph could capture the wo
 import contextlib
 import copy
 import logging
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,11 +42,14 @@ class OnlyGpu(TorchDispatchMode):
         return results
 
 
-class Driver:
-    """Stands in for the functions of torch.cuda that need a driver; it knows which device and stream is current."""
+class Driver(threading.local):
+    """Stands in for the functions of torch.cuda that need a driver.
+
+    It knows which device is current in each thread, and which stream of each device.
+    """
 
     def __init__(self):
-        self.index, self.streams = 0, {}  # the current device, and the current stream of each
+        self.index, self.streams = 0, {}
 
     def get(self, device=None):
         return self.index if device is None else torch.device(device).index
