@@ -375,13 +375,46 @@ class DiT(nn.Module):
         return {"layer": (attention, mlp), "fixed": fixed}
 
 
-def guided(output: Tensor, cfg_scale: float) -> Tensor:
-    """Apply classifier-free guidance to the output (2N, 2C, H, W) of a batch [x, x] with labels [y, null].
+class Guidance(float):
+    """A guidance scale that also says where it acts; a plain float acts as one with the defaults.
 
-    Both halves get the guided noise. Source: Ho and Salimans 2021, eq. 6.
+    channels: of the output that are guided; the released samples of DiT and SiT have three of four, those of REPA all.
+    interval: the lowest and highest t at which the output is guided; t is 1 for noise and 0 for data.
+    Source of the interval: Kynkäänniemi et al. 2024, arXiv:2404.07724.
     """
-    # Three of four channels, as in the released samples; the others pass through.
-    noise, rest = output[:, :3], output[:, 3:]
+
+    channels: int
+    interval: tuple[float, float]
+
+    def __new__(cls, scale: float, channels: int = 3, interval: Sequence[float] = (0.0, 1.0)) -> "Guidance":
+        guidance = super().__new__(cls, scale)
+        guidance.channels, (low, high) = channels, interval
+        guidance.interval = low, high
+        return guidance
+
+    @classmethod
+    def of(cls, scale: float) -> "Guidance":
+        """`scale` itself if it is a `Guidance`, else one with the defaults."""
+        return scale if isinstance(scale, cls) else cls(scale)
+
+    def entries(self) -> dict[str, Any]:
+        """What a manifest says of channels and interval, as JSON types; {} if they are the defaults."""
+        default = Guidance(self)
+        entries: dict[str, Any] = {} if self.channels == default.channels else {"cfg_channels": self.channels}
+        return entries if self.interval == default.interval else entries | {"cfg_interval": list(self.interval)}
+
+    def apply(self, output: Tensor, t: float) -> Tensor:
+        """`guided` if t is in the interval, else the output as it is."""
+        low, high = self.interval
+        return guided(output, float(self), self.channels) if low <= t <= high else output
+
+
+def guided(output: Tensor, cfg_scale: float, channels: int = 3) -> Tensor:
+    """Apply classifier-free guidance to the output (2N, C', H, W) of a batch [x, x] with labels [y, null].
+
+    Both halves get the guided `channels`; the others pass through. Source: Ho and Salimans 2021, eq. 6.
+    """
+    noise, rest = output[:, :channels], output[:, channels:]
     cond, uncond = noise.chunk(2)
     noise = uncond + cfg_scale * (cond - uncond)
     return torch.cat([torch.cat([noise, noise]), rest], dim=1)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from diffusion import GaussianDiffusion, Process
 from runtime.errors import UserError
 from runtime.files import atomic_write, load_tensors
 from schedule import Schedule, forecast_weights
 
 if TYPE_CHECKING:  # the model's libraries take seconds to import, and scores do without
-    from diffusion import GaussianDiffusion
     from models import DiT
 
 # Where others keep the rows of a router, from the outside to the inside, and what they call them.
@@ -41,13 +41,20 @@ class Router(nn.Module):
     """Scores in (0, 1) for every layer of a DiT of `depth` blocks at each of `steps` sampling steps.
 
     Logits start from a unit normal, as in the released files, drawn from `generator`.
+    process: `name` of the process that it is for, as in `Schedule`.
     """
 
     LIMIT = 5.0  # largest absolute logit in training: the sigmoid still has a gradient there
 
-    def __init__(self, steps: int, depth: int, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        steps: int,
+        depth: int,
+        generator: torch.Generator | None = None,
+        process: str = GaussianDiffusion.name,
+    ) -> None:
         super().__init__()
-        self.steps, self.depth = steps, depth
+        self.steps, self.depth, self.process = steps, depth, process
         self.routers = nn.ModuleList(Row(2 * depth, generator) for _ in range(steps))
 
     def forward(self, i: int) -> Tensor:
@@ -84,7 +91,7 @@ class Router(nn.Module):
         compute = torch.ones(self.steps, self.depth, 2, dtype=torch.bool)
         trained = list(self.trained_steps(self.steps))
         compute[trained] = self.scores()[trained] > threshold
-        return Schedule(compute)
+        return Schedule(compute, process=self.process)
 
     def state(self) -> OrderedDict[str, Tensor]:
         """The rows as router files hold them: {"0.prob": float32 (2*depth,), "1.prob": ...}."""
@@ -94,7 +101,8 @@ class Router(nn.Module):
         """Write a router file atomically; `extra` entries ("opt", "args") must be tensors and plain types."""
         # Python opens the file, because torch's own writer does not report a full disk as an OSError.
         with atomic_write(path) as part, part.open("wb") as file:
-            torch.save({"routers": self.state(), **extra}, file)
+            process = {"process": self.process} if self.process != GaussianDiffusion.name else {}
+            torch.save({"routers": self.state(), **process, **extra}, file)
 
     @classmethod
     def load(cls, path: str | Path) -> "Router":
@@ -105,6 +113,7 @@ class Router(nn.Module):
         """
         # The released files contain the Namespace of their flags.
         saved = load_tensors(path, allow=[argparse.Namespace])
+        process = saved.get("process") if isinstance(saved, dict) else None
         for key in NESTED:
             if isinstance(saved, dict) and isinstance(saved.get(key), dict):
                 saved = saved[key]
@@ -117,7 +126,9 @@ class Router(nn.Module):
         renamed = {name: f"{match[2]}.prob" for name, match in matches.items() if match}
         if len(set(renamed.values())) == len(renamed):  # else two rows would become one
             rows = {renamed.get(name, name): row for name, row in rows.items()}
-        return cls.from_state(path, rows if prefixes else None)
+        router = cls.from_state(path, rows if prefixes else None)
+        router.process = process if isinstance(process, str) else GaussianDiffusion.name
+        return router
 
     @classmethod
     def from_state(cls, path: str | Path, rows: Any) -> "Router":
@@ -139,14 +150,14 @@ class Router(nn.Module):
         router.routers.load_state_dict(rows)
         return router
 
-    def check_fits(self, path: str | Path, steps: int, depth: int) -> None:
-        """Raises UserError if this router, loaded from `path`, is not for `steps` steps and `depth` blocks."""
-        Schedule.full(self.steps, self.depth).check_fits(path, steps, depth)
+    def check_fits(self, path: str | Path, steps: int, depth: int, process: str = GaussianDiffusion.name) -> None:
+        """Raises UserError as `Schedule.check_fits` if this router, loaded from `path`, does not fit."""
+        self.schedule(0.0).check_fits(path, steps, depth, process)
 
 
 def router_loss(
     dit: "DiT",
-    diffusion: "GaussianDiffusion",
+    diffusion: Process,
     scores: Tensor,
     i: int,
     x_start: Tensor,
@@ -157,9 +168,9 @@ def router_loss(
 ) -> Tensor:
     """Squared error of the blended model against the plain one at step i-1, per image: float32 (N,).
 
-    The model runs in full at step i, which fills the cache, and takes one DDIM step to i-1. There the plain model is
-    the teacher, and the student blends each layer's output by its score (`models.apply_layer`). With forecasts the
-    model starts `order` odd steps earlier, if there are so many, and the student blends the forecast and the output.
+    The model runs in full at step i, which fills the cache, and takes one step (DDIM or Euler) to i-1. There the plain
+    model is the teacher, and the student blends each layer's output by its score (`models.apply_layer`). With forecasts
+    the model starts `order` odd steps earlier, if there are so many; the student blends the forecast and the output.
 
     scores: [depth, 2] of step i-1; only they get a gradient. i: an odd step, an int.
     x_start, noise: clean latents and noise (N, C, H, W). y: labels (N,), some already dropped to the null class.
@@ -175,7 +186,7 @@ def router_loss(
     with torch.no_grad():
         x = diffusion.q_sample(x_start, odd[-1], noise)
         for j in range(odd[-1], i - 1, -1):
-            x = diffusion.ddim_step(dit(x, timesteps[j], y, cache=cache if j in odd else None), x, j)
+            x = diffusion.step(dit(x, timesteps[j], y, cache=cache if j in odd else None), x, j)
         t_next = timesteps[i - 1]
         teacher = dit(x, t_next, y)
         if order:

@@ -62,21 +62,22 @@ def main(args):
     device = devices.pick_device(args.device, cuda_graphs=args.cuda_graphs)
     dtype = devices.pick_dtype(args.dtype, device)
     spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+    diffusion = spec.make_process(args.num_sampling_steps, args.sampler)
     labels = args.class_labels or spec.default_labels
     check_labels(labels, spec.num_classes)
     out = args.out or f"Sample_NFE{args.num_sampling_steps}_Method_{args.accelerate_method or 'full'}.png"
     picture_format(out)
     for path in filter(None, (out, args.record, args.save_schedule)):
         check_writable(path)
-    schedule = schedule_of_flags(args, spec)
+    schedule = schedule_of_flags(args, spec, diffusion=diffusion)
 
-    cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
-    dit, vae, schedule = load_models(args, spec, schedule, cfg_scale, device, dtype)
+    cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE, args.cfg_channels, args.cfg_interval)
+    dit, vae, schedule = load_models(args, spec, diffusion, schedule, cfg_scale, device, dtype)
     name = {None: "full", "dynamiclayer": "router"}.get(args.accelerate_method, "schedule")
     schedules = {name: schedule}
     if args.compare:
         schedules = {"full": None} | schedules
-    latents, times, capturing = sample_in_turn(args, dit, schedules, cfg_scale, labels, device)
+    latents, times, capturing = sample_in_turn(args, dit, diffusion, schedules, cfg_scale, labels, device)
     # Results are saved before they are printed: the output may be a pipe that was closed.
     images = {} if vae is None else save_images(args, vae, latents, labels, out)
     if args.compare:
@@ -93,24 +94,25 @@ def main(args):
         print_comparison(figures, name, "images" if images else "latents")
 
 
-def load_models(args, spec, schedule, cfg_scale, device, dtype):
+def load_models(args, spec, diffusion, schedule, cfg_scale, device, dtype):
     """Load the DiT in `dtype` and the VAE (None with --random-weights), make the schedule if its policy needs the DiT.
 
     Returns the DiT, the VAE and the schedule or None, which is printed, and saved with --save-schedule.
     """
     from pretrained.loading import load_dit, load_vae
+    from pretrained.spec import SAMPLER_NAMES
     from runtime import devices
     from sampling import check_sampler
     from training.policies import schedule_of_flags
 
-    if not (args.ddim_sample or args.p_sample):
-        print("No sampler flag: sampling with DDIM")
+    if not args.sampler:
+        print(f"No sampler flag: sampling with {SAMPLER_NAMES[spec.sampler()]}")
     if args.random_weights:
         print(f"Random weights from seed {args.seed}: timing only, no picture is written")
     dit = load_dit(spec, device, args.seed if args.random_weights else None)
-    check_sampler(dit, cfg_scale, args.p_sample)
+    check_sampler(dit, cfg_scale, args.sampler == "ddpm")
     dit = devices.set_precision(dit, dtype)
-    schedule = schedule or schedule_of_flags(args, dit, cfg_scale)
+    schedule = schedule or schedule_of_flags(args, dit, cfg_scale, diffusion)
     if args.compile:
         devices.compile_blocks(dit.blocks)
     if schedule:
@@ -121,7 +123,7 @@ def load_models(args, spec, schedule, cfg_scale, device, dtype):
     return dit, vae, schedule
 
 
-def sample_in_turn(args, dit, schedules, cfg_scale, labels, device):
+def sample_in_turn(args, dit, diffusion, schedules, cfg_scale, labels, device):
     """Sample with each of `schedules` in turn, --repeats times after a warm-up.
 
     Returns the latents, the list of seconds, and the seconds for capturing CUDA graphs (0 without them) of each
@@ -133,7 +135,6 @@ def sample_in_turn(args, dit, schedules, cfg_scale, labels, device):
     import torch
     from tqdm import tqdm
 
-    from diffusion import create_diffusion
     from runtime.devices import synchronize
     from sampling import check_finite, make_sampler
 
@@ -143,9 +144,9 @@ def sample_in_turn(args, dit, schedules, cfg_scale, labels, device):
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: the same noise on every device
     z = torch.randn(len(labels), dit.in_channels, dit.input_size, dit.input_size, generator=generator).to(device)
     y = torch.tensor(labels, device=device)
-    diffusion, progress = create_diffusion(args.num_sampling_steps), partial(tqdm, leave=False, disable=None)
+    progress, ancestral = partial(tqdm, leave=False, disable=None), args.sampler == "ddpm"
     samplers = {
-        name: make_sampler(dit, diffusion, cfg_scale, schedule, args.p_sample, args.cuda_graphs, progress)
+        name: make_sampler(dit, diffusion, cfg_scale, schedule, ancestral, args.cuda_graphs, progress)
         for name, schedule in schedules.items()
     }
     latents, times = {}, {name: [] for name in samplers}

@@ -52,7 +52,7 @@ def parse_args(argv=None):
 
 
 def load(args, device, dtype):
-    """Load the model's spec, its DiT in `dtype`, its VAE, and the schedule of a file or None."""
+    """Load the model's spec, its process, its DiT in `dtype`, its VAE, and the schedule of a file or None."""
     import sampling
     from pretrained.loading import load_dit, load_vae
     from pretrained.spec import model_spec
@@ -60,11 +60,16 @@ def load(args, device, dtype):
     from training.policies import schedule_of_flags
 
     spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
-    schedule = schedule_of_flags(args, spec)
+    diffusion = spec.make_process(args.num_sampling_steps, args.sampler)
+    schedule = schedule_of_flags(args, spec, diffusion=diffusion)
     dit = load_dit(spec, device)
-    sampling.check_sampler(dit, spec.guidance(args.cfg_scale, CFG_SCALE), args.p_sample)
+    sampling.check_sampler(dit, guidance(args, spec), args.sampler == "ddpm")
     dit = devices.set_precision(dit, dtype)
-    return spec, dit, devices.speed_up_vae(load_vae(spec, device), device, dtype), schedule
+    return spec, diffusion, dit, devices.speed_up_vae(load_vae(spec, device), device, dtype), schedule
+
+
+def guidance(args, spec):
+    return spec.guidance(args.cfg_scale, CFG_SCALE, args.cfg_channels, args.cfg_interval)
 
 
 def describe(args, spec, dit, vae, schedule_entries, device, dtype):
@@ -80,14 +85,15 @@ def describe(args, spec, dit, vae, schedule_entries, device, dtype):
     return {
         "format": FORMAT,
         **{name: version(name) for name in ("torch", "diffusers", "timm", "numpy")},
-        "model": fingerprint(dit, spec.config),
+        "model": fingerprint(dit, spec.settings),
         "vae": fingerprint(vae, vae_config),
         **schedule_entries,
         "images": args.num_fid_samples,
         "image_size": spec.image_size,
         "num_classes": spec.num_classes,
-        "cfg_scale": spec.guidance(args.cfg_scale, CFG_SCALE),
-        "sampler": "ddpm" if args.p_sample else "ddim",
+        "cfg_scale": float(guidance(args, spec)),
+        **guidance(args, spec).entries(),
+        "sampler": spec.sampler(args.sampler),
         "steps": args.num_sampling_steps,
         "seed": args.global_seed,
         "labels": "balanced" if args.balanced_labels else "uniform",
@@ -99,9 +105,12 @@ def describe(args, spec, dit, vae, schedule_entries, device, dtype):
 
 def main(args):
     """Load, describe, open the set, then sample, assemble and report."""
+    from functools import partial
+
     import torch
 
     from evaluation.sample_set import SampleSet, set_name
+    from pretrained.spec import SAMPLER_NAMES
     from runtime import devices, records
     from runtime.files import check_writable
     from runtime.processes import Processes
@@ -118,10 +127,12 @@ def main(args):
     if args.record:
         processes.run_on_main(lambda: check_writable(args.record))
 
-    spec, dit, vae, schedule = processes.run_everywhere(lambda: load(args, device, dtype), local_main_first=True)
+    spec, diffusion, dit, vae, schedule = processes.run_everywhere(
+        lambda: load(args, device, dtype), local_main_first=True
+    )
     if schedule is None:  # rank 0 measures for all: rounding may differ from one machine to the next
-        cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
-        schedule = processes.run_on_main(lambda: policies.schedule_of_flags(args, dit, cfg_scale))
+        make = partial(policies.schedule_of_flags, args, dit, guidance(args, spec), diffusion)
+        schedule = processes.run_on_main(make)
     if args.compile:
         processes.run_everywhere(lambda: devices.compile_blocks(dit.blocks))
     schedule_entries = processes.run_everywhere(lambda: policies.manifest_entries(args, schedule))
@@ -138,13 +149,13 @@ def main(args):
     batch_size = DETERMINISTIC_BATCH if args.deterministic else args.per_proc_batch_size
     ranges = resume(samples, processes, batch_size)
     if processes.is_main:
-        if not (args.ddim_sample or args.p_sample):
-            print("No sampler flag: sampling with DDIM")
+        if not args.sampler:
+            print(f"No sampler flag: sampling with {SAMPLER_NAMES[spec.sampler()]}")
         if schedule:
             print(schedule.describe(dit.multiply_adds()))
     processes.disconnect()  # from here on no rank waits for a message of another, which may be dead
 
-    sampler = make_batch_sampler(args, dit, schedule, manifest["cfg_scale"], batch_size, device)
+    sampler = make_batch_sampler(args, dit, diffusion, schedule, guidance(args, spec), batch_size, device)
     memory_hint = None if args.deterministic else f"--per-proc-batch-size below {batch_size}"
     with errors_tell_what_is_finished(samples, memory_hint), signals.sigterm_interrupts():
         figures, digest = sample_and_assemble(samples, processes, sampler, vae, ranges, batch_size, device)
@@ -221,14 +232,12 @@ def resume(samples, processes, batch_size):
     return processes.run_on_main(missing)
 
 
-def make_batch_sampler(args, dit, schedule, cfg_scale, batch_size, device):
+def make_batch_sampler(args, dit, diffusion, schedule, cfg_scale, batch_size, device):
     """Return a function (start, stop) -> latents on the device and labels on the CPU, of these images or a few more."""
-    from diffusion import create_diffusion
     from runtime.noise import ImageNoise
     from sampling import make_sampler
 
-    diffusion = create_diffusion(args.num_sampling_steps)
-    sampler = make_sampler(dit, diffusion, cfg_scale, schedule, args.p_sample, args.cuda_graphs)
+    sampler = make_sampler(dit, diffusion, cfg_scale, schedule, args.sampler == "ddpm", args.cuda_graphs)
     shape = dit.in_channels, dit.input_size, dit.input_size
 
     def sample(start, stop):

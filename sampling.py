@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import GaussianDiffusion
-from models import DiT, guided
+from diffusion import GaussianDiffusion, Process
+from models import DiT, Guidance
 from runtime import devices
 from runtime.cuda_graphs import GraphedFunction
 from runtime.errors import UserError
@@ -31,11 +31,12 @@ def check_sampler(dit: DiT, cfg_scale: float, ancestral: bool) -> None:
 
 
 def make_denoiser(
-    dit: DiT, diffusion: GaussianDiffusion, y: Tensor, cfg_scale: float, schedule: Schedule | None = None
+    dit: DiT, diffusion: Process, y: Tensor, cfg_scale: float, schedule: Schedule | None = None
 ) -> Callable[[Tensor, int], Tensor]:
     """Return a function (x, i) -> model output for the loops of `diffusion`. It owns the cache of one trajectory.
 
     y: labels (N,). With guidance x is (2N, C, H, W), both halves alike; without (cfg_scale 1) it is (N, C, H, W).
+    cfg_scale: a number, or a `Guidance` that acts on other channels or only in an interval.
     schedule: which layers run; None runs every layer and remembers nothing.
     Raises ValueError if the schedule is for another number of steps or blocks.
     """
@@ -48,14 +49,15 @@ def make_denoiser(
     if schedule is not None and schedule.order and devices.are_compiled(getattr(dit, "blocks", ())):
         rows = _weights_as_tensors(rows, y.device)
     slots = None if schedule is None else dit.empty_cache(schedule.order)
-    guidance = cfg_scale != 1.0
+    guidance, scale = cfg_scale != 1.0, Guidance.of(cfg_scale)
+    times = diffusion.times.tolist()
     modulations = _modulations_by_step(dit, diffusion.timesteps(y.device), *_distinct_labels(dit, y, guidance))
 
     def denoise(x: Tensor, i: int) -> Tensor:
         if guidance:  # the model sees equal halves, but after a step they differ in the unguided channels
             x = x[: len(x) // 2].repeat(2, 1, 1, 1)
         output = dit.denoise(x, modulations(i), rows[i], slots)
-        return guided(output, cfg_scale) if guidance else output
+        return scale.apply(output, times[i]) if guidance else output
 
     return denoise
 
@@ -109,7 +111,7 @@ def _modulations_by_step(dit: DiT, timesteps: Tensor, labels: Tensor, rows: Tens
 @torch.inference_mode()
 def sample_latents(
     dit: DiT,
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     z: Tensor,
     y: Tensor,
     cfg_scale: float,
@@ -121,27 +123,28 @@ def sample_latents(
     """Sample latents (N, C, H, W) from noise z (N, C, H, W) for labels y (N,), on their device.
 
     cfg_scale: guidance; 1 is none, and then the batch is not doubled.
-    ancestral: DDPM instead of DDIM; `randn_like(x)` draws its noise; with guidance x is (2N, C, H, W).
+    ancestral: DDPM instead of DDIM, for a `GaussianDiffusion`.
+    randn_like: draws noise, if the sampler adds some; with guidance x is (2N, C, H, W).
     schedule, progress: as in `make_denoiser` and `GaussianDiffusion.ddim_loop`.
     Raises UserError as `check_sampler`.
     """
     check_sampler(dit, cfg_scale, ancestral)
     denoise = make_denoiser(dit, diffusion, y, cfg_scale, schedule)
     x = z if cfg_scale == 1.0 else torch.cat([z, z])
-    loop = diffusion.ancestral_loop if ancestral else diffusion.ddim_loop
+    loop = diffusion.ancestral_loop if ancestral and isinstance(diffusion, GaussianDiffusion) else diffusion.loop
     return loop(denoise, x, randn_like=randn_like, progress=progress)[: len(z)]
 
 
 class CudaGraphSampler:
     """`sample_latents` captured as one CUDA graph of the whole trajectory. Call it with z, y and randn_like.
 
-    The noise of ancestral sampling is drawn before the replay, in the same order.
+    The noise of a sampler that adds some is drawn before the replay, in the same order.
     """
 
     def __init__(
         self,
         dit: DiT,
-        diffusion: GaussianDiffusion,
+        diffusion: Process,
         cfg_scale: float,
         schedule: Schedule | None = None,
         ancestral: bool = False,
@@ -151,7 +154,7 @@ class CudaGraphSampler:
             return sample_latents(dit, diffusion, z, y, cfg_scale, schedule, ancestral, lambda x: next(noise))
 
         self._graphed = GraphedFunction(sample)
-        self._draws = diffusion.steps if ancestral else 0
+        self._draws = diffusion.steps if ancestral else diffusion.draws
         self._copies = 1 if cfg_scale == 1.0 else 2
 
     @property
@@ -167,7 +170,7 @@ class CudaGraphSampler:
 
 def make_sampler(
     dit: DiT,
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     cfg_scale: float,
     schedule: Schedule | None = None,
     ancestral: bool = False,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion import GaussianDiffusion
 from runtime.errors import UserError
 from runtime.files import atomic_write, load_tensors
 
@@ -30,14 +31,18 @@ class Schedule:
     compute: bool [steps, depth, 2], k = 0 attention, 1 MLP: True runs the layer, False reuses its output.
              Step i counts as in `diffusion`: i = steps-1 runs first, i = 0 last.
     order:   0 reuses the last output; 1 or 2 forecast the output from the last two or three (`forecast_weights`).
+    process: `name` of the process that the plan was made for; with the number of steps it determines the times.
     Raises ValueError if the shape, type or order is wrong, or the step that runs first does not run every layer: a
     later step would reuse an output that was never computed.
     """
 
     compute: Tensor
     order: int = 0
+    process: str = GaussianDiffusion.name
 
     def __post_init__(self) -> None:
+        if type(self.process) is not str:
+            raise ValueError(f"process {self.process!r} is no text such as {GaussianDiffusion.name!r}")
         if type(self.order) is not int or self.order not in ORDERS:
             raise ValueError(f"order {self.order!r} is none of 0 (reuse), 1 and 2 (linear and quadratic forecast)")
         shape = tuple(self.compute.shape)
@@ -140,7 +145,10 @@ class Schedule:
         return replace(self, compute=compute)
 
     def sha256(self) -> str:
-        """SHA-256 of `compute`, one byte per layer, and of the order if it is not 0, as hex digits."""
+        """SHA-256 of `compute`, one byte per layer, and of the order if it is not 0, as hex digits.
+
+        Not of the process: the digest says what is computed.
+        """
         digest = hashlib.sha256(self.compute.contiguous().numpy().tobytes())
         if self.order:
             digest.update(f"order {self.order}".encode())
@@ -149,18 +157,18 @@ class Schedule:
     def save(self, path: str | Path) -> None:
         """Write a schedule file, as JSON, atomically; a name in .pt gives a file of torch instead.
 
-        "steps", "depth" and "order", and "rows": a text per step, the step that runs first comes first. It has a pair
-        of digits per block, for attention and MLP: 1 runs the layer, 0 reuses or forecasts it. A text "1" or "0" alone
-        is for all layers.
+        "steps", "depth" and "order", "process" unless it is "diffusion", and "rows": a text per step, the step that
+        runs first comes first. It has a pair of digits per block, for attention and MLP: 1 runs the layer, 0 reuses or
+        forecasts it. A text "1" or "0" alone is for all layers.
         """
-        path = Path(path)
+        path, process = Path(path), {"process": self.process} if self.process != GaussianDiffusion.name else {}
         if path.suffix == ".pt":
-            saved = {"compute": self.compute} | ({"order": self.order} if self.order else {})
+            saved = {"compute": self.compute} | ({"order": self.order} if self.order else {}) | process
             with atomic_write(path) as part, part.open("wb") as file:  # opened here for the reason in `Router.save`
                 return torch.save(saved, file)
         rows = [" ".join(f"{a:d}{m:d}" for a, m in row) for row in self.compute.flip(0).tolist()]
         short = {" ".join([digit * 2] * self.depth): digit for digit in "01"}
-        content: dict[str, Any] = {"steps": self.steps, "depth": self.depth, "order": self.order}
+        content: dict[str, Any] = {"steps": self.steps, "depth": self.depth, "order": self.order, **process}
         content |= {"rows": [short.get(row, row) for row in rows]}
         with atomic_write(path) as part:
             part.write_text(json.dumps(content, indent=1) + "\n")
@@ -189,7 +197,7 @@ class Schedule:
                 "is a file for --accelerate-method dynamiclayer"
             )
         try:
-            return cls(compute, saved.get("order", 0))
+            return cls(compute, saved.get("order", 0), saved.get("process", GaussianDiffusion.name))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is not a schedule file: {error}") from error
 
@@ -208,11 +216,11 @@ class Schedule:
                 raise ValueError(f'"attn" has {len(columns[0])} steps and "mlp" has {len(columns[1])}')
             decisions = torch.tensor(columns, dtype=torch.bool).T  # (steps, 2), in the order in which they run
             return cls(decisions.flip(0)[:, None].repeat(1, depth, 1))
-        unknown = sorted(content.keys() - {"steps", "depth", "order", "rows"})
+        unknown = sorted(content.keys() - {"steps", "depth", "order", "process", "rows"})
         missing = sorted({"steps", "depth", "rows"} - content.keys())
         if unknown or missing:
             raise ValueError(
-                f"its keys are steps, depth, order and rows; {'missing' if missing else 'unknown'}: "
+                f"its keys are steps, depth, order, process and rows; {'missing' if missing else 'unknown'}: "
                 f"{', '.join(missing or unknown)}"
             )
         steps, depth, order = content["steps"], content["depth"], content.get("order", 0)
@@ -232,10 +240,19 @@ class Schedule:
                     f"{depth} blocks"
                 )
             rows.append([digit == "1" for digit in digits])
-        return cls(torch.tensor(rows).reshape(steps, depth, 2).flip(0), order)
+        compute = torch.tensor(rows).reshape(steps, depth, 2).flip(0)
+        return cls(compute, order, content.get("process", GaussianDiffusion.name))
 
-    def check_fits(self, path: str | Path, steps: int, depth: int) -> None:
-        """Raises UserError if this schedule, loaded from `path`, is not for `steps` steps and `depth` blocks."""
+    def check_fits(self, path: str | Path, steps: int, depth: int, process: str = GaussianDiffusion.name) -> None:
+        """Raises UserError if this schedule, loaded from `path`, is not for `steps` steps and `depth` blocks.
+
+        process: `name` of the process that it must be made for, too.
+        """
+        if self.process != process:
+            raise UserError(
+                f"{path} was made for the process {self.process} and the sampler runs {process}, with other times: "
+                "pass a file made for it"
+            )
         if self.steps != steps:
             raise UserError(
                 f"{path} is for {self.steps} steps, the sampler runs {steps}: "

@@ -83,8 +83,7 @@ def add_plan_arguments(group):
     add, speedup = group.add_argument, cli.number(float, lambda value: 1 <= value < math.inf, "a number of at least 1")
     target = "learn a plan for each of these speed-ups, in multiply-adds, over running all layers; needs no images"
     add("--target-speedup", metavar="X", type=speedup, nargs="+", help=target)
-    guidance = f"guidance, 1 is none; default: {CFG_SCALE}, or what a model folder recommends"
-    add("--cfg-scale", metavar="SCALE", type=cli.finite, help=guidance)
+    cli.add_guidance_arguments(group, CFG_SCALE)
 
 
 def add_output_arguments(group):
@@ -106,10 +105,11 @@ def check_plan_arguments(parser, args):
         return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
     if not args.target_speedup:
-        if args.cfg_scale is not None:
-            parser.error("--cfg-scale is for plans: add --target-speedup, or leave it out")
+        if given := flags("cfg_scale cfg_channels cfg_interval"):
+            parser.error(f"{given} is for plans: add --target-speedup, or leave it out")
         args.forecast = args.forecast or None  # 0 is the default of a router, and earlier checkpoints have no entry
         return False
+    cli.check_guidance_arguments(parser, args)
     if unused := flags(NOT_WITH_PLANS):
         parser.error(f"--target-speedup learns plans and trains no router: leave out {unused}")
     if (number_or("WORLD_SIZE", 1) or 1) > 1:
@@ -162,7 +162,6 @@ def main(args):
 
 def learn(args, device):
     """--target-speedup: learn plans."""
-    from diffusion import create_diffusion
     from pretrained.loading import load_dit
     from pretrained.spec import model_spec
     from runtime import devices
@@ -172,11 +171,11 @@ def learn(args, device):
 
     spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
     dit = load_dit(spec, device)
-    cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE)
+    cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE, args.cfg_channels, args.cfg_interval)
     check_sampler(dit, cfg_scale, ancestral=False)
-    identity = fingerprint(dit, spec.config)
+    identity = fingerprint(dit, spec.settings)
     dit = devices.set_precision(dit, args.dtype)
-    learn_plans(args, spec, dit, create_diffusion(args.num_sampling_steps), cfg_scale, identity)
+    learn_plans(args, spec, dit, spec.make_process(args.num_sampling_steps), cfg_scale, identity)
 
 
 def load(args, processes, device):
@@ -208,7 +207,7 @@ def load(args, processes, device):
     source = source or processes.run_everywhere(lambda: LatentSource(args.latents, spec, identity["vae"]))
     if dit:
         size = spec.name if spec.registered else ""  # the name of a folder is no property of the model
-        identity |= {"model": fingerprint(dit, {"size": size, **spec.config}), "data": source.fingerprint()}
+        identity |= {"model": fingerprint(dit, {"size": size, **spec.settings}), "data": source.fingerprint()}
     return spec, dit, vae, source, identity
 
 
@@ -245,7 +244,7 @@ def train(args, processes, device):
         )
     updates = min(args.max_steps, (args.epochs or math.inf) * (len(source) // args.global_batch_size))
     run, saved = open_run_on_main(args, processes, spec, dit, updates, identity)
-    trainer, batches = make_trainer(args, processes, dit, vae, len(source), updates, saved)
+    trainer, batches = make_trainer(args, processes, spec, dit, vae, len(source), updates, saved)
 
     wandb_run, wandb_id = None, saved and saved["wandb"]
     if processes.is_main:
@@ -307,9 +306,8 @@ def check_continues(saved, args, updates, depth, identity):
     raise UserError(f"--resume {args.resume} {problem}, or leave out --resume to start a new run")
 
 
-def make_trainer(args, processes, dit, vae, images, updates, saved):
+def make_trainer(args, processes, spec, dit, vae, images, updates, saved):
     """Make the `Trainer`, restored from the checkpoint `saved` if there is one, and its `BatchSampler`."""
-    from diffusion import create_diffusion
     from runtime import devices
     from training.batches import BatchSampler
     from training.trainer import Trainer, TrainingConfig
@@ -332,7 +330,7 @@ def make_trainer(args, processes, dit, vae, images, updates, saved):
     dit.grad_checkpointing = args.grad_checkpointing
     if args.compile:
         processes.run_everywhere(lambda: devices.compile_blocks(dit.blocks))
-    trainer = Trainer(dit, vae, create_diffusion(args.num_sampling_steps), config, processes, batches.part)
+    trainer = Trainer(dit, vae, spec.make_process(args.num_sampling_steps), config, processes, batches.part)
     if saved:
         trainer.load_state_dict(saved)
     return trainer, batches
@@ -382,7 +380,8 @@ def conclude(args, spec, run, trainer):
     model = ["--ckpt", args.ckpt] if args.ckpt else []
     if spec.registered:
         model += ["--model", args.model, "--image-size", args.image_size, "--num-classes", args.num_classes]
-    command = ["python", "sample.py", *model, "--num-sampling-steps", args.num_sampling_steps, "--ddim-sample"]
+    command = ["python", "sample.py", *model, "--num-sampling-steps", args.num_sampling_steps]
+    command += ["--ddim-sample"] if spec.process == "diffusion" else ["--sampler", spec.sampler()]
     command += ["--accelerate-method", "dynamiclayer", "--path", path, "--thres", args.thres]
     command += ["--forecast", args.forecast] if args.forecast else []
     print(f"sample with it: {shlex.join(map(str, command))}")

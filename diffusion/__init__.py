@@ -14,4 +14,6 @@ def create_diffusion(steps: int | str | None = "", diffusion_steps: int = 1000) 
     return GaussianDiffusion(linear_betas(diffusion_steps), space_timesteps(diffusion_steps, steps))
 
 
-__all__ = ["FlowMatching", "GaussianDiffusion", "create_diffusion", "linear_betas", "space_timesteps"]
+Process = GaussianDiffusion | FlowMatching
+
+__all__ = ["FlowMatching", "GaussianDiffusion", "Process", "create_diffusion", "linear_betas", "space_timesteps"]

@@ -2,8 +2,8 @@
 
 The path is x_t = (1 - t) x_0 + t noise, so t = 1 is noise and t = 0 is data. The network predicts the velocity
 v = dx_t/dt = noise - x_0, and sees `time_scale` * t.
-Index i counts the calls of the network, from n-1 (noise) down to 0, as in `GaussianDiffusion`: caches, routers and plans
-do not see a difference. Sources: Lipman et al. 2023, arXiv:2210.02747; Ma et al. 2024, arXiv:2401.08740 (SiT).
+Index i counts the calls of the network, from n-1 (noise) down to 0, as in `GaussianDiffusion`: caches, routers and
+plans see no difference. Sources: Lipman et al. 2023, arXiv:2210.02747; Ma et al. 2024, arXiv:2401.08740 (SiT).
 """
 
 import math
@@ -84,8 +84,9 @@ class FlowMatching:
             raise ValueError("a step of the sde sampler adds noise: pass it")
         return x + math.sqrt(2 * float(self.times[i]) * -h) * noise
 
-    def draws(self, ancestral: bool = False) -> int:
-        """How often `loop` calls randn_like."""
+    @property
+    def draws(self) -> int:
+        """How often `loop` draws noise."""
         return self.steps - 1 if self.sampler == "sde" else 0
 
     def loop(

@@ -22,8 +22,12 @@ class GaussianDiffusion:
     The betas of the kept steps follow from the cumulative products.
     """
 
+    name = "diffusion"  # in files of plans and routers, which have this name if they have none
+    draws = 0  # of noise in `loop`
+
     def __init__(self, betas: np.ndarray, timestep_map: np.ndarray) -> None:
         self.timestep_map = np.asarray(timestep_map)
+        self.times = self.timestep_map / len(betas)  # t of each step: 0 is data, nearly 1 is noise
         alphas_cumprod = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
         previous = np.append(1.0, alphas_cumprod[:-1])
         self.betas = betas = 1.0 - alphas_cumprod / previous
@@ -143,6 +147,9 @@ class GaussianDiffusion:
             noise = randn_like(x)
             x = self.ancestral_step(denoise(x, i), x, i, noise)
         return x
+
+    # What `FlowMatching` has too: the sampler that adds no noise.
+    step, loop = ddim_step, ddim_loop
 
     def _countdown(self, progress: Progress | None) -> Iterable[int]:
         steps = range(self.steps - 1, -1, -1)

@@ -42,7 +42,10 @@ def set_name(spec, manifest, ckpt, path):
     parts += [Path(ckpt).stem if ckpt else "pretrained"] if spec.registered else []
     parts += [f"size-{manifest['image_size']}"]
     parts += [f"vae-{spec.vae}"] if spec.vae in ("ema", "mse") else []
-    parts += [f"cfg-{manifest['cfg_scale']}", f"seed-{manifest['seed']}", f"{manifest['sampler']}-{manifest['steps']}"]
+    parts += [f"cfg-{manifest['cfg_scale']}"]
+    parts += [f"channels-{manifest['cfg_channels']}"] if "cfg_channels" in manifest else []
+    parts += ["times-{}-{}".format(*manifest["cfg_interval"])] if "cfg_interval" in manifest else []
+    parts += [f"seed-{manifest['seed']}", f"{manifest['sampler']}-{manifest['steps']}"]
     if path:
         # The checkpoints of all trainings have the same names, so the hash is needed.
         router, schedule = manifest["router"], manifest["schedule"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from models import DiT, DiT_models, position_table
-from pretrained.spec import CELL_PIXELS, ModelSpec
+from pretrained.sit import to_flow
+from pretrained.spec import CELL_PIXELS, SIT_FOLDER, ModelSpec
 from pretrained.weights import load_checkpoint, load_shards, read_json, weights_file
 from runtime import released
 from runtime.errors import UserError, first_line
@@ -27,7 +28,7 @@ def load_dit(spec: ModelSpec, device: torch.device | str, random_seed: int | Non
     random_seed: draws all weights instead of reading them (a fresh DiT would output exactly 0); None reads them.
     Raises UserError if the weights are missing, damaged, or of another model.
     """
-    build = DiT_models[spec.name] if spec.registered else DiT
+    build = DiT_models[spec.size] if spec.registered else DiT
     try:
         with torch.device("meta"):
             dit = build(**spec.config)
@@ -47,11 +48,19 @@ def load_dit(spec: ModelSpec, device: torch.device | str, random_seed: int | Non
 def _fitting_weights(spec: ModelSpec, dit: DiT) -> dict[str, Tensor]:
     """The float32 state dict of a spec. Raises UserError if there is none or it does not fit `dit`."""
     if spec.weights is None:
+        if spec.process == "flow":
+            raise UserError(
+                f"{spec.name}: the weights of SiT and REPA are not fetched; put SiT's SiT-XL-2-256x256.pt into "
+                f"{released.ROOT / SIT_FOLDER}, or name a file with --ckpt"
+            )
         raise UserError(
             f"there are no released weights for {spec.name} at {spec.image_size} with {spec.num_classes} classes, only "
             "for DiT-XL/2 at 256 and 512 with 1000: pass --ckpt with weights of your own"
         )
-    state, arguments = load_checkpoint(spec.weights)
+    flow = spec.process == "flow"
+    state, arguments = load_checkpoint(spec.weights, flow)
+    if flow:
+        state = to_flow(_float_tensors(spec.weights, state), arguments, spec.time_scale)
     if "pos_embed" not in state:  # the positions are fixed, so some files leave them out
         state["pos_embed"] = position_table(dit.pos_embed.shape[-1], dit.input_size // dit.patch_size)
     differs = mismatch(_shapes(state), _shapes(dit.state_dict()))
@@ -60,7 +69,7 @@ def _fitting_weights(spec: ModelSpec, dit: DiT) -> dict[str, Tensor]:
             f"{spec.weights} does not fit model {spec.name} with {spec.config}: {differs}; "
             + _fitting_flags(spec, state, arguments)
         )
-    return _float_tensors(spec.weights, state)
+    return state if flow else _float_tensors(spec.weights, state)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -93,7 +102,7 @@ def _fitting_flags(spec: ModelSpec, state: dict[str, Tensor], arguments: dict[st
     if not spec.registered:
         return "weights and config.json must be of one model"
     ours = {"model": spec.name, "image_size": spec.image_size, "num_classes": spec.num_classes}
-    sources = {"arguments": arguments, "tensors": _flags_of_shapes(state)}
+    sources = {"arguments": arguments, "tensors": _flags_of_shapes(state, spec.name)}
     for source, flags in sources.items():
         others = {key: flags[key] for key in ours if isinstance(flags.get(key), str | int) and flags[key] != ours[key]}
         if others:
@@ -102,14 +111,15 @@ def _fitting_flags(spec: ModelSpec, state: dict[str, Tensor], arguments: dict[st
     return "check --model, --image-size and --num-classes"
 
 
-def _flags_of_shapes(state: dict[str, Tensor]) -> dict[str, Any]:
-    """The flags of the registered model that has tensors of these shapes; {} if there is none."""
+def _flags_of_shapes(state: dict[str, Tensor], name: str) -> dict[str, Any]:
+    """The flags of the model with tensors of these shapes, a SiT if `name` is one's; {} if there is none."""
     try:
         width, _, patch, _ = state["x_embedder.proj.weight"].shape
         depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
         sizes = {"hidden_size": width, "patch_size": patch, "depth": depth}
+        model = next(model for model, build in DiT_models.items() if sizes.items() <= build.keywords.items())
         return {
-            "model": next(name for name, build in DiT_models.items() if sizes.items() <= build.keywords.items()),
+            "model": name[:3] + model[3:],  # DiT or SiT
             "image_size": math.isqrt(state["pos_embed"].shape[1]) * patch * CELL_PIXELS,
             "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
         }

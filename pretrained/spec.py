@@ -1,29 +1,39 @@
 """`ModelSpec`: where a model comes from and how to use it. `model_spec` reads it from a name or a folder."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from models import DiT_models
+from diffusion import FlowMatching, Process, create_diffusion
+from models import DiT_models, Guidance
 from pretrained.diffusers_layout import CLASSES, check_scheduler, dit_config
 from pretrained.weights import find_model_folder, read_json, weights_file
+from runtime import released
 from runtime.errors import UserError
 
 # Golden retriever, balloon, panda and other classes of the published pictures.
 IMAGENET_LABELS = (207, 992, 387, 974, 142, 979, 417, 279)
 CELL_PIXELS = 8  # pixels per side of a latent cell, with the VAEs of the released models
+SIT_FOLDER = "pretrained_models"  # where a user puts SiT-XL-2-256x256.pt: no hash of it is published
+# The samplers of each process, the default first, and the names of these for messages and files.
+SAMPLERS = {"diffusion": ("ddim", "ddpm"), "flow": ("euler", "heun", "sde")}
+SAMPLER_NAMES = {"ddim": "DDIM", "euler": "Euler"}
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """Where a model comes from and how to use it; nothing is loaded yet.
 
-    name: of `DiT_models`, or of a folder; config: arguments of `DiT` beyond those that a registered name implies.
-    image_size: pixels per side; class_names: one per class, or None; cfg_scale: recommended guidance, or None.
+    name: of `DiT_models`, the same as SiT-XL/2 of a flow model, or of a folder.
+    config: arguments of `DiT` beyond those that a registered name implies.
+    image_size: pixels per side; class_names: one per class, or None.
+    cfg_scale, cfg_channels, cfg_interval: recommended guidance, as for `Guidance`; without a scale it is None.
     vae: "ema" or "mse" for a released VAE, or a folder.
     weights: a file or a released name, as for `load_state_dict_of`; None if nothing is released.
     horizontal_flip: whether training may mirror images.
+    process: "diffusion", or "flow" for flow matching. time_scale: of a flow, as for `FlowMatching`.
     """
 
     name: str
@@ -34,6 +44,10 @@ class ModelSpec:
     cfg_scale: float | None = None
     horizontal_flip: bool = True
     weights: str | None = None
+    process: str = "diffusion"
+    time_scale: float = 1.0
+    cfg_channels: int = 3
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
 
     @property
     def num_classes(self) -> int:
@@ -42,17 +56,59 @@ class ModelSpec:
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        default = DiT_models[self.name].keywords["depth"] if self.registered else 28  # that of `DiT`
+        default = DiT_models[self.size].keywords["depth"] if self.registered else 28  # that of `DiT`
         return self.config.get("depth", default)
 
     @property
     def registered(self) -> bool:
-        """Whether the name is one of `DiT_models`; such a model needs more flags, a model folder needs none."""
-        return self.name in DiT_models
+        """Whether the model has a name with a size; it needs more flags, a model folder needs none."""
+        return self.size in DiT_models
 
-    def guidance(self, requested: float | None, published: float) -> float:
-        """The guidance scale to use: the requested, else the recommended, else the published one."""
-        return next(scale for scale in (requested, self.cfg_scale, published) if scale is not None)
+    @property
+    def size(self) -> str:
+        """The name in `DiT_models` of a model with a name: that of SiT-XL/2 is DiT-XL/2."""
+        return _size(self.name)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What determines outputs beside the weights, as JSON types: the config, and the process if it is a flow."""
+        flow = {"process": self.process, "time_scale": self.time_scale}
+        return self.config | (flow if self.process == "flow" else {})
+
+    def guidance(
+        self,
+        requested: float | None,
+        published: float,
+        channels: int | str | None = None,
+        interval: Sequence[float] | None = None,
+    ) -> Guidance:
+        """The guidance to use: what is requested, else recommended, else (the scale) published.
+
+        channels: a number, or "all" of the latent.
+        """
+        scale = next(scale for scale in (requested, self.cfg_scale, published) if scale is not None)
+        channels = self.config.get("in_channels", 4) if channels == "all" else channels or self.cfg_channels
+        return Guidance(scale, int(channels), interval or self.cfg_interval)
+
+    def sampler(self, requested: str | None = None) -> str:
+        """The sampler to use; None is the default. Raises UserError if the process of the model has no such one."""
+        names = SAMPLERS[self.process]
+        if requested not in (None, *names):
+            kind = "a flow model" if self.process == "flow" else "a DiT of diffusion"
+            raise UserError(
+                f"{self.name} is {kind} and cannot be sampled with {requested}: pass --sampler {' or '.join(names)}"
+            )
+        return requested or names[0]
+
+    def make_process(self, steps: int, sampler: str | None = None) -> Process:
+        """The process of this model with `steps` calls of it. Raises UserError if it has no such sampler."""
+        sampler = self.sampler(sampler)
+        if self.process == "diffusion":
+            return create_diffusion(steps)
+        try:
+            return FlowMatching(steps, sampler, self.time_scale)
+        except ValueError as error:
+            raise UserError(f"--num-sampling-steps {steps}: {error}") from error
 
     @property
     def default_labels(self) -> list[int]:
@@ -76,14 +132,25 @@ def model_spec(
     if ckpt is not None and (folder := find_model_folder(ckpt)).is_dir():
         name = Path(ckpt).resolve().name
         return _diffusers_spec(name, folder, vae) if _is_diffusers(folder) else _model_folder_spec(name, folder)
-    if model not in DiT_models:
+    if _size(model) not in DiT_models:
         raise UserError(
-            f"unknown model {model!r}: choose one of {', '.join(DiT_models)}, or a model folder with --ckpt"
+            f"unknown model {model!r}: choose one of {', '.join(DiT_models)}, the same with SiT for DiT, or a model "
+            "folder with --ckpt"
         )
     if ckpt is None and (model, num_classes) == ("DiT-XL/2", 1000):
         ckpt = f"DiT-XL-2-{image_size}x{image_size}.pt"
-    config = {"input_size": image_size // CELL_PIXELS, "num_classes": num_classes}
-    return ModelSpec(model, config, image_size, vae, weights=ckpt and str(ckpt))
+    config: dict[str, Any] = {"input_size": image_size // CELL_PIXELS, "num_classes": num_classes}
+    if model in DiT_models:
+        return ModelSpec(model, config, image_size, vae, weights=ckpt and str(ckpt))
+    if ckpt is None and (model, num_classes) == ("SiT-XL/2", 1000):
+        place = released.ROOT / SIT_FOLDER / f"SiT-XL-2-{image_size}x{image_size}.pt"
+        ckpt = str(place) if place.is_file() else None
+    config |= {"learn_sigma": False}
+    return ModelSpec(model, config, image_size, vae, weights=ckpt and str(ckpt), process="flow")
+
+
+def _size(name: str) -> str:
+    return name.replace("SiT-", "DiT-", 1) if name.startswith("SiT-") else name
 
 
 def _model_folder_spec(name: str, folder: Path) -> ModelSpec:
@@ -99,6 +166,9 @@ def _model_folder_spec(name: str, folder: Path) -> ModelSpec:
             raise ValueError(f"class_names are not {model['num_classes']} texts")
         if not math.isfinite(config.get("cfg_scale", 1)):
             raise ValueError(f"cfg_scale {config['cfg_scale']} is not finite")
+        process = _process_settings(config)
+        if process.get("process") == "flow":
+            model["learn_sigma"] = False  # the loader drops channels that predict a variance
         return ModelSpec(
             name=name,
             config=model,
@@ -108,12 +178,29 @@ def _model_folder_spec(name: str, folder: Path) -> ModelSpec:
             cfg_scale=float(config["cfg_scale"]) if "cfg_scale" in config else None,
             horizontal_flip=bool(config.get("horizontal_flip", True)),
             weights=str(folder / "dit.safetensors"),
+            **process,
         )
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f'{folder / "config.json"} cannot be used ({type(error).__name__}: {error}): it needs "model" (arguments '
             'of DiT), "image_size" and "vae"; ckpt/fashion_mnist/config.json is an example'
         ) from error
+
+
+def _process_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a model folder's config.json about the process and guidance. Raises ValueError if one is wrong."""
+    rules = {
+        "process": (lambda value: value in SAMPLERS, "diffusion or flow"),
+        "time_scale": (lambda value: 0 < float(value) < math.inf, "a number above 0"),
+        "cfg_channels": (lambda value: type(value) is int and value > 0, "a positive whole number"),
+        "cfg_interval": (lambda value: 0 <= value[0] < value[1] <= 1 == len(value) - 1, "two numbers from 0 to 1"),
+    }
+    for name, (accepts, rule) in rules.items():
+        if name in config and not accepts(config[name]):
+            raise ValueError(f"{name} {config[name]!r} is not {rule}")
+    if "cfg_interval" in config:
+        config = config | {"cfg_interval": tuple(config["cfg_interval"])}
+    return {name: config[name] for name in rules if name in config}
 
 
 def _is_diffusers(folder: Path) -> bool:

@@ -3,13 +3,13 @@
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pretrained.diffusers_layout import WEIGHTS, from_diffusers
+from pretrained.sit import check_process
 from runtime import fetching, released
 from runtime.errors import UserError
 from runtime.files import load_tensors, mismatch, named_tensors
@@ -26,9 +26,6 @@ PATTERNS += [[f"{BASE}*.{kind}*"] for kind in KINDS]
 OUTERMOST = re.compile(r"((?:.*\.)?)(?:[xy]_embedder|transformer_blocks\.\d+\.norm1\.emb)\.")
 # Modules that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put around others.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# SiT and REPA have a DiT's tensors, but their output is another: arguments of their trainings, and names of files.
-FLOW_ARGUMENTS = {"path_type", "train_eps", "sample_eps", "enc_type", "encoder_depth", "transport"}
-FLOW_NAME = re.compile(r"(?<![^\W_])(?:SiT|REPA)(?![^\W_])|(?i:(?<![a-z])sit[-_](?:xl|[slb])(?![a-z]))")
 
 
 def load_state_dict_of(name: str | Path) -> dict[str, Tensor]:
@@ -36,19 +33,20 @@ def load_state_dict_of(name: str | Path) -> dict[str, Tensor]:
     return load_checkpoint(name)[0]
 
 
-def load_checkpoint(name: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(name: str | Path, flow: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict of a DiT, on the CPU, and the arguments of its training that were saved beside it, or {}.
 
     name: a released checkpoint (`DiT-XL-2-256x256.pt`, fetched if needed), a file of `torch.save` or safetensors, or
     the index of shards. The DiT may be anywhere in nested dicts and below any prefix, beside other models: averaged
     weights ("ema") are preferred, then "model". Wrappers' names are removed, and diffusers' layout becomes ours.
-    Raises UserError if the file is missing, holds no DiT or several, or a model of flow matching, which only looks like
-    a DiT. Code in a file is never run.
+    flow: whether it is wanted as a flow model (SiT), which only looks like a DiT.
+    Raises UserError if the file is missing, holds no DiT or several, or a model of the other process. Code in a file is
+    never run.
     """
     path = released.find(name)
     loaded = load_shards(path) if path.suffix == ".json" else load_tensors(path, allow=[argparse.Namespace])
     state, arguments = _find_dit(path, loaded), _arguments(loaded)
-    _check_flow(path, state, arguments)
+    check_process(path, state, arguments, flow)
     if any(key.startswith("transformer_blocks.") for key in state):
         try:
             state = from_diffusers(state)
@@ -94,21 +92,6 @@ def _arguments(loaded: Any) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
     return {}
-
-
-def _check_flow(path: Path, state: dict[str, Tensor], arguments: dict[str, Any]) -> None:
-    """Raise UserError if arguments or tensors are those of SiT or REPA; warn if only the name of the file is."""
-    signs = sorted(FLOW_ARGUMENTS & {key for key in arguments if isinstance(key, str)})
-    texts = {key: arguments[key] for key in ("model", "prediction") if isinstance(arguments.get(key), str)}
-    if FLOW_NAME.match(texts.get("model", "")) or texts.get("prediction") in ("velocity", "v", "score"):
-        signs += [f"{key} {text}" for key, text in texts.items()]
-    if any(name.startswith("projectors.") for name in state):
-        signs.append("the projectors of REPA")
-    about = "flow matching, with the names and shapes of a DiT; here it makes garbage"
-    if signs:
-        raise UserError(f"{path} is a SiT by its arguments or tensors ({', '.join(signs)}), trained by {about}")
-    if told := FLOW_NAME.search(str(path)) or FLOW_NAME.search(path.resolve().name):
-        print(f"warning: {path} is named {told[0]}: a SiT was trained by {about}", file=sys.stderr)
 
 
 def load_shards(index: Path) -> dict[str, Tensor]:

@@ -70,6 +70,11 @@ non_negative = number(float, lambda value: 0 <= value < math.inf, "a finite numb
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32-1")
 
 
+def all_or_positive(text):
+    """An argparse type: the word "all", or a whole number of at least 1."""
+    return text if text == "all" else positive(text)
+
+
 def json_file(text):
     """An argparse type: a path that ends in .json."""
     if not text.endswith(".json"):
@@ -91,7 +96,9 @@ def add_model_arguments(parser, vae):
     """Add the flags that choose a model, and return their group; vae: the default of --vae."""
     group = parser.add_argument_group("model")
     only = "; not used with a model folder"
-    group.add_argument("--model", default="DiT-XL/2", help=f"size and patch, as DiT-XL/2{only}")
+    group.add_argument(
+        "--model", default="DiT-XL/2", help=f"size and patch, as DiT-XL/2; flow models are SiT-XL/2 etc.{only}"
+    )
     group.add_argument("--vae", choices=["ema", "mse"], default=vae, help="released VAE, for a folder without its own")
     group.add_argument("--image-size", type=int, choices=[256, 512], default=256, help=f"pixels per side{only}")
     group.add_argument("--num-classes", metavar="N", type=positive, default=1000, help=f"classes of the model{only}")
@@ -108,19 +115,33 @@ def add_sampling_arguments(parser, cfg_scale):
     """Add the flags of sampling, and return their group; cfg_scale: the published guidance of the program."""
     group = parser.add_argument_group("sampling")
     sampler = group.add_mutually_exclusive_group()
-    sampler.add_argument("--ddim-sample", action="store_true", help="DDIM with eta 0; the sampler if no flag names one")
-    sampler.add_argument("--p-sample", action="store_true", help="ancestral sampling (DDPM)")
+    names = "for a DiT ddim (eta 0) or ddpm (ancestral), for a flow model euler, heun or sde; default: ddim or euler"
+    sampler.add_argument("--sampler", choices=["ddim", "ddpm", "euler", "heun", "sde"], help=names)
+    for flag, name in ("--ddim-sample", "ddim"), ("--p-sample", "ddpm"):
+        sampler.add_argument(
+            flag, dest="sampler", action="store_const", const=name, help=f"the same as --sampler {name}"
+        )
     group.add_argument(
-        "--num-sampling-steps", metavar="N", type=sampling_steps, default=250, help="denoising steps, at most 1000"
+        "--num-sampling-steps",
+        metavar="N",
+        type=sampling_steps,
+        default=250,
+        help="denoising steps, at most 1000; heun makes N/2 steps of two calls of the model",
     )
-    group.add_argument(
-        "--cfg-scale",
-        metavar="SCALE",
-        type=finite,
-        help=f"guidance, 1 is none; default: {cfg_scale}, or what a model folder recommends",
-    )
+    add_guidance_arguments(group, cfg_scale)
     add_method_arguments(group)
     return group
+
+
+def add_guidance_arguments(group, cfg_scale, only=""):
+    """Add the flags of guidance. cfg_scale: the published one of the program; only: text about when they apply."""
+    recommended = "or what a model folder recommends"
+    scale = f"{only}guidance, 1 is none; default: {cfg_scale}, {recommended}"
+    group.add_argument("--cfg-scale", metavar="SCALE", type=finite, help=scale)
+    channels = f"{only}channels that are guided, a number or all; default: the first 3, {recommended}"
+    group.add_argument("--cfg-channels", metavar="N", type=all_or_positive, help=channels)
+    interval = f"{only}guide only at times from LOW to HIGH, 0 is data and 1 noise; default: 0 1, {recommended}"
+    group.add_argument("--cfg-interval", metavar=("LOW", "HIGH"), type=fraction, nargs=2, help=interval)
 
 
 # The setting that each --accelerate-method needs: its flag, and a noun for messages.
@@ -198,8 +219,16 @@ def add_speed_arguments(parser):
     return group
 
 
+def check_guidance_arguments(parser, args):
+    """Refuse an interval that is empty."""
+    if args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
+        low, high = args.cfg_interval
+        parser.error(f"--cfg-interval {low:g} {high:g} is empty: pass the lower time first")
+
+
 def check_sampling_arguments(parser, args):
     """Refuse a method without its setting, a setting of another method, and one for which there are too few steps."""
+    check_guidance_arguments(parser, args)
     method, steps = args.accelerate_method, args.num_sampling_steps
     needed, noun = METHODS.get(method, ("", ""))
     for flag in dict.fromkeys(flag for flag, _ in METHODS.values()):

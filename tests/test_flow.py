@@ -85,7 +85,7 @@ def test_loops_call_the_network_once_for_each_index_with_a_python_int(sampler):
     out = flow.loop(denoise, draw(2, 4, 3, 3), lambda x: draws.append(x) or x)
     assert seen == [(int, i) for i in range(5, -1, -1)]
     assert out.isfinite().all() and out.shape == (2, 4, 3, 3)
-    assert len(draws) == flow.draws() == (5 if sampler == "sde" else 0)
+    assert len(draws) == flow.draws == (5 if sampler == "sde" else 0)
 
 
 def test_a_step_with_the_true_velocity_stays_on_the_path():

@@ -301,7 +301,7 @@ def test_wrong_files_are_refused_in_one_line(model_folder, tmp_path, monkeypatch
         ([*SCHEDULE, "--path", "rows.json"], ["it has 2 rows for 4 steps"]),
         ([*SCHEDULE, "--path", "first.json"], ["step 3 runs first and must run every layer"]),
         ([*SCHEDULE, "--path", "order.json"], ["order 3 is none of 0 (reuse), 1 and 2"]),
-        ([*SCHEDULE, "--path", "typo.json"], ["its keys are steps, depth, order and rows; unknown: oder"]),
+        ([*SCHEDULE, "--path", "typo.json"], ["its keys are steps, depth, order, process and rows; unknown: oder"]),
         ([*SCHEDULE, "--path", "depth.json"], ["depth.json is for 7 blocks, the model has 3"]),
         ([*SCHEDULE, "--path", "steps.json"], ["steps.json is for 6 steps", "--num-sampling-steps 6"]),
         ([*SCHEDULE, "--path", "list.json"], ["it holds no JSON object"]),

@@ -2,19 +2,21 @@
 
 NNN-MODEL/args.json                flags and versions of the last launch
 NNN-MODEL/checkpoints/search.pt    what the search has found so far, to continue it
-NNN-MODEL/DDIMn_Xx.json            the plan for n steps and a speed-up of X, a schedule file; its picture is a .png
+NNN-MODEL/DDIMn_Xx.json            the plan for n steps and a speed-up of X, a schedule file; its picture is a .png;
+                                   Eulern_Xx.json for a flow model
 """
 
 import json
 import math
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from pretrained.spec import SAMPLER_NAMES
 from runtime.errors import UserError
 from runtime.files import atomic_write, load_tensors
 from runtime.noise import ImageNoise
@@ -202,8 +204,8 @@ def learn_plans(args, spec, dit, diffusion, cfg_scale, identity):
     """Learn and report the plans of --target-speedup, in a new run's folder or in that of --resume."""
     check_targets(args.target_speedup, diffusion.steps, dit)
     order = 2 if args.forecast is None else args.forecast
-    flags = vars(args) | {"cfg_scale": cfg_scale, "forecast": order}
-    determining = {name: flags[name] for name in DETERMINING} | {"model": identity}
+    flags = vars(args) | {"cfg_scale": float(cfg_scale), "forecast": order}
+    determining = {name: flags[name] for name in DETERMINING} | {"model": identity} | cfg_scale.entries()
     run, state = open_search(args, spec.name, determining)
     folder = run.folder
 
@@ -222,8 +224,8 @@ def learn_plans(args, spec, dit, diffusion, cfg_scale, identity):
         with sigterm_interrupts():
             for target in sorted(set(args.target_speedup)):
                 last = search.learn(target, last)
-                path = folder / f"DDIM{diffusion.steps}_{target:g}x.json"
-                last.save(path)
+                path = folder / f"{SAMPLER_NAMES[spec.sampler()]}{diffusion.steps}_{target:g}x.json"
+                replace(last, process=diffusion.name).save(path)
                 save_plans({path.stem: last}, path.with_suffix(".png"))
                 report(search, target, last, path)
     except KeyboardInterrupt:
@@ -280,6 +282,10 @@ def sampling_command(args, spec, cfg_scale, path):
     model = ["--ckpt", args.ckpt] if args.ckpt else []
     if spec.registered:
         model += ["--model", args.model, "--image-size", args.image_size, "--num-classes", args.num_classes]
-    command = ["python", "sample.py", *model, "--num-sampling-steps", args.num_sampling_steps, "--ddim-sample"]
-    command += ["--cfg-scale", f"{cfg_scale:g}", "--accelerate-method", "schedule", "--path", path]
+    command = ["python", "sample.py", *model, "--num-sampling-steps", args.num_sampling_steps]
+    command += ["--ddim-sample"] if spec.process == "diffusion" else ["--sampler", spec.sampler()]
+    command += ["--cfg-scale", f"{cfg_scale:g}"]
+    command += ["--cfg-channels", args.cfg_channels] if args.cfg_channels else []
+    command += ["--cfg-interval", *args.cfg_interval] if args.cfg_interval else []
+    command += ["--accelerate-method", "schedule", "--path", path]
     return shlex.join(map(str, command))

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from models import guided, modulate
+from models import Guidance, modulate
 
 # Bytes for the outputs and gradients of the samples that are handled at once, on the device. DiT-XL/2 at 256 x 256
 # takes one sample at a time and 10 GB in float32, beside its 2.7 GB of weights.
@@ -22,7 +22,7 @@ ACTIVATIONS = 20  # tensors (T, D) per layer in the graph of one step
 
 
 class Trajectory:
-    """The steps of DDIM sampling of some samples, one by one, with access to the output of each layer.
+    """The steps of DDIM, or of Euler, for some samples, one by one, with access to the output of each layer.
 
     dit: frozen. y: labels (N,). cfg_scale: guidance; 1 is none.
     """
@@ -30,7 +30,7 @@ class Trajectory:
     def __init__(self, dit, diffusion, y, cfg_scale):
         self.dit, self.diffusion, self.cfg_scale = dit, diffusion, cfg_scale
         self.y = y if cfg_scale == 1.0 else torch.cat([y, torch.full_like(y, dit.num_classes)])
-        self.timesteps = diffusion.timesteps(y.device)
+        self.timesteps, self.times = diffusion.timesteps(y.device), diffusion.times.tolist()
 
     def step(self, x, e, output_of):
         """Return x (N, C, H, W) after step e.
@@ -51,8 +51,8 @@ class Trajectory:
             stream = torch.addcmul(stream, gate_m, output_of(2 * l + 1, run))
         output = dit.unpatchify(dit.final_layer(stream, modulations[-1])).to(x.dtype)
         if self.cfg_scale != 1.0:
-            output = guided(output, self.cfg_scale)[: len(x)]
-        return self.diffusion.ddim_step(output, x, i)
+            output = Guidance.of(self.cfg_scale).apply(output, self.times[i])[: len(x)]
+        return self.diffusion.step(output, x, i)
 
 
 def _run(layer, norm, stream, shift, scale):

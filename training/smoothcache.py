@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion import create_diffusion
+from diffusion import Process, create_diffusion
 from models import DiT
 from sampling import sample_latents
 
@@ -53,10 +53,11 @@ def _changes(new: Tensor, *older: Tensor) -> Tensor:
     return torch.stack(changes) if changes else size[:0]
 
 
-def layer_changes(dit: DiT, steps: int, cfg_scale: float = 1.0) -> Tensor:
-    """The changes of a `Recorder`, the mean over SAMPLES samples of DDIM: float32 [steps, MOST, 2] on the CPU.
+def layer_changes(dit: DiT, steps: int, cfg_scale: float = 1.0, diffusion: Process | None = None) -> Tensor:
+    """The changes of a `Recorder`, the mean over SAMPLES samples: float32 [steps, MOST, 2] on the CPU.
 
     The noise is always the same, and the labels are spread over all classes. cfg_scale: guidance, as for sampling.
+    diffusion: of `steps` steps; None is DDIM.
     Raises UserError if the model cannot do the guidance.
     """
     device = dit.pos_embed.device
@@ -69,6 +70,6 @@ def layer_changes(dit: DiT, steps: int, cfg_scale: float = 1.0) -> Tensor:
     progress = partial(tqdm, desc="measuring changes", leave=False, disable=None)
     for z_part, y_part in progress(batches):
         recorder = Recorder(dit, steps)
-        sample_latents(cast(DiT, recorder), create_diffusion(steps), z_part, y_part, cfg_scale)
+        sample_latents(cast(DiT, recorder), diffusion or create_diffusion(steps), z_part, y_part, cfg_scale)
         changes += recorder.changes / len(batches)
     return changes

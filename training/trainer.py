@@ -72,7 +72,7 @@ class Trainer:
         self.draw_size = config.batch_size // config.draws  # images
         self.slices = slices_per_draw(part, self.draw_size)
         generator = torch.Generator().manual_seed(config.seed)  # the same initial scores on all ranks
-        self.router = Router(diffusion.steps, dit.depth, generator).to(self.device)
+        self.router = Router(diffusion.steps, dit.depth, generator, diffusion.name).to(self.device)
         self.trained_steps = list(self.router.trained_steps(diffusion.steps))
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=config.lr, weight_decay=0)
         self.l1_weight = config.l1_weight
