@@ -1,0 +1,401 @@
+"""Ours beside what users would pick instead: the same weights, noise and clock, in a pipeline of diffusers.
+
+    python -m benchmarks.peers                             # all that is missing; hours on two cores, stop at any time
+    python -m benchmarks.peers --rows dbcache-0.15-20      # only these, without the times
+    python -m benchmarks.peers --quality                   # all rows, without the times
+    python -m benchmarks.peers --timing                    # only the times: on a machine that does nothing else
+    python -m benchmarks.peers --table                     # print the tables and draw the picture from the records
+
+The peers come with `pip install -r requirements-peers.txt`; rows of those that are missing are left out. Each row
+becomes results/peers/ROW.json: the layer calls that ran, as counted by hooks in a run of its own; the error of the
+latents against the run that skips nothing, from the same noise; metrics of 5,000 images by the judge of
+`benchmarks.table`, from the noise of its seed 0; and the lines that a user writes (`benchmarks.peer_setups`).
+results/peers/timing.json has the seconds of the denoising loop of all rows, run in turn.
+
+All rows run DDIM with the timesteps of diffusers (0, 50, ... 950 for 20 steps) and guidance on three channels.
+"""
+
+import argparse
+import statistics
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+
+from benchmarks import common, peer_setups, table
+from runtime import cli, signals
+
+FOLDER = "samples/peers"
+SAMPLES = table.SAMPLES
+AT_ONCE = 50  # images of a batch; peers with a threshold decide for a whole batch
+COMPARED = 64  # images whose latents are compared, and of a timed batch
+REPEATS = 3  # timed rounds after the warm-up
+PARITY_DB = 90  # at least, for plain diffusers against plain ours
+TARGETS = (0.6, 0.5, 0.4, 0.3)  # of the time of plain diffusers
+
+PACKAGES = {"dbcache": "cache-dit", "smoothcache": "dit-smoothcache", "hicache": "hicache-pp"}
+TITLES = {
+    "plain": "diffusers",
+    "dbcache": "cache-dit DBCache",
+    "smoothcache": "dit-smoothcache",
+    "first_block_cache": "diffusers FirstBlockCache",
+    "taylorseer": "diffusers TaylorSeer",
+    "magcache": "diffusers MagCache",
+    "hicache": "hicache-pp",
+    "our_sampler": "ours",
+    "ours": "ours, in the pipeline",
+}
+OURS = ("our_sampler", "ours")
+
+
+@dataclass(frozen=True)
+class Row:
+    """label: the name without steps; setup: a function of `peer_setups`; plan: a row of `table`, without steps."""
+
+    label: str
+    setup: str
+    steps: int
+    settings: dict = field(default_factory=dict, hash=False)
+    plan: str = ""
+    cfg_scale: float | None = None  # None is the model's own
+
+    @property
+    def name(self):
+        return f"{self.label}-{self.steps}"
+
+    @property
+    def title(self):
+        words = [f"{name} {value}" for name, value in self.settings.items()]
+        words += [self.plan] if self.plan else []
+        words += [f"guidance {self.cfg_scale}"] if self.cfg_scale is not None else []
+        return ", ".join([TITLES[self.setup], *words])
+
+
+def make_rows():
+    """All rows: two settings of each peer that span its range, then ours, for 20 and 50 steps."""
+    rows = []
+    for steps, low, high in ((20, 0.1, 0.15), (50, 0.08, 0.15)):
+        rows += [Row("diffusers", "plain", steps)]
+        rows += [Row(f"dbcache-{x}", "dbcache", steps, {"threshold": x}) for x in (low, high)]
+        for most in (1, 2):
+            settings = {"threshold": 0.25, "in_a_row": most, "order": 1}
+            rows += [Row(f"dbcache-taylorseer-{most}", "dbcache", steps, settings)]
+        for alpha in {20: (0.2, 0.35), 50: (0.18, 0.25)}[steps]:
+            rows += [Row(f"smoothcache-{alpha}", "smoothcache", steps, plan=f"smoothcache-{alpha}")]
+        for x in (0.05, 0.1):
+            rows += [Row(f"firstblock-{x}", "first_block_cache", steps, {"threshold": x})]
+        for interval in (2, 3):
+            rows += [Row(f"taylorseer-{interval}", "taylorseer", steps, {"interval": interval})]
+            rows += [Row(f"hicache-{interval}", "hicache", steps, {"interval": interval})]
+        for x in (0.06, 0.12):
+            rows += [Row(f"magcache-{x}", "magcache", steps, {"threshold": x})]
+        learned = [f"learned-{target}" for target in table.SETTINGS["learned"][steps]]
+        rows += [Row("ours", "our_sampler", steps)]
+        for plan in ("router", "router-f2", "fora2", "fora2-f2", "fora3", "fora3-f2", "fora4-f2", *learned):
+            rows += [Row(f"ours-{plan}", "our_sampler", steps, plan=plan)]
+        rows += [Row(f"adapter-{plan}", "ours", steps, plan=plan) for plan in ("router-f2", "fora3-f2")]
+    return tuple(rows)
+
+
+ROWS = make_rows()
+
+
+def row_list(text):
+    """An argparse type: names of ROWS, separated by commas."""
+    rows = {row.name: row for row in ROWS}
+    for name in text.split(","):
+        if name not in rows:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(rows)}")
+    return [rows[name] for name in text.split(",")]
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=row_list, metavar="ROW,ROW", help="only these, as dbcache-0.15-20; default: all")
+    trial = f"images of a row; any number but {SAMPLES} is a trial, kept in {FOLDER}-SAMPLES"
+    parser.add_argument("--samples", type=cli.positive, default=SAMPLES, help=trial)
+    parser.add_argument("--quality", action="store_true", help="make all but the times")
+    parser.add_argument("--timing", action="store_true", help="measure only the times, again if they are there")
+    parser.add_argument("--table", action="store_true", help="make nothing, print the tables of the records")
+    args = parser.parse_args(argv)
+    args.folder, args.results = common.ROOT / FOLDER, common.RESULTS / "peers"
+    args.picture = common.ROOT / "assets" / "peers.png"
+    if args.samples != SAMPLES:
+        args.folder = common.ROOT / f"{FOLDER}-{args.samples}"
+        args.results, args.picture = args.folder / "results", args.folder / "peers.png"
+    return args
+
+
+class Bench:
+    """The shipped model, and the functions that sample with it, one for each row."""
+
+    def __init__(self):
+        from pretrained.loading import load_dit, load_vae
+        from pretrained.spec import model_spec
+        from runtime import devices
+
+        self.device = devices.pick_device("cpu")
+        self.spec = model_spec(ckpt=str(common.ROOT / table.MODEL))
+        self.dit = devices.set_precision(load_dit(self.spec, self.device), "tf32")
+        self.vae = load_vae(self.spec, self.device)
+        self._full = {}  # latents of plain diffusers, by number of steps
+
+    def noise(self, first, count):
+        """`ImageNoise` of the images from number `first` on."""
+        from runtime.noise import ImageNoise
+
+        shape = (self.dit.in_channels, self.dit.input_size, self.dit.input_size)
+        return ImageNoise(0, range(first, first + count), shape, self.spec.num_classes, self.device, balanced=True)
+
+    def plan(self, row):
+        """The `Schedule` of a row, None without a plan."""
+        if not row.plan:
+            return None
+        method, _, setting = row.plan.partition("-")
+        named = (row.plan, row.steps) if row.plan in table.METHODS else (method, row.steps, setting)
+        return table.plan(table.Row(*named), self.dit)
+
+    def sampler(self, row):
+        """(model, function (noise, progress=None) -> latents) of a row. progress: as in `sample_latents`."""
+        scale, plan = row.cfg_scale or self.spec.cfg_scale, self.plan(row)
+        setup = getattr(peer_setups, row.setup)
+        if row.setup == "our_sampler":
+            settings = {"cfg_scale": scale, "schedule": plan}
+            return self.dit, lambda noise, **extra: setup(self.dit, row.steps, noise.z, noise.y, **settings, **extra)
+        pipe = peer_setups.make_pipeline(self.dit, self.vae)
+        settings = dict(row.settings)
+        if row.setup == "smoothcache":
+            computed = plan.compute.flip(0)[:, 0].int().T.tolist()
+            settings["schedule"] = dict(zip(("attn1", "ff"), computed))
+        elif plan is not None:
+            settings["schedule"] = plan
+        context = setup(pipe, row.steps, **settings) or peer_setups.nullcontext
+
+        def sample(noise, **extra):
+            with context():
+                labels = noise.y.tolist()
+                return pipe(labels, scale, num_inference_steps=row.steps, latents=noise.z, **extra)
+
+        return pipe.transformer, sample
+
+    def count(self, row):
+        """Latents of COMPARED images, and the layers that ran, bool [steps, depth, 2], the first step first."""
+        model, sample = self.sampler(row)
+        return peer_setups.count_layers(model, partial(sample, self.noise(0, COMPARED)), row.steps, self.dit.depth)
+
+    def full(self, steps):
+        """Latents of plain diffusers for the noise of `count`."""
+        if steps not in self._full:
+            self._full[steps] = self.sampler(Row("diffusers", "plain", steps))[1](self.noise(0, COMPARED))
+        return self._full[steps]
+
+    def figures(self, row):
+        """What a row skips, its error, and the lines that it takes, as a dict for JSON."""
+        from runtime.pictures import psnr
+
+        latents, ran = self.count(row)
+        full = self.full(row.steps)
+        decibels = psnr(latents, full, (full.max() - full.min()).item())
+        return {
+            "lines": peer_setups.lines_of_user_code(getattr(peer_setups, row.setup)),
+            "skipped": 1 - ran.float().mean().item(),
+            "ran": [" ".join(f"{a:d}{m:d}" for a, m in step) for step in ran.tolist()],
+            "error": (latents - full).square().mean().item(),
+            "psnr_db": None if decibels == float("inf") else decibels,
+            "variance": latents.var().item(),
+        }
+
+    def save_images(self, row, count, path):
+        """Sample `count` images with balanced labels into an .npz."""
+        import numpy as np
+        import torch
+        from tqdm import tqdm
+
+        from runtime.files import atomic_write
+        from sampling import decode
+
+        _, sample = self.sampler(row)
+        images, labels = [], []
+        for first in tqdm(range(0, count, AT_ONCE), desc=row.name, disable=None):
+            noise = self.noise(first, min(AT_ONCE, count - first))
+            images.append(decode(self.vae, sample(noise)))
+            labels.append(noise.labels)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part, part.open("wb") as file:
+            np.savez(file, arr_0=torch.cat(images).numpy(), labels=torch.cat(labels).numpy())
+
+    def times(self, rows):
+        """Seconds of the denoising loop of COMPARED images, and the ratio to plain diffusers: {row: {...}}.
+
+        All rows of as many steps run in turn.
+        """
+        noise, result = self.noise(0, COMPARED), {}
+        for steps in sorted({row.steps for row in rows}):
+            samplers = {row.name: partial(self.sampler(row)[1], noise) for row in rows if row.steps == steps}
+            seconds = common.time_in_turn(samplers, REPEATS, self.device)
+            plain = seconds[f"diffusers-{steps}"]
+            for name, some in seconds.items():
+                result[name] = {"seconds": some, "ratio": common.median_ratio(some, plain)}
+        return result
+
+
+def installed():
+    """{package: its version} of the peers that are there. Prints a line about those that are not."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in PACKAGES.values():
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    if missing := sorted({*PACKAGES.values()} - {*found}):
+        way = "pip install -r requirements-peers.txt"
+        print(f"Not installed, their rows are left out: {', '.join(missing)} ({way})", file=sys.stderr)
+    return found
+
+
+def fill(args):
+    """Make what the records lack."""
+    from importlib.metadata import version
+
+    from runtime.hashes import sha256_of_file
+    from runtime.records import write_record
+
+    found = installed()
+    rows = [row for row in args.rows or ROWS if PACKAGES.get(row.setup) in {*found, None}]
+    bench = Bench()
+    judges = {name: sha256_of_file(common.ROOT / path) for name, path in table.JUDGES.items()}
+    versions = {name: version(name) for name in ("torch", "diffusers")}
+    for row in rows if not args.timing else []:
+        path, flags = args.results / f"{row.name}.json", {"row": row.name, "samples": args.samples}
+        known = {"setup": row.setup, "settings": row.settings, "plan": row.plan, "steps": row.steps}
+        known |= {"cfg_scale": row.cfg_scale or bench.spec.cfg_scale, "judges": judges}
+        record = table.read(path)
+        if {name: record.get(name) for name in ("flags", *known)} == {"flags": flags, **known}:
+            continue  # what was made otherwise is made again
+        print(f"{row.name}:", file=sys.stderr, flush=True)
+        npz = args.folder / f"{row.name}.npz"
+        figures = bench.figures(row)
+        bench.save_images(row, args.samples, npz)
+        peer = {package: found[package] for package in [PACKAGES.get(row.setup)] if package}
+        figures |= {"quality": table.judge(npz), "versions": versions | peer}
+        write_record(path, flags, bench.device, known | figures)
+    path = args.results / "timing.json"
+    complete = {row.name for row in rows} <= table.read(path).get("rows", {}).keys()
+    if args.timing or not (args.quality or args.rows or complete):
+        import torch
+
+        print("times of all rows, in turn:", file=sys.stderr, flush=True)
+        timing = {"batch": COMPARED, "threads": torch.get_num_threads(), "rows": bench.times(rows)}
+        write_record(path, {}, bench.device, timing)
+
+
+def cells(row, record, timing):
+    """A row of the table."""
+    measured, quality = timing.get("rows", {}).get(row.name), record["quality"]
+    metrics, decibels = quality["metrics"], record["psnr_db"]
+    return {
+        "row": row.title,
+        "lines": record["lines"],
+        "skipped": f"{record['skipped']:.1%}",
+        "seconds": f"{statistics.median(measured['seconds']):.2f}" if measured else "",
+        "of diffusers": f"{measured['ratio']:.2f}" if measured else "",
+        "error": f"{record['error']:.1e}",
+        "PSNR, dB": f"{decibels:.1f}" if decibels is not None else "equal",
+        "FID": f"{metrics['fid']:.3f}",
+        "sFID": f"{metrics['sfid']:.3f}",
+        "IS": f"{metrics['inception_score']:.3f}",
+        "precision": f"{metrics['precision']:.4f}",
+        "recall": f"{metrics['recall']:.4f}",
+        "class accuracy": f"{quality['class_accuracy']:.2%}",
+    }
+
+
+def best(records, timing, steps, target, ours):
+    """The row of ours, or of the peers, with the lowest FID in at most `target` of plain diffusers' time, or None."""
+    able = [
+        row
+        for row in records
+        if row.steps == steps
+        and (row.setup in OURS) == ours
+        and timing.get("rows", {}).get(row.name, {}).get("ratio", float("inf")) <= target
+    ]
+    return min(able, key=lambda row: records[row]["quality"]["metrics"]["fid"], default=None)
+
+
+def at_equal_time(records, timing):
+    """Rows of the table of our best row beside the best peer's, as dicts."""
+    rows = []
+    for steps in sorted({row.steps for row in records}):
+        for target in TARGETS:
+            for ours in (False, True):
+                row = best(records, timing, steps, target, ours)
+                if row:
+                    short = cells(row, records[row], timing)
+                    kept = {name: short[name] for name in ("row", "of diffusers", "seconds", "FID", "error")}
+                    rows.append({"steps": steps, "at most": target, "whose": "ours" if ours else "peer"} | kept)
+    return rows
+
+
+def tables(records, timing):
+    """The tables of `records`, {row: its record}, as Markdown by title."""
+    result = {}
+    for steps in sorted({row.steps for row in records}):
+        some = [cells(row, record, timing) for row, record in records.items() if row.steps == steps]
+        result[f"{steps} steps"] = common.markdown(some)
+    if compared := at_equal_time(records, timing):
+        result["The best at equal time"] = common.markdown(compared)
+    return result
+
+
+def save_picture(records, timing, path):
+    """Write a PNG: FID by time relative to plain diffusers, a plot for each number of steps."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from runtime.files import atomic_write
+
+    timed = [row for row in records if row.name in timing["rows"] and row.cfg_scale is None]
+    steps = sorted({row.steps for row in timed})
+    with matplotlib.rc_context({"font.size": 8}):
+        figure = Figure(figsize=(6 * len(steps), 4.5), dpi=110, layout="constrained")
+        for axis, count in zip(figure.subplots(1, len(steps), squeeze=False)[0], steps):
+            for setup, marker in zip(TITLES, "*osD^v<>P"):
+                some = [row for row in timed if (row.setup, row.steps) == (setup, count)]
+                x = [timing["rows"][row.name]["ratio"] for row in some]
+                y = [records[row]["quality"]["metrics"]["fid"] for row in some]
+                axis.plot(x, y, marker, label=TITLES[setup], markersize=9 if setup in OURS else 5)
+            axis.set(title=f"{count} steps", xlabel="time, of plain diffusers", ylabel="FID")
+            axis.legend()
+    with atomic_write(path) as part:
+        figure.savefig(part, format="png", metadata={"Software": None})
+
+
+def show(args):
+    """Print the tables of the records, and draw their picture."""
+    timing = table.read(args.results / "timing.json")
+    records = {row: table.read(args.results / f"{row.name}.json") for row in ROWS}
+    missing = [row.name for row, record in records.items() if not record]
+    records = {row: record for row, record in records.items() if record}
+    for title, text in tables(records, timing).items():
+        print(f"\n{title}:\n\n{text}")
+    if records and timing:
+        save_picture(records, timing, args.picture)
+        print(f"\nPicture: {args.picture}")
+    for row, record in records.items():
+        if row.label == "ours" and (record["psnr_db"] or PARITY_DB) < PARITY_DB:
+            print(f"\nNot the same model: {row.name} has {record['psnr_db']:.1f} dB, {PARITY_DB} are expected")
+    untimed = [row.name for row in records if row.name not in timing.get("rows", {})]
+    if missing or untimed:
+        print(f"\nMissing: {', '.join(missing) or 'no row'}; untimed: {', '.join(untimed) or 'none'}")
+
+
+def main(args):
+    if not args.table:
+        with signals.sigterm_interrupts():
+            fill(args)
+    show(args)
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

@@ -1,0 +1,249 @@
+"""Ours beside the peers: what is counted, what is made again, and the tables. The peers themselves are stand-ins."""
+
+import json
+import re
+import shutil
+import sys
+from functools import partial
+from importlib.metadata import PackageNotFoundError
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import ROOT, call
+from PIL import Image
+
+from benchmarks import peer_setups, peers, table
+from benchmarks.peers import Row
+from diffusion import create_diffusion
+from sampling import sample_latents
+from schedule import Schedule
+
+STEPS = 4
+
+
+@pytest.fixture
+def bench(model_folder, tmp_path, monkeypatch):
+    """A Bench of a tiny model, which runs four steps on three images."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(model_folder, folder)
+    shutil.copy(folder / "router4.pt", folder / "DDIM4_router.pt")
+    monkeypatch.setattr(table, "MODEL", str(folder))
+    monkeypatch.setattr(table, "THRESHOLD", 0.5)  # of a router that was not trained
+    monkeypatch.setattr(peers, "COMPARED", 3)
+    return peers.Bench()
+
+
+def test_plain_diffusers_and_plain_ours_are_the_same_run(bench):
+    noise, diffusion = bench.noise(0, 3), create_diffusion("ddim4")
+    expected = sample_latents(bench.dit, diffusion, noise.z, noise.y, 2.0)
+    for row in (Row("ours", "our_sampler", STEPS), Row("diffusers", "plain", STEPS)):
+        figures = bench.figures(row)
+        assert figures["skipped"] == 0 and figures["ran"] == ["11 11 11"] * 4
+        assert figures["psnr_db"] is None or figures["psnr_db"] > peers.PARITY_DB
+        assert torch.allclose(bench.count(row)[0], expected, atol=1e-4)
+    assert bench.figures(Row("ours", "our_sampler", STEPS, cfg_scale=1.0))["error"] > 1e-4
+
+
+@pytest.mark.parametrize("setup", ["our_sampler", "ours"])
+def test_the_counted_layers_are_those_of_the_plan(bench, setup):
+    for plan, order in (("fora2", 0), ("router-f2", 2)):
+        row = Row("x", setup, STEPS, plan=plan)
+        schedule = bench.plan(row)
+        latents, ran = bench.count(row)
+        assert torch.equal(ran, schedule.compute.flip(0)) and schedule.order == order and not ran.all()
+        noise = bench.noise(0, 3)
+        ours = sample_latents(bench.dit, create_diffusion("ddim4"), noise.z, noise.y, 2.0, schedule)
+        assert torch.allclose(latents, ours, atol=1e-4)
+
+
+def test_caches_of_diffusers_skip_layers_at_each_call(bench):
+    """A threshold that everything is below: the first block runs at each step, the others at the first alone."""
+    later = {
+        ("first_block_cache", 1e9): ["11 00 00"] * 3,
+        ("magcache", 1e9): ["00 00 00"] * 3,
+    }
+    for (setup, threshold), expected in later.items():
+        model, sample = bench.sampler(Row("x", setup, STEPS, {"threshold": threshold}))
+        for _ in range(2):
+            latents, ran = peer_setups.count_layers(model, partial(sample, bench.noise(0, 3)), STEPS, 3)
+            rows = [" ".join(f"{a:d}{m:d}" for a, m in step) for step in ran.tolist()]
+            assert rows == ["11 11 11", *expected] and latents.isfinite().all()
+    figures = bench.figures(Row("x", "taylorseer", STEPS, {"interval": 9, "order": 1}))
+    assert figures["ran"] == ["11 11 11"] * 2 + ["00 00 00", "11 11 11"] and figures["error"] > 0
+
+
+def test_dbcache_gets_its_settings(bench, monkeypatch):
+    made: list = []
+    fake = ModuleType("cache_dit")
+    fake.DBCacheConfig = fake.TaylorSeerCalibratorConfig = lambda **settings: settings
+    fake.enable_cache = lambda pipe, cache_config, calibrator_config: made.append(
+        (pipe, cache_config, calibrator_config)
+    )
+    monkeypatch.setitem(sys.modules, "cache_dit", fake)
+    bench.sampler(Row("x", "dbcache", STEPS, {"threshold": 0.15}))
+    bench.sampler(Row("x", "dbcache", STEPS, {"threshold": 0.25, "in_a_row": 2, "order": 1}))
+    (first, plain, none), (second, limited, taylor) = made
+    assert (plain["residual_diff_threshold"], plain["num_inference_steps"], none) == (0.15, STEPS, None)
+    assert limited["max_continuous_cached_steps"] == 2 and taylor == {"taylorseer_order": 1}
+    # cache-dit changes the class of a pipeline, and knows DiT by the first letters of its name.
+    assert type(first) is not type(second) and type(first).__name__.startswith("DiT")
+
+
+def test_smoothcache_gets_the_plan_and_is_reset_before_each_call(bench, monkeypatch, capsys):
+    class Helper:
+        def __init__(self, model, block, layers, schedule):
+            made.append((block.__name__, layers, schedule))
+
+        def enable(self):
+            made.append("enable")
+
+        def reset_state(self):
+            made.append("reset")
+
+    made, fake = [], ModuleType("SmoothCache.smooth_cache_helper")
+    fake.SmoothCacheHelper = Helper
+    monkeypatch.setitem(sys.modules, "SmoothCache", ModuleType("SmoothCache"))
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    compute = torch.ones(STEPS, 3, 2, dtype=torch.bool)
+    compute[0, :, 1] = compute[2, :, 0] = False  # the MLP at the last step, attention at the second
+    monkeypatch.setattr(table, "plan", lambda row, dit: Schedule(compute))
+    _, sample = bench.sampler(Row("x", "smoothcache", STEPS, plan="smoothcache-0.2"))
+    for _ in range(2):
+        sample(bench.noise(0, 1))
+    schedule = {"attn1": [1, 0, 1, 1], "ff": [1, 1, 1, 0]}
+    assert made == [("BasicTransformerBlock", ["attn1", "ff"], schedule), "enable", "reset", "reset"]
+
+
+def test_hicache_forecasts_what_it_decides_to(bench, monkeypatch):
+    fake, decisions = ModuleType("hicache_pp"), ["full", "full", "forecast", "full"]
+    fake.hicache_init = lambda **settings: {"step": 0, **settings}
+    fake.hicache_reset = lambda state: state.update(step=0)
+    fake.hicache_decide = lambda state: decisions[state["step"]]
+    fake.hicache_update_derivatives = lambda state, output: state.update(last=output)
+    fake.hicache_forecast = lambda state: state["last"]
+    monkeypatch.setitem(sys.modules, "hicache_pp", fake)
+    model, sample = bench.sampler(Row("x", "hicache", STEPS, {"interval": 3}))
+    for _ in range(2):
+        _, ran = peer_setups.count_layers(model, partial(sample, bench.noise(0, 2)), STEPS, 3)
+        assert ran.all(2).all(1).tolist() == [True, True, False, True]
+
+
+def test_lines_of_user_code_leave_out_docstrings_comments_and_blank_lines():
+    def setup(pipe):
+        """A docstring.
+
+        Of three lines.
+        """
+        # A comment.
+        import json
+
+        return json  # counts
+
+    assert peer_setups.lines_of_user_code(setup) == 2
+    assert peer_setups.lines_of_user_code(peer_setups.plain) == 0
+    assert peer_setups.lines_of_user_code(peer_setups.ours) == 2
+
+
+@pytest.fixture
+def stubbed(bench, tmp_path, monkeypatch):
+    """The program with three rows, whose images are neither made nor judged: (function to call it, rows made)."""
+    rows = (
+        Row("diffusers", "plain", STEPS),
+        Row("dbcache", "dbcache", STEPS, {"threshold": 0.1}),
+        Row("ours-fora2", "our_sampler", STEPS, plan="fora2"),
+    )
+    made = []
+
+    def figures(self, row):
+        made.append(row.name)
+        return {"lines": 3, "skipped": 0.5, "ran": [], "error": 0.25, "psnr_db": None, "variance": 1.0}
+
+    def judge(npz):
+        metrics = {"inception_score": 5.0, "fid": 4.0 + len(made), "sfid": 2.0, "precision": 0.5, "recall": 0.25}
+        return {"images": 7, "metrics": metrics, "class_accuracy": 0.75}
+
+    def version(package):
+        if package in peers.PACKAGES.values():
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(peers, "ROWS", rows)
+    monkeypatch.setattr(peers, "FOLDER", str(tmp_path / "samples"))
+    monkeypatch.setattr(peers, "REPEATS", 1)
+    monkeypatch.setattr(peers.Bench, "figures", figures)
+    monkeypatch.setattr(peers.Bench, "save_images", lambda *_: None)
+    monkeypatch.setattr(table, "judge", judge)
+    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.setattr("benchmarks.peers.Bench.__init__", lambda self: self.__dict__.update(bench.__dict__))
+    return made
+
+
+def program(*flags, capfd):
+    result = call("benchmarks/peers.py", "--samples", 7, *flags, capfd=capfd)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_only_what_is_missing_or_outdated_is_made(stubbed, tmp_path, monkeypatch, capfd):
+    results = tmp_path / "samples-7" / "results"
+    first = program("--rows", "ours-fora2-4", capfd=capfd)
+    assert stubbed == ["ours-fora2-4"] and not (results / "timing.json").exists()
+    assert "Missing: diffusers-4, dbcache-4; untimed: ours-fora2-4" in first.stdout
+    # A peer that is not installed is named once and its row is left out.
+    second = program(capfd=capfd)
+    (line,) = [line for line in second.stderr.splitlines() if "Not installed" in line]
+    assert "cache-dit, dit-smoothcache, hicache-pp (pip install -r requirements-peers.txt)" in line
+    assert stubbed == ["ours-fora2-4", "diffusers-4"]
+    timing = json.loads((results / "timing.json").read_text())
+    assert set(timing["rows"]) == {"diffusers-4", "ours-fora2-4"} and timing["rows"]["diffusers-4"]["ratio"] == 1
+    assert timing["threads"] == torch.get_num_threads() and "Missing: dbcache-4; untimed: none" in second.stdout
+    assert re.search(
+        r"^\| ours, fora2 \| 3 \| 50.0% \| [\d.]+ \| [\d.]+ \| 2.5e-01 \| equal \| 5.000 ", second.stdout, re.M
+    )
+    assert Image.open(tmp_path / "samples-7" / "peers.png").format == "PNG"
+    program(capfd=capfd)
+    assert len(stubbed) == 2
+    # Other settings: the row is outdated. Times alone make no row.
+    rows = (*peers.ROWS[:2], Row("ours-fora2", "our_sampler", STEPS, plan="fora3"))
+    monkeypatch.setattr(peers, "ROWS", rows)
+    program("--timing", capfd=capfd)
+    assert len(stubbed) == 2
+    program("--quality", capfd=capfd)
+    assert stubbed[2:] == ["ours-fora2-4"]
+
+
+def test_a_row_of_no_name_is_refused(capfd):
+    result = call("benchmarks/peers.py", "--rows", "dbcache-20", capfd=capfd)
+    assert result.returncode == 2 and "'dbcache-20' is none of diffusers-20, " in result.stderr
+
+
+def record(fid):
+    metrics = {"fid": fid, "sfid": 1, "inception_score": 1, "precision": 1, "recall": 1}
+    quality = {"metrics": metrics, "class_accuracy": 1}
+    return {"lines": 1, "skipped": 0, "error": 0.5, "psnr_db": 40.0, "quality": quality}
+
+
+def test_the_best_at_equal_time_is_the_lowest_fid_that_is_fast_enough():
+    rows = {
+        Row("diffusers", "plain", 20): (1.0, 1.0),
+        Row("a", "dbcache", 20): (0.60, 1.4),
+        Row("b", "hicache", 20): (0.45, 1.5),
+        Row("ours-x", "our_sampler", 20): (0.61, 0.5),
+        Row("ours-y", "ours", 20): (0.35, 1.3),
+        Row("ours-z", "our_sampler", 50): (0.1, 0.1),
+        Row("untimed", "our_sampler", 20): (None, 0.1),
+    }
+    timing = {"rows": {row.name: {"seconds": [t], "ratio": t} for row, (t, _) in rows.items() if t}}
+    records = {row: record(fid) for row, (_, fid) in rows.items()}
+    found = [(r["steps"], r["at most"], r["whose"], r["FID"]) for r in peers.at_equal_time(records, timing)]
+    of_20 = [(20, 0.6, "peer", "1.400"), (20, 0.6, "ours", "1.300"), (20, 0.5, "peer", "1.500")]
+    of_20 += [(20, 0.5, "ours", "1.300"), (20, 0.4, "ours", "1.300")]
+    assert found == of_20 + [(50, target, "ours", "0.100") for target in (0.6, 0.5, 0.4, 0.3)]
+
+
+def test_the_requirements_name_each_peer_with_its_version():
+    text = (ROOT / "requirements-peers.txt").read_text()
+    assert all(re.search(rf"^{package}==[\d.]+", text, re.M) for package in peers.PACKAGES.values())
+    assert {row.setup for row in peers.ROWS} <= vars(peer_setups).keys() & peers.TITLES.keys()
+    assert len({row.name for row in peers.ROWS}) == len(peers.ROWS)
