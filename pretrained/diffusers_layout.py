@@ -3,6 +3,8 @@
 diffusers' DiT differs from the original in two constants: its timestep features have the frequencies
 10000 ** -(k/127), not 10000 ** -(k/128), and the norm before its MLPs has eps 1e-5, not 1e-6. A model that is loaded
 from diffusers keeps both (`frequency_shift` and `mlp_norm_eps` of `DiT`), so it computes the same here as there.
+diffusers' DiTPipeline has two more: its null class is 1000, and it guides all channels. `as_trained` makes a model of
+another number of classes, or with other guided channels, run in it.
 
 facebook/DiT-XL-2-256 holds the original's weights in this layout: they were trained with the frequencies of the
 original, and diffusers runs them with its own. This line makes a pipeline run the model as it was trained; here,
@@ -57,7 +59,9 @@ SIZES = {
     "hidden_size": ("attention_head_dim", 72),  # per head
     "num_classes": ("num_embeds_ada_norm", 1000),
 }
+ROUNDING = 2**-8  # of positions that were saved in bfloat16; those in float16 are off by 2**-12
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is the older name
+NULL_CLASS = 1000  # that DiTPipeline gives to guidance, whatever the model
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # Settings of a pipeline's scheduler that our diffusion has, which are also diffusers' defaults.
 SCHEDULER = {
@@ -156,24 +160,24 @@ def dit_from_transformer(transformer: Any) -> DiT:
     config = dit_config(transformer.config | {"frequency_shift": time_proj.downscale_freq_shift})
     with torch.device("meta"):
         dit = DiT(**config)
-    positions = position_table(config["hidden_size"], config["input_size"] // config["patch_size"])
-    positions = positions.to(transformer.device, transformer.dtype)
+    positions = transformer.pos_embed.pos_embed.to(transformer.device, transformer.dtype)
     dit.load_state_dict(from_diffusers(transformer.state_dict()) | {"pos_embed": positions}, assign=True)
     return dit.requires_grad_(False).eval()
 
 
-def to_diffusers(dit: DiT) -> Any:
+def to_diffusers(dit: DiT, cfg_channels: int | None = None) -> Any:
     """A frozen DiTTransformer2DModel that computes the same as a DiT, with its dtype and on its device.
 
-    save_pretrained keeps `frequency_shift` in its config.json, so the model loads here unchanged. diffusers ignores
-    `frequency_shift`: if it is 0, loading the model there needs the line at the top of this file.
+    It runs in a DiTPipeline as it is. cfg_channels: how many channels the pipeline guides; None is all.
+    save_pretrained keeps `frequency_shift` and `cfg_channels` in its config.json, so the model loads here unchanged.
+    diffusers ignores both: call `as_trained` with the model that it loads.
     Raises ValueError if diffusers has no such model.
     """
     from diffusers import DiTTransformer2DModel
 
     block, hidden = dit.blocks[0], dit.pos_embed.shape[-1]
     positions = position_table(hidden, dit.input_size // dit.patch_size).to(dit.pos_embed)
-    if not torch.allclose(dit.pos_embed, positions, atol=1e-6):
+    if not torch.allclose(dit.pos_embed, positions, rtol=0, atol=ROUNDING):
         raise ValueError("the positions of this DiT are not the fixed ones, and diffusers has only these")
     if block.mlp.fc1.out_features != 4 * hidden:
         raise ValueError(f"the MLPs are {block.mlp.fc1.out_features} wide and diffusers has only 4 * {hidden}")
@@ -195,9 +199,79 @@ def to_diffusers(dit: DiT) -> Any:
     for ours, theirs in _names(dit.depth).items():
         renamed |= zip(theirs, state[ours].chunk(3) if ".qkv." in ours else [state[ours]] * len(theirs))
     transformer.load_state_dict(renamed)
-    shift = dit.t_embedder.frequency_shift
-    if shift != 1:
+    transformer.pos_embed.pos_embed = dit.pos_embed.detach().clone()  # to the last digit
+    if (shift := dit.t_embedder.frequency_shift) != 1:
         transformer.register_to_config(frequency_shift=shift)
+    transformer = transformer.to(dit.pos_embed).requires_grad_(False).eval()
+    return as_trained(transformer, cfg_channels)
+
+
+def as_trained(transformer: Any, cfg_channels: int | None = None) -> Any:
+    """Make a DiTTransformer2DModel of `to_diffusers`, loaded by diffusers, run in a DiTPipeline as our DiT; return it.
+
+    It gets the timestep features that its config.json names, its own null class instead of 1000, and guidance on
+    `cfg_channels` channels (None: those of the config, else all). The last two are hooks of the module.
+    Raises ValueError as `check_channels`.
+    """
+    config = transformer.config
+    cfg_channels = check_channels(cfg_channels or config.get("cfg_channels"), config.in_channels)
+    if (shift := config.get("frequency_shift")) is not None:
         for block in transformer.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = shift
-    return transformer.to(dit.pos_embed).requires_grad_(False).eval()
+    if cfg_channels < config.in_channels:
+        transformer.register_to_config(cfg_channels=cfg_channels)
+    transformer.register_forward_pre_hook(_own_null_class, with_kwargs=True)
+    transformer.register_forward_hook(_own_channels, with_kwargs=True)
+    return transformer
+
+
+def check_channels(cfg_channels: int | None, channels: int) -> int:
+    """How many of a model's channels to guide; None is all. Raises ValueError if it has not that many."""
+    if cfg_channels is not None and not 1 <= cfg_channels <= channels:
+        raise ValueError(f"cfg_channels {cfg_channels} is no number from 1 to {channels}, the channels of the model")
+    return cfg_channels or channels
+
+
+def _own_null_class(transformer: Any, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The hook before a call: the labels get the null class of the model."""
+    own = transformer.config.num_embeds_ada_norm
+    x = args[0] if args else inputs["hidden_states"]
+    labels = inputs["class_labels"]
+    return args, inputs | {"class_labels": with_null_class(labels, own, is_guided(x, labels))}
+
+
+def _own_channels(transformer: Any, args: tuple, inputs: dict[str, Any], output: Any) -> Any:
+    """The hook after a call: only the first `cfg_channels` of the configuration are guided."""
+    config = transformer.config
+    x = args[0] if args else inputs["hidden_states"]
+    guided = is_guided(x, inputs["class_labels"], config.num_embeds_ada_norm)
+    channels = slice(config.get("cfg_channels", config.in_channels), config.in_channels)
+    leave_unguided(output.sample if hasattr(output, "sample") else output[0], channels, guided)
+    return output
+
+
+def is_guided(x: Tensor, labels: Tensor, null_class: int = NULL_CLASS) -> Tensor:
+    """Whether x (N, C, H, W) and labels (N,) are a batch of guidance, [x, x] and [y, null], as a bool tensor ().
+
+    It stays on the device, so that no step waits for it.
+    """
+    half = len(x) // 2
+    if not half or len(x) % 2:
+        return torch.zeros((), dtype=torch.bool, device=x.device)
+    return (labels[half:] == null_class).all() & (x[:half] == x[half:]).all()
+
+
+def with_null_class(labels: Tensor, null_class: int, guided: Tensor) -> Tensor:
+    """The labels (N,), their second half replaced by `null_class` if `guided`."""
+    half = len(labels) // 2
+    return torch.cat([labels[:half], torch.where(guided, null_class, labels[half:])])
+
+
+def leave_unguided(output: Tensor, channels: slice, guided: Tensor) -> None:
+    """Let guidance pass these channels of the output (N, C', H, W) of a batch by, if it is `guided`; in place.
+
+    Both halves get the output for the labels, so that the difference which guidance adds is 0.
+    """
+    half = len(output) // 2
+    if channels.start < channels.stop:
+        output[half:, channels] = torch.where(guided, output[:half, channels], output[half:, channels])
