@@ -249,12 +249,13 @@ def open_search(args, name, determining):
     if args.resume not in (None, "auto"):
         folder = Path(args.resume)
         saved = read_search(folder)
-        for flag, value in determining.items():
-            if saved["determining"].get(flag) != value:
-                what = (
-                    "another model" if flag == "model" else f"--{flag.replace('_', '-')} {saved['determining'][flag]}"
-                )
-                raise UserError(f"--resume {folder} searched with {what}: pass the same, or leave out --resume")
+        for flag in saved["determining"] | determining:
+            before = saved["determining"].get(flag)
+            if before != determining.get(flag):
+                name = "--" + flag.replace("_", "-")
+                what = f"without {name}" if before is None else f"with {name} {before}"
+                what = "with another model" if flag == "model" else what
+                raise UserError(f"--resume {folder} searched {what}: pass the same, or leave out --resume")
         return RunFolder(folder), read_search(folder)["state"]
     if args.resume == "auto":
         folders = [path.parent.parent for path in Path(args.results_dir).glob("*-*/checkpoints/search.pt")]
