@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -50,16 +51,39 @@ def make_denoiser(
         rows = _weights_as_tensors(rows, y.device)
     slots = None if schedule is None else dit.empty_cache(schedule.order)
     guidance, scale = cfg_scale != 1.0, Guidance.of(cfg_scale)
-    times = diffusion.times.tolist()
+    times, doubled = diffusion.times.tolist(), _doubled_steps(diffusion, scale, schedule)
     modulations = _modulations_by_step(dit, diffusion.timesteps(y.device), *_distinct_labels(dit, y, guidance))
 
     def denoise(x: Tensor, i: int) -> Tensor:
-        if guidance:  # the model sees equal halves, but after a step they differ in the unguided channels
-            x = x[: len(x) // 2].repeat(2, 1, 1, 1)
-        output = dit.denoise(x, modulations(i), rows[i], slots)
-        return scale.apply(output, times[i]) if guidance else output
+        if not guidance:
+            return dit.denoise(x, modulations(i), rows[i], slots)
+        x = x[: len(x) // 2]
+        if i in doubled:  # the model sees equal halves, but after a step they differ in the unguided channels
+            return scale.apply(dit.denoise(x.repeat(2, 1, 1, 1), modulations(i), rows[i], slots), times[i])
+        for slot in chain(*(slots or ())):  # of steps that had both halves
+            outputs = [output[: len(x)] for output in slot]
+            slot.clear()
+            slot.extend(outputs)
+        return dit.denoise(x, [v[: len(x)] for v in modulations(i)], rows[i], slots).repeat(2, 1, 1, 1)
 
     return denoise
+
+
+def _doubled_steps(diffusion: Process, guidance: Guidance, schedule: Schedule | None) -> range:
+    """The steps at which the model runs both with the labels and without.
+
+    They are those that are guided, and those whose outputs such steps reuse; outside the interval half the batch does.
+    """
+    low, high = guidance.interval
+    guided = [i for i, t in enumerate(diffusion.times.tolist()) if low <= t <= high]
+    if not guided:
+        return range(0)
+    first, last = guided[-1], guided[0]
+    if schedule is not None:
+        oldest, done = schedule.oldest_reads(), last
+        while done <= first:  # steps run from `first` down to `last`, and reuse what earlier ones computed
+            first, done = max(first, oldest[done]), done + 1
+    return range(last, first + 1)
 
 
 def _weights_as_tensors(rows: list, device: torch.device) -> list:

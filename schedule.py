@@ -290,6 +290,18 @@ class Schedule:
                         rows[i][l][k] = weights + (0.0,) * (self.order + 1 - len(weights))
         return rows
 
+    def oldest_reads(self) -> list[int]:
+        """Per step the earliest step whose output a layer reuses there; the step itself if all layers run."""
+        oldest = list(range(self.steps))
+        for layer in self.compute.flatten(1).T.tolist():
+            computed: list[int] = []  # as in `rows`
+            for i in range(self.steps - 1, -1, -1):
+                if layer[i]:
+                    computed = [i, *computed[: self.order]]
+                else:
+                    oldest[i] = max(oldest[i], computed[-1])
+        return oldest
+
     def distinct_rows(self) -> int:
         """Number of different rows."""
         return len(self.compute.flatten(1).unique(dim=0))

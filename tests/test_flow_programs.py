@@ -108,6 +108,30 @@ def test_the_recorded_trajectory_of_the_sde_draws_its_noise_in_order(flow_folder
     assert torch.equal(recorded, plain)
 
 
+@pytest.mark.parametrize(
+    "order, interval, rows",
+    [
+        (None, (0.3, 0.6), [3, 3, 6, 6, 3]),  # of t = 1, 0.8, 0.6, 0.4 and 0.2
+        (0, (0.3, 0.6), [3, 3, 6, 6, 3]),  # the third step computes all
+        (0, (0.3, 0.4), [3, 3, 6, 6, 3]),  # the fourth reuses outputs of the third
+        (1, (0.3, 0.4), [6, 6, 6, 6, 3]),  # and forecasts from the first too
+        (0, (0, 0.2), [3, 3, 3, 3, 6]),
+        (0, (0, 1), [6, 6, 6, 6, 6]),
+        (0, (0.5, 0.55), [3, 3, 3, 3, 3]),
+    ],
+)
+def test_outside_the_interval_the_model_runs_once_unless_a_guided_step_reuses_its_output(
+    flow_folder, monkeypatch, order, interval, rows
+):
+    spec, (z, y, _) = model_spec(ckpt=flow_folder), inputs()
+    dit, seen = load_dit(spec, "cpu"), []
+    denoise = dit.denoise
+    monkeypatch.setattr(dit, "denoise", lambda x, *args: seen.append(len(x)) or denoise(x, *args))
+    plan = None if order is None else Schedule.every_nth(5, 3, 2).with_order(order)
+    sampling.sample_latents(dit, spec.make_process(5), z, y, Guidance(SCALE, 3, interval), plan)
+    assert seen == rows
+
+
 def test_a_dit_can_be_guided_in_an_interval_too(model_folder):
     dit, (z, y, _) = load_dit(model_spec(ckpt=str(model_folder)), "cpu"), inputs()
     diffusion, guided, plain = create_diffusion(STEPS), [], []
