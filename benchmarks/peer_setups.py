@@ -153,44 +153,31 @@ def make_pipeline(dit, vae):
     import torch
     from diffusers import DDIMScheduler, DiTPipeline
 
-    from models import guided
+    from models import Guidance
+    from pretrained.diffusers_layout import NULL_CLASS, to_diffusers
 
     class DiTLatents(DiTPipeline):
         @torch.no_grad()
         def __call__(self, class_labels, guidance_scale=4.0, num_inference_steps=50, latents=None, progress=iter):
-            """Denoise latents (N, C, H, W). The loop is that of DiTPipeline, but for the channels that it guides."""
+            """Denoise latents (N, C, H, W), in the loop of DiTPipeline. guidance_scale: also a `Guidance`."""
             if latents is None:
                 side = self.transformer.config.sample_size
                 latents = torch.randn(len(class_labels), self.transformer.config.in_channels, side, side)
             labels = torch.tensor(class_labels)
-            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)])
+            labels = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
             self.scheduler.set_timesteps(num_inference_steps)
             x = torch.cat([latents, latents])
             for t in progress(self.scheduler.timesteps):
                 half = x[: len(x) // 2]
                 x = torch.cat([half, half])
                 output = self.transformer(x, timestep=t.expand(len(x)), class_labels=labels).sample
-                noise = guided(output, guidance_scale)[:, : x.shape[1]]
+                noise = Guidance.of(guidance_scale).apply(output, t / 1000)[:, : x.shape[1]]
                 x = self.scheduler.step(noise, t, x).prev_sample
             self.maybe_free_model_hooks()
             return x[: len(x) // 2]
 
     scheduler = DDIMScheduler(beta_start=1e-4, clip_sample=False)  # betas as published
-    return DiTLatents(exported(dit), vae, scheduler)
-
-
-def exported(dit):
-    """TODO: to_diffusers alone, once it takes positions that were rounded to float16."""
-    import copy
-
-    from models import position_table
-    from pretrained.diffusers_layout import to_diffusers
-
-    exact = copy.deepcopy(dit)
-    exact.pos_embed.data = position_table(dit.pos_embed.shape[-1], dit.input_size // dit.patch_size)
-    transformer = to_diffusers(exact)
-    transformer.pos_embed.pos_embed = dit.pos_embed
-    return transformer
+    return DiTLatents(to_diffusers(dit), vae, scheduler)
 
 
 def count_layers(model, sample, steps, depth):

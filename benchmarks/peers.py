@@ -56,7 +56,7 @@ class Row:
     steps: int
     settings: dict = field(default_factory=dict, hash=False)
     plan: str = ""
-    cfg_scale: float | None = None  # None is the model's own
+    guidance: tuple = ()  # scale, and the lowest and the highest t that is guided; () is the model's scale at each t
 
     @property
     def name(self):
@@ -66,7 +66,7 @@ class Row:
     def title(self):
         words = [f"{name} {value}" for name, value in self.settings.items()]
         words += [self.plan] if self.plan else []
-        words += [f"guidance {self.cfg_scale}"] if self.cfg_scale is not None else []
+        words += ["guidance {} for t from {} to {}".format(*self.guidance)] if self.guidance else []
         return ", ".join([TITLES[self.setup], *words])
 
 
@@ -156,7 +156,10 @@ class Bench:
 
     def sampler(self, row):
         """(model, function (noise, progress=None) -> latents) of a row. progress: as in `sample_latents`."""
-        scale, plan = row.cfg_scale or self.spec.cfg_scale, self.plan(row)
+        from models import Guidance
+
+        scale, low, high = row.guidance or (self.spec.cfg_scale, 0, 1)
+        scale, plan = Guidance(scale, interval=(low, high)), self.plan(row)
         setup = getattr(peer_setups, row.setup)
         if row.setup == "our_sampler":
             settings = {"cfg_scale": scale, "schedule": plan}
@@ -269,7 +272,7 @@ def fill(args):
     for row in rows if not args.timing else []:
         path, flags = args.results / f"{row.name}.json", {"row": row.name, "samples": args.samples}
         known = {"setup": row.setup, "settings": row.settings, "plan": row.plan, "steps": row.steps}
-        known |= {"cfg_scale": row.cfg_scale or bench.spec.cfg_scale, "judges": judges}
+        known |= {"guidance": list(row.guidance), "judges": judges}
         record = table.read(path)
         if {name: record.get(name) for name in ("flags", *known)} == {"flags": flags, **known}:
             continue  # what was made otherwise is made again
@@ -355,7 +358,7 @@ def save_picture(records, timing, path):
 
     from runtime.files import atomic_write
 
-    timed = [row for row in records if row.name in timing["rows"] and row.cfg_scale is None]
+    timed = [row for row in records if row.name in timing["rows"] and not row.guidance]
     steps = sorted({row.steps for row in timed})
     with matplotlib.rc_context({"font.size": 8}):
         figure = Figure(figsize=(6 * len(steps), 4.5), dpi=110, layout="constrained")
