@@ -82,6 +82,16 @@ def test_the_programs_run_from_images_to_a_model_folder_that_samples(data, tmp_p
     flags = ["--num-sampling-steps", 2, "--repeats", 1, "--out", tmp_path / "sample.png"]
     program("sample.py", "--ckpt", tmp_path / "model", *flags)
 
+    how = ["--flow", "--init", tmp_path / "model", "--work", tmp_path / "flow.pt", "--out", tmp_path / "flow"]
+    program("demo/train_dit.py", "--data", data, *how, "--steps", 2, "--batch-size", 4)
+    spec = model_spec(ckpt=str(tmp_path / "flow"))
+    assert spec.process == "flow" and spec.guidance(None, 1.0) == 2.0
+    program("sample.py", "--ckpt", tmp_path / "flow", "--sampler", "heun", *flags)
+    start, flow = load_dit(model_spec(ckpt=str(tmp_path / "model")), "cpu"), load_dit(spec, "cpu")
+    assert flow.out_channels == 4 and flow.blocks[3].mlp.fc1.weight.shape == start.blocks[3].mlp.fc1.weight.shape
+    # Two averaged updates are still near the start.
+    torch.testing.assert_close(flow.blocks[3].mlp.fc1.weight, start.blocks[3].mlp.fc1.weight, atol=0.01, rtol=0)
+
 
 def test_a_training_that_was_stopped_continues_as_if_never_stopped(tmp_path):
     def launch(work, stop_at=None):
