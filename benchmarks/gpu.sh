@@ -6,7 +6,8 @@
 # OUT gets summary.txt, a line for each step: ok, FAILED or TOO LONG with the last line of its log, or SKIPPED if less
 # time is left than it needs; and gpu.tgz, with all records and logs so far, packed again after each step.
 #
-# BUDGET=470 is the number of seconds for all steps, PYTHON=python3 runs them, COMMIT=... names this code without git.
+# BUDGET=470 is the number of seconds for all steps, PYTHON=python3 runs them, COMMIT=... names this code without git,
+# and ONLY="gelu autotune" runs these steps alone.
 # It needs no network, and pytest beside requirements.txt (without wandb); the steps that decode images fail without
 # diffusers, those of the metrics without protobuf. Without a GPU all steps run on the CPU in small sizes, which tries
 # the script.
@@ -25,6 +26,7 @@ say() { echo "$*" | tee -a "$OUT/summary.txt"; }
 step() { # NAME SECONDS COMMAND...: run the command if SECONDS are left, for at most twice as long
     local name=$1 needs=$2 left=$((BUDGET - SECONDS)) since=$SECONDS code limit last
     shift 2
+    case " plans ${ONLY:-$name} " in *" $name "*) ;; *) return ;; esac
     if [ "$left" -lt "$needs" ]; then say "$name: SKIPPED, needs $needs s and $left are left"; return; fi
     limit=$((PATIENCE * needs < left ? PATIENCE * needs : left))
     timeout -k 5 $limit bash -c '"$@"' - "$@" > "$LOGS/$name.log" 2>&1 < /dev/null

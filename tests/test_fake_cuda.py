@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import sampling
-from diffusion import GaussianDiffusion, create_diffusion
+from diffusion import FlowMatching, GaussianDiffusion, create_diffusion
 from evaluation import inception, metrics, writer
-from models import Blend
+from models import Blend, Guidance
 from router import Router, router_loss
 from runtime import devices
 from schedule import Schedule
@@ -136,8 +136,9 @@ def driver(monkeypatch):
     for name in "device Stream current_stream stream Event CUDAGraph graph set_device synchronize".split():
         monkeypatch.setattr(torch.cuda, name, getattr(driver, name))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    rows = Schedule.rows
-    monkeypatch.setattr(Schedule, "rows", lambda plan: real(rows, plan))  # the fake mode lets no tensor be read
+    for name in ("rows", "oldest_reads"):  # a plan stays on the CPU, but the fake mode lets no tensor be read
+        read = getattr(Schedule, name)
+        monkeypatch.setattr(Schedule, name, lambda plan, read=read: real(read, plan))
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to keeps no real tensors
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield driver
@@ -167,10 +168,10 @@ def reads(monkeypatch):
     return found
 
 
-def real(function, *args, **kwargs):
+def real(function, *args):
     """The result of a function that runs outside the fake mode."""
     with _disable_current_modes():
-        return function(*args, **kwargs)
+        return function(*args)
 
 
 def inputs(count=3):
@@ -192,9 +193,10 @@ PLANS = {
 }
 
 
-def assert_stays_on_the_gpu(dit, plan, steps=STEPS, **how):
+def assert_stays_on_the_gpu(dit, plan, process=None, guidance=2.0, **how):
     """The first run may copy tables to the GPU and capture a graph; the second uses the GPU alone."""
-    sample, (z, y) = sampling.make_sampler(dit, create_diffusion(steps), 2.0, plan, **how), inputs()
+    process, (z, y) = process or create_diffusion(STEPS), inputs()
+    sample = sampling.make_sampler(dit, process, guidance, plan, **how)
     sample(z, y)
     with OnlyGpu():
         latents = sample(z, y)
@@ -207,6 +209,13 @@ def test_sampling_stays_on_the_gpu_and_can_be_captured(dtype, name, cuda_graphs,
     if name == "compiled":  # compiling needs a GPU, but what the blocks get from the loop does not
         monkeypatch.setattr(devices, "are_compiled", lambda blocks: True)
     assert_stays_on_the_gpu(load(dtype), real(PLANS[name]), cuda_graphs=cuda_graphs)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("sampler", ["heun", "sde"])
+def test_a_flow_with_guidance_in_an_interval_stays_on_the_gpu(sampler, cuda_graphs):
+    plan, guidance = real(Schedule.every_nth, STEPS, 3, 2), Guidance(2.0, interval=(0.0, 0.5))
+    assert_stays_on_the_gpu(load("bf16"), plan, FlowMatching(STEPS, sampler), guidance, cuda_graphs=cuda_graphs)
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])

@@ -21,21 +21,36 @@ echo "ran $2"
 """
 
 
-def test_every_step_leaves_a_line_and_its_log(tmp_path):
+def run(tmp_path, **environment):
+    """Run gpu.sh with the stand-in: the texts of its summary by the name of the step, and the folder."""
     python, out = tmp_path / "python", tmp_path / "out"
     python.write_text(PYTHON)
     python.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(python), "BUDGET": "95"}
-    result = subprocess.run(["bash", ROOT / "benchmarks" / "gpu.sh", out], env=environment, timeout=120)
-    lines = dict(line.split(": ", 1) for line in (out / "summary.txt").read_text().splitlines() if ": " in line)
-    assert result.returncode == 0 and sorted(path.name for path in out.iterdir()) == ["gpu.tgz", "summary.txt"]
-    assert lines["plans"].startswith("ok, ") and lines["profile"].endswith("s: ran benchmarks.latency")
-    assert lines["speed"].startswith("FAILED with code 3") and lines["speed"].endswith("no such unit")
-    assert lines["latency-20"].startswith("SKIPPED, needs 130 s and ")
-    assert lines["deterministic"].startswith("FAILED with code 1")  # the stand-in prints no hash
+    subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu.sh", out],
+        env=os.environ | {"PYTHON": str(python)} | environment,
+        check=True,
+        timeout=120,
+    )
+    lines = (out / "summary.txt").read_text().splitlines()
+    return dict(line.split(": ", 1) for line in lines if ": " in line), out
+
+
+def test_every_step_leaves_a_line_and_its_log(tmp_path):
+    steps, out = run(tmp_path, BUDGET="95")
+    assert sorted(path.name for path in out.iterdir()) == ["gpu.tgz", "summary.txt"]
+    assert steps["plans"].startswith("ok, ") and steps["profile"].endswith("s: ran benchmarks.latency")
+    assert steps["speed"].startswith("FAILED with code 3") and steps["speed"].endswith("no such unit")
+    assert steps["latency-20"].startswith("SKIPPED, needs 130 s and ")
+    assert steps["deterministic"].startswith("FAILED with code 1")  # the stand-in prints no hash
     with tarfile.open(out / "gpu.tgz") as archive:
         logs = {name.split("/")[1] for name in archive.getnames() if name.startswith("logs/")}
-    assert logs == {f"{name}.log" for name, text in lines.items() if not text.startswith("SKIPPED")}
+    assert logs == {f"{name}.log" for name, text in steps.items() if not text.startswith("SKIPPED")}
+
+
+def test_some_steps_run_alone(tmp_path):
+    steps, _ = run(tmp_path, ONLY="gelu vae")
+    assert list(steps) == ["plans", "gelu", "vae"]
 
 
 def test_plans_as_fast_as_the_released_routers_take_their_place(tmp_path):
