@@ -53,7 +53,7 @@ METHODS = {
 }
 # By number of steps: the target speed-ups of the learned plans whose files are shipped, and alphas of SmoothCache.
 SETTINGS = {
-    "learned": {50: ("2x", "2.5x", "3x", "4x"), 20: ("1.6x", "2x", "2.5x")},
+    "learned": {50: ("2x", "3x", "4x"), 20: ("1.6x", "2x", "2.5x")},
     "smoothcache": {50: ("0.18",), 20: ("0.3",)},
 }
 # Methods, and some rows by name, whose small differences the text speaks of.
@@ -218,7 +218,7 @@ def fill(args):
     dit = devices.set_precision(load_dit(spec, device), "tf32")
     costs = dit.multiply_adds()
     judges = {name: sha256_of_file(released.find(common.ROOT / path)) for name, path in JUDGES.items()}
-    versions = {name: version(name) for name in ("torch", "diffusers", "timm", "numpy")}
+    versions = {name: version(name) for name in ("torch", "diffusers", "numpy")}
     # All rows with seed 0 come before some of them with other seeds.
     todo = sorted((seed, number) for number, row in enumerate(ROWS) if row in (args.rows or ROWS) for seed in row.seeds)
     for seed, row in ((seed, ROWS[number]) for seed, number in todo):
