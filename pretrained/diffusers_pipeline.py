@@ -86,17 +86,26 @@ class ScheduledTransformer(nn.Module):
 
     It counts its calls to know the step, so it reads nothing from the device. The count restarts when the scheduler has
     new timesteps, which each call of the pipeline sets first.
-    original: the transformer that it replaces. plan: a function, number of steps -> `Schedule`.
+    original: the transformer that it replaces. plan: a function, number of steps -> `Schedule`; schedule: the only one
+    that it returns, None if there are several.
     cfg_channels: how many channels the pipeline guides.
     """
 
-    def __init__(self, dit: DiT, original: Any, pipe: Any, plan: Callable[[int], Schedule], cfg_channels: int) -> None:
+    def __init__(
+        self,
+        dit: DiT,
+        original: Any,
+        pipe: Any,
+        plan: Callable[[int], Schedule],
+        schedule: Schedule | None,
+        cfg_channels: int,
+    ) -> None:
         super().__init__()
         self.dit, self.config, self.cfg_channels = dit, original.config, cfg_channels
         self._original = (original,)  # in a tuple, or it would be a submodule
         self._pipe, self._plan = pipe, plan
         # Of the last trajectory: its plan, and the seconds that it took, if it came to its end.
-        self.schedule: Schedule | None = None
+        self.schedule = schedule
         self.seconds: float | None = None
         # Of the current trajectory: its timesteps, the number of calls still to come, its denoiser, which has the
         # cache, whether it is guided (a tensor of the device), and when it began.
@@ -185,7 +194,7 @@ class Acceleration:
 
     @property
     def schedule(self) -> Schedule | None:
-        """The plan of the last call of the pipeline; None before the first."""
+        """The plan; of a policy that serves any number of steps that of the last call, None before the first."""
         return self._model.schedule
 
     @property
@@ -200,7 +209,7 @@ class Acceleration:
             return f"{self._name}: the pipeline was not called yet"
         bound = schedule.speedup_bound(self._model.dit.multiply_adds())
         how = ["reused", "forecast (linear)", "forecast (quadratic)"][schedule.order]
-        took = "the last call was interrupted" if seconds is None else f"denoising took {seconds:.3f} s"
+        took = "no call came to its end" if seconds is None else f"denoising took {seconds:.3f} s"
         return (
             f"{self._name}: {schedule.cached_share():.1%} of the layer calls of {schedule.steps} steps skipped and "
             f"{how}, so the speed-up is at most {bound:.3f}; {took}"
@@ -237,11 +246,11 @@ def accelerate(
         dit, original, channels = dit_from_transformer(current), pipe.transformer, current.config.get("cfg_channels")
         if _is_compiled(original):
             devices.compile_blocks(cast(nn.ModuleList, dit.blocks))
-    plan = _make_plan(dit, policy, forecast, settings)
+    plan, schedule = _make_plan(dit, policy, forecast, settings)
     channels = check_channels(cfg_channels or channels, dit.in_channels)
     words = [f"{name} {value}" for name, value in settings.items()]
     name = ", ".join([type(policy).__name__ if isinstance(policy, Schedule) else str(policy), *words])
-    return Acceleration(pipe, ScheduledTransformer(dit, original, pipe, plan, channels), name)
+    return Acceleration(pipe, ScheduledTransformer(dit, original, pipe, plan, schedule, channels), name)
 
 
 def _is_compiled(model: Any) -> bool:
@@ -251,8 +260,8 @@ def _is_compiled(model: Any) -> bool:
 
 def _make_plan(
     dit: DiT, policy: Schedule | str | Path, forecast: int | None, settings: dict[str, Any]
-) -> Callable[[int], Schedule]:
-    """The function, number of steps -> `Schedule`, of a policy as in `accelerate`, which says what is raised."""
+) -> tuple[Callable[[int], Schedule], Schedule | None]:
+    """`plan` and `schedule` of a `ScheduledTransformer`, for a policy as in `accelerate`, which says what is raised."""
     from training.policies import make_schedule  # needs this package, at the top of its file
 
     if isinstance(policy, str) and policy in METHODS and METHODS[policy][0] != "path":
@@ -270,7 +279,7 @@ def _make_plan(
                 warnings.warn(f"{policy} skips nothing in {steps} steps: change its setting", stacklevel=2)
             return schedule
 
-        return plan
+        return plan, None
 
     schedule, name = _given_schedule(dit, policy, settings)
     if schedule.process != GaussianDiffusion.name:
@@ -288,7 +297,7 @@ def _make_plan(
             )
         return schedule
 
-    return fitting
+    return fitting, schedule
 
 
 def _given_schedule(dit: DiT, policy: Schedule | str | Path, settings: dict[str, Any]) -> tuple[Schedule, str]:
@@ -326,7 +335,7 @@ def load_pipeline(name: str | Path, cfg_channels: int | None = None) -> Any:
     A model of ours gets a DDIMScheduler with the published betas. Raises UserError if the model is missing, damaged, or
     none that diffusers can run.
     """
-    from diffusers import DDIMScheduler, DiTPipeline
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
     if ((folder := find_model_folder(name)) / "model_index.json").is_file():
         pipe = DiTPipeline.from_pretrained(folder)
@@ -335,13 +344,14 @@ def load_pipeline(name: str | Path, cfg_channels: int | None = None) -> Any:
     spec = model_spec(ckpt=str(name))
     if spec.process != "diffusion":
         raise UserError(f"{name} is a flow model, and a DiTPipeline of diffusers runs diffusion: use sample.py")
-    dit, vae = load_dit(spec, "cpu"), load_vae(spec, "cpu")
-    if scale_and_shift(vae)[1]:
+    dit = load_dit(spec, "cpu")
+    if scale_and_shift(load_vae(spec, "cpu"))[1]:  # checks the folder, too
         raise UserError(f"the VAE of {name} has a shift_factor, which DiTPipeline leaves out: use sample.py")
     cfg_channels = cfg_channels or min(spec.cfg_channels, dit.in_channels)
     try:
         transformer = to_diffusers(dit, cfg_channels)
     except ValueError as error:
         raise UserError(f"{name} cannot run in diffusers: {error}") from error
+    vae = AutoencoderKL.from_pretrained(released.fetch_vae(spec.vae) if spec.vae in ("ema", "mse") else spec.vae)
     labels = dict(enumerate(spec.class_names or []))
     return DiTPipeline(transformer, vae, DDIMScheduler(beta_start=1e-4, clip_sample=False), id2label=labels or None)
