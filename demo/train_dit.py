@@ -1,9 +1,9 @@
 """Train the class-conditional DiT of the shipped model on the latents of its autoencoder.
 
     python -m demo.train_dit            # writes demo/work/fashion_mnist/{config.json,dit.safetensors}
-    python -m demo.train_dit --flow     # a flow model (SiT), in demo/work/fashion_mnist_flow/; starts from the DiT
+    python -m demo.train_dit --flow --steps 3000    # a flow model, in demo/work/fashion_mnist_flow/
 
-If it is stopped, the same command continues. The model folder gets the weights averaged over the updates.
+A flow model starts from the weights of the shipped DiT. If it is stopped, the same command continues. The model folder gets the weights averaged over the updates.
 """
 
 import os
@@ -93,7 +93,8 @@ def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
     model, settings = start_from(args.init, args.out) if args.flow else (DiT(**MODEL), {"vae": "vae"})
     model = model.to(device)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    # A flow model has fewer updates to forget the weights that it starts from.
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998 if args.flow else 0.999))
     images, labels = load_split(args.data, "train")
     vae = AutoencoderKL.from_pretrained(args.out / settings["vae"], local_files_only=True, use_safetensors=True)
     mean, std = encode_all(vae.to(device).eval(), images, device)
