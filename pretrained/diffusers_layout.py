@@ -214,7 +214,7 @@ def as_trained(transformer: Any, cfg_channels: int | None = None) -> Any:
     Raises ValueError as `check_channels`.
     """
     config = transformer.config
-    cfg_channels = check_channels(cfg_channels or config.get("cfg_channels"), config.in_channels)
+    cfg_channels = check_channels(config.in_channels, cfg_channels, config.get("cfg_channels"))
     if (shift := config.get("frequency_shift")) is not None:
         for block in transformer.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = shift
@@ -225,11 +225,13 @@ def as_trained(transformer: Any, cfg_channels: int | None = None) -> Any:
     return transformer
 
 
-def check_channels(cfg_channels: int | None, channels: int) -> int:
-    """How many of a model's channels to guide; None is all. Raises ValueError if it has not that many."""
-    if cfg_channels is not None and not 1 <= cfg_channels <= channels:
+def check_channels(channels: int, cfg_channels: int | None, default: int | None = None) -> int:
+    """How many of a model's channels to guide: `cfg_channels`, else `default`, else all. ValueError if it has fewer."""
+    if cfg_channels is None:
+        return min(default or channels, channels)
+    if not 1 <= cfg_channels <= channels:
         raise ValueError(f"cfg_channels {cfg_channels} is no number from 1 to {channels}, the channels of the model")
-    return cfg_channels or channels
+    return cfg_channels
 
 
 def _own_null_class(transformer: Any, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -247,7 +247,7 @@ def accelerate(
         if _is_compiled(original):
             devices.compile_blocks(cast(nn.ModuleList, dit.blocks))
     plan, schedule = _make_plan(dit, policy, forecast, settings)
-    channels = check_channels(cfg_channels or channels, dit.in_channels)
+    channels = check_channels(dit.in_channels, cfg_channels, channels)
     words = [f"{name} {value}" for name, value in settings.items()]
     name = ", ".join([type(policy).__name__ if isinstance(policy, Schedule) else str(policy), *words])
     return Acceleration(pipe, ScheduledTransformer(dit, original, pipe, plan, schedule, channels), name)
@@ -347,9 +347,8 @@ def load_pipeline(name: str | Path, cfg_channels: int | None = None) -> Any:
     dit = load_dit(spec, "cpu")
     if scale_and_shift(load_vae(spec, "cpu"))[1]:  # checks the folder, too
         raise UserError(f"the VAE of {name} has a shift_factor, which DiTPipeline leaves out: use sample.py")
-    cfg_channels = cfg_channels or min(spec.cfg_channels, dit.in_channels)
     try:
-        transformer = to_diffusers(dit, cfg_channels)
+        transformer = to_diffusers(dit, check_channels(dit.in_channels, cfg_channels, spec.cfg_channels))
     except ValueError as error:
         raise UserError(f"{name} cannot run in diffusers: {error}") from error
     vae = AutoencoderKL.from_pretrained(released.fetch_vae(spec.vae) if spec.vae in ("ema", "mse") else spec.vae)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_dit
+from conftest import ROOT, random_dit
 from diffusers import DiTTransformer2DModel
 from small_models import difference, fixed_dit, load, same
 
@@ -41,6 +41,22 @@ def test_diffusers_needs_one_line_to_run_a_dit_as_it_was_trained(tmp_path):
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     assert output_difference(dit, transformer) < 1e-5
     assert output_difference(dit_from_transformer(transformer), transformer) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_positions_that_were_rounded_are_kept(dtype):
+    dit = fixed_dit()
+    exact = dit.pos_embed.clone()
+    dit.pos_embed.copy_(exact.to(dtype))
+    assert not torch.equal(dit.pos_embed, exact)
+    transformer = to_diffusers(dit)
+    assert output_difference(dit, transformer) < 1e-5
+    assert torch.equal(dit_from_transformer(transformer).pos_embed, dit.pos_embed)
+
+
+def test_the_shipped_model_computes_the_same_in_diffusers():
+    dit = load(ROOT / "ckpt" / "fashion_mnist")
+    assert output_difference(dit, to_diffusers(dit)) < 1e-5
 
 
 def test_a_dit_that_diffusers_does_not_have_is_refused():

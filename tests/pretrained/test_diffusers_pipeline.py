@@ -1,21 +1,31 @@
-"""A schedule in diffusers' DiTPipeline, against our own sampler, and the demo."""
+"""A policy in diffusers' DiTPipeline, against our own sampler, and the demo."""
 
+import functools
 import gc
+import json
 import weakref
 
+import diffusers
 import pytest
 import torch
-from conftest import call, random_vae
-from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, HeunDiscreteScheduler
-from small_models import difference, load, random_transformer
+from conftest import assert_refused, call, random_vae
+from diffusers import DDIMScheduler, DiTPipeline
+from safetensors.torch import save_file
+from small_models import difference, fixed_dit, load, random_transformer, refusal
 
 import sampling
 from diffusion import create_diffusion
-from pretrained.diffusers_pipeline import accelerate
+from models import Guidance
+from pretrained.diffusers_layout import to_diffusers
+from pretrained.diffusers_pipeline import accelerate, load_pipeline
 from router import Router
+from runtime import devices
 from schedule import Schedule
+from training.policies import make_schedule
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array")  # of diffusers, with NumPy 2
 LABELS = [1, 999]
+SINGLE = ["DDIM", "DPMSolverMultistep", "EulerDiscrete", "UniPCMultistep"]  # that call the model once a step
 
 
 @pytest.fixture
@@ -25,24 +35,52 @@ def pipe():
 
 def random_pipeline(**config):
     transformer = random_transformer(num_embeds_ada_norm=1000, **config)
+    return make_pipeline(transformer, random_vae(channels=transformer.config.in_channels))
+
+
+def make_pipeline(transformer, vae):
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)  # as published
-    pipe = DiTPipeline(transformer, random_vae(channels=transformer.config.in_channels), scheduler)
+    return quiet(DiTPipeline(transformer, vae, scheduler))
+
+
+def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def latents_of(pipe, guidance_scale=4.0, steps=20):
-    """The latents that the pipeline decodes, for LABELS from the noise of seed 0."""
+def latents_of(pipe, guidance_scale=4.0, steps=20, labels=LABELS):
+    """The latents that the pipeline decodes, for `labels` from the noise of seed 0."""
     decoded = []
     decode = pipe.vae.decode
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipe.vae, "decode", lambda latents: decoded.append(latents) or decode(latents))
-        pipe(LABELS, guidance_scale, torch.Generator().manual_seed(0), steps, output_type="pt")
+        pipe(labels, guidance_scale, torch.Generator().manual_seed(0), steps, output_type="pt")
     return decoded[0] * pipe.vae.config.scaling_factor
+
+
+def our_latents(dit, guidance_scale, labels, schedule=None):
+    """The same by our sampler, with 20 steps."""
+    z = torch.randn(len(labels), dit.in_channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    return sampling.sample_latents(dit, create_diffusion("ddim20"), z, torch.tensor(labels), guidance_scale, schedule)
+
+
+def use(pipe, scheduler):
+    pipe.scheduler = getattr(diffusers, f"{scheduler}Scheduler").from_config(pipe.scheduler.config)
 
 
 def random_schedule(steps=20):
     return Router(steps, 3, torch.Generator().manual_seed(0)).schedule(0.5)
+
+
+def save_model_folder(folder, **entries):
+    """A model folder of ours that diffusers can run: five classes, and the fixed positions."""
+    sizes = dict(input_size=4, hidden_size=24, depth=3, num_heads=2, num_classes=5)
+    config = {"model": sizes, "image_size": 8, "class_names": list("abcde"), "vae": "vae"}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config | entries))
+    save_file(fixed_dit().state_dict(), folder / "dit.safetensors")
+    random_vae().save_pretrained(folder / "vae")
+    return folder
 
 
 # With three channels both samplers guide all; with four, ours leaves the last channel unguided.
@@ -62,36 +100,241 @@ def test_a_pipeline_samples_the_same_as_our_sampler_from_its_folder(tmp_path, ch
     assert difference(routed, plain) > 1e-2
 
 
-def test_each_call_starts_anew(pipe):
-    transformer, plain = pipe.transformer, latents_of(pipe)
-    accelerate(pipe, random_schedule())
-    first = latents_of(pipe)
-    assert torch.equal(latents_of(pipe), first)
-    # A call that is interrupted leaves nothing behind.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipe.scheduler, "step", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("cfg_channels", [3, 4, None])
+@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+def test_a_model_of_ours_samples_the_same_in_a_pipeline_whatever_its_classes_and_guided_channels(
+    cfg_channels, guidance_scale
+):
+    dit, labels = fixed_dit(num_classes=5), [1, 4]
+    pipe = make_pipeline(to_diffusers(dit, cfg_channels), random_vae())
+    guidance = Guidance(guidance_scale, cfg_channels or 4)
+    schedule = random_schedule().with_order(2)
+    plain, routed = (our_latents(dit, guidance, labels, plan) for plan in (None, schedule))
+    assert difference(latents_of(pipe, guidance_scale, labels=labels), plain) < 1e-5
+    accelerate(pipe, schedule)
+    assert difference(latents_of(pipe, guidance_scale, labels=labels), routed) < 1e-5
+    other = 4 if cfg_channels == 3 else 3
+    accelerate(pipe, schedule, cfg_channels=other)
+    as_other = our_latents(dit, Guidance(guidance_scale, other), labels, schedule)
+    assert difference(latents_of(pipe, guidance_scale, labels=labels), as_other) < 1e-5
+    assert guidance_scale == 1 or difference(as_other, routed) > 1e-2
+
+
+def test_a_pipeline_guides_no_batch_that_is_not_guided(pipe):
+    labels = [1, 1000]  # the second image is one without a class
+    plain = latents_of(pipe, 1.0, labels=labels)
+    accelerate(pipe, Schedule.full(20, 3), cfg_channels=3)
+    assert difference(latents_of(pipe, 1.0, labels=labels), plain) < 1e-5
+
+
+@pytest.mark.parametrize("channels", [0, 5])
+def test_channels_that_the_model_has_not_are_refused(pipe, channels):
+    with pytest.raises(ValueError, match=f"cfg_channels {channels} is no number from 1 to 4"):
+        accelerate(pipe, random_schedule(), cfg_channels=channels)
+
+
+def test_each_call_caches_as_the_first_did(pipe):
+    ran = []
+    with accelerate(pipe, "fora", interval=3, forecast=2) as acceleration:
+        for block in pipe.transformer.dit.blocks:
+            block.attn.qkv.register_forward_hook(lambda *_: ran.append("attention"))
+            block.mlp.fc1.register_forward_hook(lambda *_: ran.append("mlp"))
+        first = latents_of(pipe)
+        assert len(ran) == 2 * 3 * 7  # steps 0, 3, ... 18
+        # A call that is interrupted leaves nothing behind.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipe.scheduler, "step", lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                latents_of(pipe)
+        ran.clear()
+        assert torch.equal(latents_of(pipe), first)
+        assert len(ran) == 2 * 3 * 7
+        ran.clear()
+        latents_of(pipe, steps=7)  # a policy by name serves any number of steps
+        assert len(ran) == 2 * 3 * 3 and acceleration.schedule.steps == 7
+
+
+def state_of(pipe):
+    """Everything that an acceleration could leave behind."""
+    model = pipe.transformer
+    modules = {name: (type(module), sorted(vars(module))) for name, module in model.named_modules()}
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    weights = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    return id(model), modules, hooks, weights, dict(pipe.config), sorted(vars(pipe))
+
+
+def test_nothing_is_left_after_disable_or_a_with_block(pipe):
+    before, plain = state_of(pipe), latents_of(pipe)
+    first = accelerate(pipe, random_schedule())
+    routed = latents_of(pipe)
+    assert difference(routed, plain) > 1e-2
+    with accelerate(pipe, "fora", interval=2):
+        assert not torch.equal(latents_of(pipe), routed)
+    assert torch.equal(latents_of(pipe), routed)  # a block leaves the pipeline as it found it
+    accelerate(pipe, "fora", interval=2).disable()  # `disable` without any policy
+    assert state_of(pipe) == before and torch.equal(latents_of(pipe), plain)
+    first.disable()
+    with pytest.raises(ZeroDivisionError), accelerate(pipe, random_schedule()):
+        raise ZeroDivisionError
+    assert state_of(pipe) == before
+
+
+def test_a_pipeline_that_was_moved_meanwhile_works_after_disable(pipe):
+    acceleration = accelerate(pipe, random_schedule())
+    pipe.to(torch.bfloat16)
+    acceleration.disable()
+    assert latents_of(pipe).dtype == pipe.transformer.dtype == torch.bfloat16
+
+
+def test_names_and_files_mean_what_they_mean_on_the_command_line(pipe, tmp_path):
+    router, plan = tmp_path / "router.pt", tmp_path / "plan.json"
+    Router(20, 3, torch.Generator().manual_seed(0)).save(router)
+    random_schedule().with_order(1).save(plan)
+    random_schedule().save(old := tmp_path / "plan.pt")
+    cases = {
+        ("dynamiclayer", "path", router): dict(threshold=0.5, forecast=2),
+        ("schedule", "path", plan): {},
+        ("fora", "interval", 4): dict(forecast=1),
+        ("random", "cached", 0.3): {},
+        ("first", "cached", 0.3): {},
+        ("last", "cached", 0.3): {},
+        ("smoothcache", "alpha", 0.5): dict(cfg_scale=4.0),
+    }
+    for (method, setting, value), more in cases.items():
+        settings = {setting: value} | more
+        with accelerate(pipe, method, **settings) as acceleration:
             latents_of(pipe)
-    assert torch.equal(latents_of(pipe), first)
-    pipe.transformer = transformer
-    assert torch.equal(latents_of(pipe), plain)
+            if method == "smoothcache":
+                settings |= {"dit": pipe.transformer.dit}
+        expected = make_schedule(method, 20, 3, **settings)
+        assert acceleration.schedule.sha256() == expected.sha256() and expected.cached_share() > 0.1, method
+    for file in (router, str(plan), old):  # alone: what it holds tells what it is
+        with accelerate(pipe, file, forecast=1, **({"threshold": 0.5} if file == router else {})) as acceleration:
+            assert acceleration.schedule.sha256() == random_schedule().with_order(1).sha256()
 
 
-@pytest.mark.filterwarnings("ignore:__array__")  # of diffusers
-def test_a_schedule_that_does_not_fit_the_pipeline_is_refused(pipe):
-    with pytest.raises(ValueError, match="12 blocks, the pipeline's model has 3"):
-        accelerate(pipe, Schedule.full(20, 12))
-    accelerate(pipe, random_schedule())
-    with pytest.raises(ValueError, match="schedule is for 20 steps, the pipeline runs 10: pass num_inference_steps=20"):
-        latents_of(pipe, steps=10)
-    latents = latents_of(pipe)
-    with pytest.raises(ValueError, match="all steps"):  # called more often than there are steps
-        pipe.transformer(latents, torch.zeros(2), torch.tensor(LABELS))
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    assert latents_of(pipe).isfinite().all()
-    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)  # calls the model twice per step
-    with pytest.raises(ValueError, match="HeunDiscreteScheduler calls the model 2 times a step"):
+def test_the_summary_says_what_was_skipped_the_bound_and_the_time(pipe, capsys):
+    acceleration = accelerate(pipe, "fora", interval=3, forecast=2)
+    assert acceleration.seconds is None and "no call" in acceleration.summary().replace("not called", "no call")
+    latents_of(pipe)
+    assert capsys.readouterr() == ("", "")  # nothing is printed
+    bound = Schedule.every_nth(20, 3, 3).speedup_bound(pipe.transformer.dit.multiply_adds())
+    words = (
+        f"65.0% of the layer calls of 20 steps skipped and forecast (quadratic), so the speed-up is at most {bound:.3f}"
+    )
+    assert words in acceleration.summary() and f"took {acceleration.seconds:.3f} s" in acceleration.summary()
+    assert acceleration.seconds > 0
+    with pytest.warns(UserWarning, match="^fora skips nothing in 20 steps: change its setting$"):
+        accelerate(pipe, "fora", interval=1)
         latents_of(pipe)
+
+
+def test_what_does_not_fit_is_refused_in_one_line(pipe, tmp_path):
+    router = tmp_path / "router.pt"
+    Router(20, 3).save(router)
+    flow = tmp_path / "flow.json"
+    Schedule(torch.ones(20, 3, 2, dtype=torch.bool), process="flow-euler").save(flow)
+    for policy, words in {
+        Schedule.full(20, 12): "12 blocks, the pipeline's model has 3",
+        "forra": "forra is neither a policy (dynamiclayer, schedule, fora,",
+        str(tmp_path / "none.json"): "no such file",
+        flow: "flow-euler, and a DiTPipeline runs diffusion",
+    }.items():
+        assert words in refusal(accelerate, pipe, policy)
+    for policy, settings in {
+        "fora": {},
+        "schedule": {},
+        router: {"interval": 3},
+        random_schedule(): {"threshold": 0.5},
+        "random": {"interval": 3},
+    }.items():
+        with pytest.raises(TypeError, match="interval|path|threshold|cached"):
+            accelerate(pipe, policy, **settings)
+    for settings in ({"interval": 0}, {"interval": 3, "forecast": 3}):
+        with pytest.raises(ValueError):
+            accelerate(pipe, "fora", **settings)
+    assert type(pipe.transformer).__name__ == "DiTTransformer2DModel"  # a refusal changes nothing
+
+    accelerate(pipe, "fora", interval=30)
+    assert "interval 30 is more than the 20 steps: pass at most 20" in refusal(latents_of, pipe)
+    for policy in (random_schedule(), router):
+        accelerate(pipe, policy)
+        text = refusal(latents_of, pipe, steps=10)
+        assert "is for 20 steps, the pipeline runs 10: pass num_inference_steps=20" in text
+        latents = latents_of(pipe)
+        # called more often than there are steps
+        assert "all steps" in refusal(pipe.transformer, latents, torch.zeros(2), torch.tensor(LABELS))
+
+
+@pytest.mark.parametrize("scheduler", SINGLE)
+def test_schedulers_with_one_call_a_step_work_as_without_a_plan(pipe, scheduler):
+    use(pipe, scheduler)
+    plain = latents_of(pipe)
+    with accelerate(pipe, Schedule.full(20, 3)):
+        assert difference(latents_of(pipe), plain) < 1e-4
+    with accelerate(pipe, random_schedule(), forecast=1) as acceleration:
+        outputs = []
+        pipe.transformer.register_forward_hook(lambda model, args, output: outputs.append(output.sample))
+        routed = latents_of(pipe)
+    assert difference(routed, plain) > 1e-2 and len(outputs) == acceleration.schedule.steps
+    # The same with the layers of the plan, by hand.
+    dit, cache, rows = load_as_dit(pipe), None, []
+
+    def forward(x, timestep, class_labels):
+        nonlocal cache
+        if not rows:
+            rows.extend(acceleration.schedule.rows())
+            cache = dit.empty_cache(1)
+        output = dit(x, timestep, class_labels, rows.pop(), cache)
+        return diffusers.models.modeling_outputs.Transformer2DModelOutput(sample=output)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe.transformer, "forward", forward)
+        assert difference(routed, latents_of(pipe)) < 1e-4
+
+
+def load_as_dit(pipe):
+    from pretrained.diffusers_layout import dit_from_transformer
+
+    return dit_from_transformer(pipe.transformer)
+
+
+@pytest.mark.parametrize("scheduler", ["HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "PNDM"])
+def test_schedulers_with_several_calls_a_step_are_refused(pipe, scheduler):
+    accelerate(pipe, random_schedule())
+    use(pipe, scheduler)  # after accelerating
+    calls = "29 times in 20 steps" if scheduler == "PNDM" else "2 times a step"
+    text = f"{scheduler}Scheduler calls the model {calls}, and a plan needs one call a step: set pipe.scheduler to"
+    assert text in refusal(latents_of, pipe)
+    if scheduler != "PNDM":  # its timesteps must be set to show it
+        assert text in refusal(accelerate, pipe, random_schedule())
+
+
+@pytest.mark.parametrize("when", ["before", "after", "before, in place", "after, in place"])
+def test_it_works_under_torch_compile_which_compiles_the_blocks(pipe, when, monkeypatch):
+    monkeypatch.setattr(devices, "compile_blocks", functools.partial(devices.compile_blocks, backend="eager"))
+    with accelerate(pipe, "fora", interval=3, forecast=2):
+        plain = latents_of(pipe)
+
+    def compile_it():
+        torch._dynamo.reset()
+        if "place" in when:
+            pipe.transformer.compile(backend="eager")
+        else:
+            pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+        torch._dynamo.utils.counters.clear()
+
+    if "before" in when:
+        compile_it()
+    compiled = pipe.transformer
+    acceleration = accelerate(pipe, "fora", interval=3, forecast=2)
+    if "after" in when:
+        compile_it()
+    for _ in range(2):
+        assert difference(latents_of(pipe), plain) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # all blocks run, or all are forecast
+    acceleration.disable()
+    assert pipe.transformer is compiled
 
 
 def test_weights_are_shared_half_precision_stays_and_the_cache_ends_with_the_call(pipe):
@@ -107,7 +350,65 @@ def test_weights_are_shared_half_precision_stays_and_the_cache_ends_with_the_cal
     assert output() is None
 
 
-def test_the_demo_makes_a_picture(tmp_path, capfd):
+def test_a_model_folder_becomes_a_pipeline_and_comes_back_from_disk(tmp_path):
+    folder = save_model_folder(tmp_path / "model")
+    dit, labels = load(folder), [0, 4]
+    expected = our_latents(dit, 2.0, labels)
+    pipe = quiet(load_pipeline(folder))
+    assert difference(latents_of(pipe, 2.0, labels=labels), expected) < 1e-5
+    assert pipe.get_label_ids(["b"]) == [1]
+    four = quiet(load_pipeline(folder, cfg_channels=4))
+    assert difference(latents_of(four, 2.0, labels=labels), our_latents(dit, Guidance(2.0, 4), labels)) < 1e-5
+
+    pipe.save_pretrained(tmp_path / "saved")
+    with pytest.raises(IndexError):  # diffusers knows nothing of the null class
+        latents_of(quiet(DiTPipeline.from_pretrained(tmp_path / "saved")), 2.0, labels=labels)
+    again = quiet(load_pipeline(tmp_path / "saved"))
+    assert difference(latents_of(again, 2.0, labels=labels), expected) < 1e-5
+    with accelerate(again, random_schedule()):
+        assert (
+            difference(latents_of(again, 2.0, labels=labels), our_latents(dit, 2.0, labels, random_schedule())) < 1e-5
+        )
+
+
+def test_models_that_no_pipeline_can_run_are_refused(tmp_path):
+    flow = save_model_folder(tmp_path / "flow", process="flow")
+    assert "flow is a flow model, and a DiTPipeline of diffusers runs diffusion" in refusal(load_pipeline, flow)
+    moved = save_model_folder(tmp_path / "moved")
+    config = json.loads((moved / "vae" / "config.json").read_text())
+    (moved / "vae" / "config.json").write_text(json.dumps(config | {"shift_factor": 0.1}))
+    assert "shift_factor" in refusal(load_pipeline, moved)
+    save_file(fixed_dit().state_dict() | {"pos_embed": torch.zeros(1, 4, 24)}, moved / "dit.safetensors")
+    (moved / "vae" / "config.json").write_text(json.dumps(config))
+    assert "moved cannot run in diffusers: the positions" in refusal(load_pipeline, moved)
+
+
+def test_the_demo_makes_a_picture_and_a_record(tmp_path, capfd):
     result = call("demo/diffusers_pipeline.py", "--tiny", "--out", tmp_path / "x.png", capfd=capfd)
     assert result.returncode == 0, result.stderr
-    assert "(full)" in result.stdout and "(router)" in result.stdout and (tmp_path / "x.png").exists()
+    assert "(full)" in result.stdout and "(fora)" in result.stdout and (tmp_path / "x.png").exists()
+    random_schedule(7).save(plan := tmp_path / "plan.json")
+    flags = ["--pipeline", save_model_folder(tmp_path / "model"), "--path", plan, "--out", tmp_path / "y.png"]
+    flags += ["--scheduler", "dpm++", "--repeats", 2, "--record", tmp_path / "y.json"]
+    result = call("demo/diffusers_pipeline.py", *flags, capfd=capfd)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "y.json").read_text())
+    assert [len(seconds) for seconds in record["seconds"].values()] == [2, 2] and "7 steps" in record["summary"]
+    assert record["flags"]["class_labels"] == [0, 1, 2, 3, 4] and record["psnr_db"] > 0
+    # The error is that of the latents of the two pipelines.
+    pipe = quiet(load_pipeline(tmp_path / "model"))
+    use(pipe, "DPMSolverMultistep")
+    latents = [latents_of(pipe, 4.0, 7, [0, 1, 2, 3, 4])]
+    accelerate(pipe, plan)
+    latents += [latents_of(pipe, 4.0, 7, [0, 1, 2, 3, 4])]
+    assert record["error"] == pytest.approx((latents[1] - latents[0]).square().mean().item(), rel=1e-3)
+
+
+def test_the_demo_refuses_what_it_cannot_do(tmp_path, capfd):
+    for flags, words in {
+        ("--out", "x.foo", "--pipeline", "nowhere"): "x.foo does not end in a picture format",  # before it loads
+        ("--tiny", "--accelerate-method", "fora"): "needs its interval: add --interval",
+        ("--tiny", "--class-labels", "1000"): "class label 1000",
+        ("--tiny", "--path", str(tmp_path / "none.json")): "no such file",
+    }.items():
+        assert_refused(call("demo/diffusers_pipeline.py", *flags, capfd=capfd), words)
