@@ -21,10 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import Mlp
-from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 Compute = bool | Tensor | Sequence[float]  # the decision for one layer, as above
@@ -140,15 +138,54 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
+class PatchEmbedder(nn.Module):
+    """Latents (N, C, H, W) -> tokens (N, T, D), one for each patch of `patch_size` x `patch_size` cells."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (N, T, D) (Vaswani et al. 2017, sec. 3.2)."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # q, k, v are (N, heads, T, D/heads).
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers over tokens (N, T, D), with a GELU by its tanh approximation between them."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, width)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(width, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
 class DiTBlock(nn.Module):
     """One transformer block with adaLN-Zero conditioning: an attention layer, then an MLP layer."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, mlp_norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=mlp_norm_eps)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(
@@ -248,7 +285,7 @@ class DiT(nn.Module):
         # True: recompute each block in the backward pass instead of keeping its activations.
         self.grad_checkpointing = False
 
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # Fixed, but the released state dicts contain it, hence a parameter without gradient.

@@ -84,7 +84,7 @@ def describe(args, spec, dit, vae, schedule_entries, device, dtype):
     vae_config = {"scaling_factor": scale} | ({"shift_factor": shift} if shift else {})
     return {
         "format": FORMAT,
-        **{name: version(name) for name in ("torch", "diffusers", "timm", "numpy")},
+        **{name: version(name) for name in ("torch", "diffusers", "numpy")},
         "model": fingerprint(dit, spec.settings),
         "vae": fingerprint(vae, vae_config),
         **schedule_entries,

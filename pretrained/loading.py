@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from models import DiT, DiT_models, position_table
+from pretrained import autoencoder
 from pretrained.sit import to_flow
 from pretrained.spec import CELL_PIXELS, SIT_FOLDER, ModelSpec
 from pretrained.weights import load_checkpoint, load_shards, read_json, weights_file
@@ -22,6 +24,16 @@ OLD_ATTENTION = re.compile(r"(.*\.attentions\.\d+\.)(query|key|value|proj_attn)(
 NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+class WithoutWeights(TorchFunctionMode):
+    """In this block, modules get no initial weights; on the device "meta" these would import torch._dynamo."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def load_dit(spec: ModelSpec, device: torch.device | str, random_seed: int | None = None) -> DiT:
     """The frozen DiT of a spec in eval mode, float32, on `device`.
 
@@ -30,7 +42,7 @@ def load_dit(spec: ModelSpec, device: torch.device | str, random_seed: int | Non
     """
     build = DiT_models[spec.size] if spec.registered else DiT
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutWeights():
             dit = build(**spec.config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # RuntimeError: torch refuses the sizes
         raise UserError(f"model {spec.name}: {first_line(error)}") from error
@@ -132,8 +144,6 @@ def load_vae(spec: ModelSpec, device: torch.device | str) -> Any:
 
     Raises UserError if its folder is missing or damaged, or if it is not the VAE of this model.
     """
-    from diffusers import AutoencoderKL
-
     folder = released.fetch_vae(spec.vae) if spec.vae in ("ema", "mse") else Path(spec.vae)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: a VAE folder is what diffusers' save_pretrained writes")
@@ -143,8 +153,7 @@ def load_vae(spec: ModelSpec, device: torch.device | str) -> Any:
     try:
         if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
             raise ValueError(f"it is a {kind} and no AutoencoderKL")
-        with torch.device("meta"):
-            vae = AutoencoderKL.from_config(config)
+        vae = _make_vae(config)
         _check_vae_config(vae.config)
         if differs := mismatch(_shapes(state), _shapes(vae.state_dict())):
             raise ValueError(differs)
@@ -162,6 +171,16 @@ def load_vae(spec: ModelSpec, device: torch.device | str) -> Any:
             f"{spec.name} {channels} channels and {size} cells for {spec.image_size} pixels: use its own VAE"
         )
     return vae
+
+
+def _make_vae(config: dict[str, Any]) -> Any:
+    """The VAE of a config.json on the device "meta": ours, or for unusual settings that of diffusers."""
+    with torch.device("meta"), WithoutWeights():
+        if autoencoder.fits(config):
+            return autoencoder.AutoencoderKL(config)
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL.from_config(config)
 
 
 def _check_vae_config(config: Any) -> None:

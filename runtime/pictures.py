@@ -111,13 +111,15 @@ def save_picture(groups: Sequence[Tensor], path: str | Path, columns: int) -> No
     Raises UserError if the file cannot be written or its ending names no picture format.
     """
     from PIL import Image
-    from torchvision.utils import make_grid
 
     # White cells fill the last row of a group.
     images = torch.cat([nn.functional.pad(g, (0,) * 7 + (-len(g) % columns,), value=255) for g in groups])
     zoom = max(1, 96 // images.shape[1])
-    images = images.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).permute(0, 3, 1, 2)
-    grid = make_grid(images, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+    images = images.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    # Two white pixels on the right of and below each image, then left of and above all.
+    cells = nn.functional.pad(images, (0, 0, 0, 2, 0, 2), value=255).unflatten(0, (-1, columns))
+    grid = cells.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (height, width, 3)
+    grid = nn.functional.pad(grid, (0, 0, 2, 0, 2, 0), value=255).numpy()
     name = picture_format(path)
     with atomic_write(path) as part:
         try:

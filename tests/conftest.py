@@ -139,7 +139,7 @@ FORKED = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}  # a GPU that a process has 
 # Importing libraries is most of the time of a program. Forks of this server process have them already.
 FORKS = multiprocessing.get_context("forkserver")
 AUTOENCODER = "diffusers.models.autoencoders.autoencoder_kl"
-FORKS.set_forkserver_preload(["torch._dynamo", "timm", "torchvision.datasets", AUTOENCODER, "matplotlib.figure"])
+FORKS.set_forkserver_preload(["torch._dynamo", "torchvision.datasets", AUTOENCODER, "matplotlib.figure"])
 
 
 def module_of(program):

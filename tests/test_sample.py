@@ -5,11 +5,13 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, call, run
+from conftest import ENVIRONMENT, ROOT, assert_refused, call, run
 from PIL import Image
 
 from pretrained.loading import load_dit
@@ -215,10 +217,44 @@ def test_random_weights_time_a_model_without_its_files(sample, tmp_path):
 
 @pytest.mark.parametrize("program", ["sample.py", "sample_ddp.py", "train_router.py", "evaluator.py", "download.py"])
 def test_help_imports_no_heavy_library(program, tmp_path):
-    for name in ("torch", "numpy", "diffusers", "timm", "matplotlib", "huggingface_hub"):
+    for name in ("torch", "numpy", "diffusers", "matplotlib", "huggingface_hub"):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')")
     result = run(program, "--help", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0 and result.stdout.startswith(f"usage: {program}"), result.stderr
+
+
+# Libraries that take seconds to import, and are needed only by some flags, or by nothing.
+HEAVY = "diffusers transformers accelerate timm torchvision scipy tensorflow wandb"
+COMPILER = "torch._dynamo torch._inductor sympy"  # optimisers of torch import it too
+TRAINING = "--data-path IMAGES --num-sampling-steps 4 --max-steps 1 --num-workers 0 --global-batch-size 8 --l1 0.1"
+SMALL = "--ddim-sample --num-sampling-steps 4 --device cpu --cfg-scale 1"
+
+
+@pytest.mark.parametrize(
+    "program, flags, more",
+    [
+        ("sample", f"{SMALL} --compare --repeats 1 --accelerate-method fora --interval 2", f"{COMPILER} matplotlib"),
+        pytest.param(
+            "sample_ddp",
+            f"{SMALL} --num-fid-samples 2 --sample-dir sets",
+            f"{COMPILER} matplotlib",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("train_router", TRAINING, "", marks=pytest.mark.slow),
+        ("evaluator", "a.npz b.npz --metrics fid,precision,kid --device cpu", f"{COMPILER} matplotlib diffusion"),
+    ],
+)
+def test_a_run_imports_no_library_that_it_does_not_need(program, flags, more, model_folder, image_folder, tmp_path):
+    for name in "ab":
+        np.savez(tmp_path / f"{name}.npz", np.random.default_rng(0).standard_normal((9, 3)))
+    if program != "evaluator":
+        flags = f"{flags} --ckpt {model_folder}".replace("IMAGES", str(image_folder))
+    code = f"import sys, {program} as p; sys.argv[0] = '{program}.py'; p.main(p.parse_args({flags.split()!r}))"
+    code += f"; print('imported:', *(name for name in {f'{HEAVY} {more}'.split()!r} if name in sys.modules))"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "imported:"
 
 
 @pytest.mark.parametrize(
