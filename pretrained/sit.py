@@ -18,7 +18,7 @@ from torch import Tensor
 from runtime.errors import UserError
 
 PATCHES, HEAD, TIME = "x_embedder.proj.weight", "final_layer.linear", "t_embedder.mlp.0.weight"
-PROJECTORS = "projectors."  # of REPA
+PROJECTORS, DECODER = "projectors.", re.compile(r"^decoder_blocks\.(\d+)\.")  # of REPA
 # SiT and REPA have a DiT's tensors, but their output is another: arguments of their trainings, and names of files.
 SIT_ARGUMENTS, REPA_ARGUMENTS = {"train_eps", "sample_eps", "transport"}, {"enc_type", "encoder_depth"}
 FLOW_ARGUMENTS = {"path_type"} | SIT_ARGUMENTS | REPA_ARGUMENTS
@@ -64,11 +64,17 @@ def _check_path(path: Path, arguments: Mapping[str, Any]) -> None:
 def to_flow(state: Mapping[str, Tensor], arguments: Mapping[str, Any], time_scale: float = 1.0) -> dict[str, Tensor]:
     """The state dict of SiT or REPA as `FlowMatching` needs it; state: float32 tensors by name, of any model.
 
-    REPA's projectors are dropped. SiT's output is halved and negated, and its time turned, up to rounding. A file is
-    SiT's if its training's arguments say so, or else if it has twice the channels.
+    REPA's projectors are dropped, and blocks that its early files count anew after those of the encoder are renamed.
+    SiT's output is halved and negated, and its time turned, up to rounding. A file is SiT's if its training's arguments
+    say so, or else if it has twice the channels.
     """
     repa = REPA_ARGUMENTS & arguments.keys() or any(name.startswith(PROJECTORS) for name in state)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(PROJECTORS)}
+    encoder = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    state = {
+        DECODER.sub(lambda match: f"blocks.{encoder + int(match[1])}.", name): tensor
+        for name, tensor in state.items()
+        if not name.startswith(PROJECTORS)
+    }
     if not {PATCHES, TIME, f"{HEAD}.weight", f"{HEAD}.bias"} <= state.keys() or state[PATCHES].dim() != 4:
         return state  # no DiT: the loader says what is missing
     rows, cells = len(state[f"{HEAD}.bias"]), state[PATCHES][0].numel()

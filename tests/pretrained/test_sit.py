@@ -66,6 +66,14 @@ def test_a_file_of_repa_is_used_as_it_is_without_its_projectors(load, more):
     assert torch.equal(loaded(X, T, Y), dit(X, T, Y))
 
 
+def test_early_files_of_repa_name_the_later_blocks_otherwise(load):
+    dit = original(learn_sigma=False)
+    renamed = {"blocks.1.": "decoder_blocks.0.", "blocks.2.": "decoder_blocks.1."}
+    state = {renamed.get(name[:9], name[:9]) + name[9:]: value for name, value in dit.state_dict().items()}
+    assert sum(name.startswith("decoder_blocks.1.") for name in state) == 10
+    assert same(load(state).state_dict(), dit.state_dict())
+
+
 def test_the_kept_channels_are_the_first_of_each_cell():
     dit = original(input_size=16, patch_size=2)
     kept = original(input_size=16, patch_size=2, learn_sigma=False)
