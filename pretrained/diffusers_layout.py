@@ -210,7 +210,8 @@ def as_trained(transformer: Any, cfg_channels: int | None = None) -> Any:
     """Make a DiTTransformer2DModel of `to_diffusers`, loaded by diffusers, run in a DiTPipeline as our DiT; return it.
 
     It gets the timestep features that its config.json names, its own null class instead of 1000, and guidance on
-    `cfg_channels` channels (None: those of the config, else all). The last two are hooks of the module.
+    `cfg_channels` channels (None: those of the config, else all). The last two are hooks of the module, if
+    they are needed.
     Raises ValueError as `check_channels`.
     """
     config = transformer.config
@@ -218,10 +219,12 @@ def as_trained(transformer: Any, cfg_channels: int | None = None) -> Any:
     if (shift := config.get("frequency_shift")) is not None:
         for block in transformer.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = shift
-    if cfg_channels < config.in_channels:
+    if cfg_channels != config.get("cfg_channels", config.in_channels):
         transformer.register_to_config(cfg_channels=cfg_channels)
-    transformer.register_forward_pre_hook(_own_null_class, with_kwargs=True)
-    transformer.register_forward_hook(_own_channels, with_kwargs=True)
+    if config.num_embeds_ada_norm != NULL_CLASS:
+        transformer.register_forward_pre_hook(_own_null_class, with_kwargs=True)
+    if cfg_channels < config.in_channels:
+        transformer.register_forward_hook(_own_channels, with_kwargs=True)
     return transformer
 
 

@@ -208,11 +208,11 @@ class Acceleration:
         if schedule is None:
             return f"{self._name}: the pipeline was not called yet"
         bound = schedule.speedup_bound(self._model.dit.multiply_adds())
-        how = ["reused", "forecast (linear)", "forecast (quadratic)"][schedule.order]
+        name = f"{self._name}, forecast {schedule.order}" if schedule.order else self._name
         took = "no call came to its end" if seconds is None else f"denoising took {seconds:.3f} s"
         return (
-            f"{self._name}: {schedule.cached_share():.1%} of the layer calls of {schedule.steps} steps skipped and "
-            f"{how}, so the speed-up is at most {bound:.3f}; {took}"
+            f"{name}: {schedule.cached_share():.1%} of the layer calls of {schedule.steps} steps skipped, so the"
+            f" speed-up is at most {bound:.3f}; {took}"
         )
 
 
