@@ -66,6 +66,11 @@ def test_a_file_of_repa_is_used_as_it_is_without_its_projectors(load, more):
     assert torch.equal(loaded(X, T, Y), dit(X, T, Y))
 
 
+def test_a_file_of_repa_with_a_variance_only_loses_it(load):
+    dit = original()
+    torch.testing.assert_close(load({"ema": dit.state_dict(), "args": REPA})(X, T, Y), dit(X, T, Y)[:, :4])
+
+
 def test_early_files_of_repa_name_the_later_blocks_otherwise(load):
     dit = original(learn_sigma=False)
     renamed = {"blocks.1.": "decoder_blocks.0.", "blocks.2.": "decoder_blocks.1."}
