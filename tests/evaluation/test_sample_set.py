@@ -70,6 +70,20 @@ def test_the_set_becomes_one_file_with_images_labels_and_manifest(tmp_path):
     assert sample_set(samples.npz.parent, {"schedule": None}).open() is True
 
 
+def test_a_set_that_names_the_version_of_timm_continues(tmp_path):
+    """Manifests named it while the DiT was made of timm's layers; ours compute the same bits."""
+    samples = begin(tmp_path, (0, 4))
+    release(samples)
+    path = samples.shards / "manifest.json"
+    path.write_text(json.dumps(MANIFEST | {"timm": "1.0.31"}))
+    samples = begin(tmp_path)
+    assert samples.missing(10) == [(4, 10)]
+    release(samples)
+    path.write_text(json.dumps(MANIFEST | {"tim": "1.0.31"}))
+    with pytest.raises(UserError, match="tim was"):
+        sample_set(tmp_path).open()
+
+
 def test_missing_images_are_cut_at_multiples_of_the_batch_size(tmp_path):
     samples = begin(tmp_path)
     assert samples.missing(4) == [(0, 4), (4, 8), (8, 10)]
