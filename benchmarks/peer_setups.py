@@ -145,6 +145,20 @@ def lines_of_user_code(function):
     return sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
 
 
+def make_guidance(scale, interval, noise):
+    """A `Guidance` that also multiplies the guided noise by the factor `noise`."""
+    import torch
+
+    from models import Guidance
+
+    class ScaledNoise(Guidance):
+        def apply(self, output, t):
+            predicted, variance = super().apply(output, t).chunk(2, dim=1)
+            return torch.cat([predicted * noise, variance], dim=1)
+
+    return (Guidance if noise == 1 else ScaledNoise)(scale, interval=interval)
+
+
 def make_pipeline(dit, vae):
     """A DiTPipeline of a DiT, whose call stops at the latents and begins with `latents` instead of its own noise.
 

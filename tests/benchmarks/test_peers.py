@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import peer_setups, peers, table
 from benchmarks.peers import Row
 from diffusion import create_diffusion
-from models import position_table
+from models import guided, position_table
 from sampling import sample_latents
 from schedule import Schedule
 
@@ -48,6 +48,16 @@ def test_plain_diffusers_and_plain_ours_are_the_same_run(bench):
         assert figures["psnr_db"] is None or figures["psnr_db"] > peers.PARITY_DB
         assert torch.allclose(bench.count(row)[0], expected, atol=1e-4)
     assert bench.figures(Row("ours", "our_sampler", STEPS, guidance=(1.0, 0, 1)))["error"] > 1e-4
+
+
+def test_a_row_may_scale_the_predicted_noise(bench):
+    output = torch.arange(16.0).reshape(2, 8, 1, 1)
+    scaled = peer_setups.make_guidance(2.0, (0, 1), 0.5).apply(output, 0.3)
+    whole = guided(output, 2.0)
+    assert torch.equal(scaled[:, :4], whole[:, :4] / 2) and torch.equal(scaled[:, 4:], whole[:, 4:])
+    rows = [Row("x", setup, STEPS, noise=0.9) for setup in ("plain", "our_sampler")]
+    theirs, ours = (bench.count(row)[0] for row in rows)
+    assert torch.allclose(theirs, ours, atol=1e-4) and (ours - bench.full(STEPS)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("setup", ["our_sampler", "ours"])
