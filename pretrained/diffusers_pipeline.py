@@ -212,7 +212,7 @@ class Acceleration:
         took = "no call came to its end" if seconds is None else f"denoising took {seconds:.3f} s"
         return (
             f"{name}: {schedule.cached_share():.1%} of the layer calls of {schedule.steps} steps skipped, so the"
-            f"speed-up is at most {bound:.3f}; {took}"
+            f" speed-up is at most {bound:.3f}; {took}"
         )
 
 
