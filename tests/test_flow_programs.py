@@ -233,6 +233,12 @@ def test_a_set_says_how_it_was_made_and_continues(program, tmp_path):
     }.items() <= manifest.items()
     again = program("sample_ddp", *flags, "--cfg-channels", 4, "--balanced-labels")
     assert "is there already and complete" in again.stdout
+    config = tmp_path / "flow" / "config.json"
+    before = config.read_text()
+    config.write_text(before.replace('"time_scale": 10', '"time_scale": 11'))  # the same weights, another model
+    refused = program("sample_ddp", *flags, "--cfg-channels", "all", "--balanced-labels", code=1)
+    assert_refused(refused, "made with other settings: model was")
+    config.write_text(before)
 
     stream = [np.random.default_rng([3, 0, number]) for number in range(6)]
     z = torch.stack(
