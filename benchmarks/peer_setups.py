@@ -145,18 +145,24 @@ def lines_of_user_code(function):
     return sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
 
 
-def make_guidance(scale, interval, noise):
-    """A `Guidance` that also multiplies the guided noise by the factor `noise`."""
+def make_guidance(scale, interval, factor=1, top=1):
+    """A `Guidance` that also multiplies the guided noise by `factor`, at each t up to `top`.
+
+    Source of the factor: Ning et al. 2023, arXiv:2308.15321.
+    """
     import torch
 
     from models import Guidance
 
     class ScaledNoise(Guidance):
         def apply(self, output, t):
-            predicted, variance = super().apply(output, t).chunk(2, dim=1)
-            return torch.cat([predicted * noise, variance], dim=1)
+            output = super().apply(output, t)
+            if t > top:
+                return output
+            predicted, variance = output.chunk(2, dim=1)
+            return torch.cat([predicted * factor, variance], dim=1)
 
-    return (Guidance if noise == 1 else ScaledNoise)(scale, interval=interval)
+    return (Guidance if factor == 1 else ScaledNoise)(scale, interval=interval)
 
 
 def make_pipeline(dit, vae):

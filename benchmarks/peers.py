@@ -29,7 +29,7 @@ SAMPLES = table.SAMPLES
 AT_ONCE = 50  # images of a batch; peers with a threshold decide for a whole batch
 COMPARED = 64  # images whose latents are compared, and of a timed batch
 REPEATS = 3  # timed rounds after the warm-up
-NOISE = 0.98  # factor of the predicted noise, in some rows
+NOISES = ((0.97, 0.5), (0.98, 1))  # factors of the predicted noise in some rows, and up to which t
 PARITY_DB = 90  # at least, for plain diffusers against plain ours
 TARGETS = (0.6, 0.5, 0.4, 0.3)  # of the time of plain diffusers
 
@@ -58,7 +58,7 @@ class Row:
     settings: dict = field(default_factory=dict, hash=False)
     plan: str = ""
     guidance: tuple = ()  # scale, and the lowest and the highest t that is guided; () is the model's scale at each t
-    noise: float = 1.0  # factor of the predicted noise
+    noise: tuple = (1, 1)  # factor of the predicted noise, and the highest t at which it applies
 
     @property
     def name(self):
@@ -69,7 +69,7 @@ class Row:
         words = [f"{name} {value}" for name, value in self.settings.items()]
         words += [self.plan] if self.plan else []
         words += ["guidance {} for t from {} to {}".format(*self.guidance)] if self.guidance else []
-        words += [f"noise x {self.noise}"] if self.noise != 1 else []
+        words += ["noise x {} for t up to {}".format(*self.noise)] if self.noise != (1, 1) else []
         return ", ".join([TITLES[self.setup], *words])
 
 
@@ -96,12 +96,13 @@ def make_rows():
         for plan in ("router", "router-f2", "fora2", "fora2-f2", "fora3", "fora3-f2", "fora4-f2", *learned):
             rows += [Row(f"ours-{plan}", "our_sampler", steps, plan=plan)]
         rows += [Row(f"adapter-{plan}", "ours", steps, plan=plan) for plan in ("router-f2", "fora3-f2")]
-        # What may explain DBCache's FID (docs/peers.md), and what follows for ours.
-        shrunk = {"noise": NOISE}
-        rows += [Row(f"diffusers-noise-{NOISE}", "plain", steps, **shrunk)]
-        rows += [Row(f"dbcache-{high}-noise-{NOISE}", "dbcache", steps, {"threshold": high}, **shrunk)]
-        for plan in ("router-f2", "fora3-f2", learned[-1]):
-            rows += [Row(f"ours-{plan}-noise-{NOISE}", "our_sampler", steps, plan=plan, **shrunk)]
+        # What explains DBCache's FID (docs/peers.md), for it and for ours alike.
+        for factor, top in NOISES:
+            ending, shrunk = f"noise-{factor}-to-{top}", {"noise": (factor, top)}
+            rows += [Row(f"diffusers-{ending}", "plain", steps, **shrunk)]
+            rows += [Row(f"dbcache-{high}-{ending}", "dbcache", steps, {"threshold": high}, **shrunk)]
+            for plan in ("router-f2", "fora3-f2", "fora4-f2", learned[-1]):
+                rows += [Row(f"ours-{plan}-{ending}", "our_sampler", steps, plan=plan, **shrunk)]
     return tuple(rows)
 
 
@@ -166,7 +167,7 @@ class Bench:
     def sampler(self, row):
         """(model, function (noise, progress=None) -> latents) of a row. progress: as in `sample_latents`."""
         scale, low, high = row.guidance or (self.spec.cfg_scale, 0, 1)
-        scale, plan = peer_setups.make_guidance(scale, (low, high), row.noise), self.plan(row)
+        scale, plan = peer_setups.make_guidance(scale, (low, high), *row.noise), self.plan(row)
         setup = getattr(peer_setups, row.setup)
         if row.setup == "our_sampler":
             settings = {"cfg_scale": scale, "schedule": plan}
@@ -279,7 +280,7 @@ def fill(args):
     for row in rows if not args.timing else []:
         path, flags = args.results / f"{row.name}.json", {"row": row.name, "samples": args.samples}
         known = {"setup": row.setup, "settings": row.settings, "plan": row.plan, "steps": row.steps}
-        known |= {"guidance": list(row.guidance), "noise": row.noise, "judges": judges}
+        known |= {"guidance": list(row.guidance), "noise": list(row.noise), "judges": judges}
         record = table.read(path)
         if {name: record.get(name) for name in ("flags", *known)} == {"flags": flags, **known}:
             continue  # what was made otherwise is made again
@@ -365,7 +366,7 @@ def save_picture(records, timing, path):
 
     from runtime.files import atomic_write
 
-    timed = [row for row in records if row.name in timing["rows"] and not row.guidance and row.noise == 1]
+    timed = [row for row in records if row.name in timing["rows"] and not row.guidance and row.noise == (1, 1)]
     steps = sorted({row.steps for row in timed})
     with matplotlib.rc_context({"font.size": 8}):
         figure = Figure(figsize=(6 * len(steps), 4.5), dpi=110, layout="constrained")

@@ -52,10 +52,11 @@ def test_plain_diffusers_and_plain_ours_are_the_same_run(bench):
 
 def test_a_row_may_scale_the_predicted_noise(bench):
     output = torch.arange(16.0).reshape(2, 8, 1, 1)
-    scaled = peer_setups.make_guidance(2.0, (0, 1), 0.5).apply(output, 0.3)
-    whole = guided(output, 2.0)
+    guidance, whole = peer_setups.make_guidance(2.0, (0, 1), 0.5, top=0.3), guided(output, 2.0)
+    scaled = guidance.apply(output, 0.3)
+    assert torch.equal(guidance.apply(output, 0.31), whole)
     assert torch.equal(scaled[:, :4], whole[:, :4] / 2) and torch.equal(scaled[:, 4:], whole[:, 4:])
-    rows = [Row("x", setup, STEPS, noise=0.9) for setup in ("plain", "our_sampler")]
+    rows = [Row("x", setup, STEPS, noise=(0.9, 0.6)) for setup in ("plain", "our_sampler")]
     theirs, ours = (bench.count(row)[0] for row in rows)
     assert torch.allclose(theirs, ours, atol=1e-4) and (ours - bench.full(STEPS)).abs().max() > 0.01
 
