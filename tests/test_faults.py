@@ -393,7 +393,7 @@ def test_a_lost_connection_is_one_line():
 def test_processes_whose_peer_was_killed_end_with_one_line(program, rank, more, first, programs, tmp_path):
     inputs, flags = set(tmp_path.rglob("*")), programs.command(program, more)[1:]
     with start(program, *flags, cwd=tmp_path, launcher=torchrun(2)) as process:
-        while not list(tmp_path.rglob(first)):
+        while not any(path.stat().st_size for path in tmp_path.rglob(first)):
             assert process.poll() is None
             time.sleep(0.05)
         workers = [p for p in psutil.Process(process.pid).children(True) if "RANK" in p.environ()]
