@@ -15,7 +15,6 @@ results/peers/timing.json has the seconds of the denoising loop of all rows, run
 All rows run DDIM with the timesteps of diffusers (0, 50, ... 950 for 20 steps) and guidance on three channels.
 """
 
-import argparse
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -109,18 +108,10 @@ def make_rows():
 ROWS = make_rows()
 
 
-def row_list(text):
-    """An argparse type: names of ROWS, separated by commas."""
-    rows = {row.name: row for row in ROWS}
-    for name in text.split(","):
-        if name not in rows:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(rows)}")
-    return [rows[name] for name in text.split(",")]
-
-
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=row_list, metavar="ROW,ROW", help="only these, as dbcache-0.15-20; default: all")
+    rows = partial(table.row_list, rows=ROWS)
+    parser.add_argument("--rows", type=rows, metavar="ROW,ROW", help="only these, as dbcache-0.15-20; default: all")
     trial = f"images of a row; any number but {SAMPLES} is a trial, kept in {FOLDER}-SAMPLES"
     parser.add_argument("--samples", type=cli.positive, default=SAMPLES, help=trial)
     parser.add_argument("--quality", action="store_true", help="make all but the times")

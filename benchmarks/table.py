@@ -94,18 +94,19 @@ TABLES = [
 ]
 
 
-def row_list(text):
-    """An argparse type: names of ROWS, separated by commas."""
-    rows = {row.name: row for row in ROWS}
+def row_list(text, rows):
+    """An argparse type: those of `rows` that a text names, separated by commas."""
+    by_name = {row.name: row for row in rows}
     for name in text.split(","):
-        if name not in rows:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(rows)}")
-    return [rows[name] for name in text.split(",")]
+        if name not in by_name:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(by_name)}")
+    return [by_name[name] for name in text.split(",")]
 
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=row_list, metavar="ROW,ROW", help="only these, as router-20; default: all")
+    rows = partial(row_list, rows=ROWS)
+    parser.add_argument("--rows", type=rows, metavar="ROW,ROW", help="only these, as router-20; default: all")
     parser.add_argument("--processes", type=cli.positive, default=2, help="processes that sample, one thread each")
     trial = f"images of a row; any number but {SAMPLES} is a trial, kept in {FOLDER}-SAMPLES"
     parser.add_argument("--samples", type=cli.positive, default=SAMPLES, help=trial)
