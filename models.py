@@ -165,7 +165,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers over tokens (N, T, D), with a GELU by its tanh approximation between them."""
+    """Two linear layers over tokens (N, T, D), with a GELU by its tanh approximation between them.
+
+    fused: whether CUDA computes the GELU inside the first product, which it can only do without gradients.
+    """
+
+    fused = False
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -174,7 +179,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        fused = self.fused and x.is_cuda and not torch.is_grad_enabled()
+        return self.fc2(self.fused_hidden(x) if fused else self.act(self.fc1(x)))
+
+    def fused_hidden(self, x: Tensor) -> Tensor:
+        """act(fc1(x)) in one kernel. On a CPU the operation computes the exact GELU, not its tanh approximation."""
+        hidden = torch._addmm_activation(self.fc1.bias, x.flatten(0, 1), self.fc1.weight.t(), use_gelu=True)
+        return hidden.unflatten(0, x.shape[:2])
 
 
 class DiTBlock(nn.Module):

@@ -10,7 +10,7 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,19 +59,77 @@ def exact_float32() -> Iterator[None]:
             setattr(backend, name, value)
 
 
-def speed_up_vae(vae: Any, device: torch.device, dtype: str) -> Any:
+def speed_up_vae(vae: Any, device: torch.device, dtype: str, experimental: Collection[str] = ()) -> Any:
     """Convert a VAE on a GPU to channels last, and to fp16 if `dtype`, the precision of the DiT, is fp16.
 
     This decodes fastest with at most one grey level of difference; bf16 would differ by more (docs/performance.md).
+    experimental: "vae-fp16" takes fp16 for any `dtype`.
     """
     if device.type != "cuda":
         return vae
+    half = dtype == "fp16" or "vae-fp16" in experimental
     # Not vae.to: diffusers would print a warning about modules in float32, of which this model has none.
-    return nn.Module.to(vae, DTYPES["fp16" if dtype == "fp16" else "fp32"], memory_format=torch.channels_last)
+    return nn.Module.to(vae, DTYPES["fp16" if half else "fp32"], memory_format=torch.channels_last)
 
 
-def compile_blocks(blocks: nn.ModuleList, backend: str = "inductor") -> None:
-    """Compile each block of a model with `torch.compile`. Raises UserError if the GPU or the compiler cannot."""
+class Float8Linear(nn.Module):
+    """A linear layer over tokens (N, T, K), whose product takes float8 (e4m3) and adds up in float32; no gradients.
+
+    Each token and each row of the weight has a scale of its own. So the result for one image does not depend on the
+    others of its batch, and a GPU can compute the scales where it computes the input, without another pass over it.
+    The weight stays beside its float8 copy, for all that asks the model for its weights.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        rows, scale = _to_float8(self.weight.detach())
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, scale = _to_float8(x.flatten(0, 1))
+        how = {"bias": self.bias, "out_dtype": x.dtype, "use_fast_accum": True}  # an H100 is slower without the last
+        product = torch._scaled_mm(rows, self.rows.t(), scale, self.scale.t(), **how)
+        return product.unflatten(0, x.shape[:2])
+
+
+def _to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (R, K) -> the rows in float8, the largest value of each at float8's largest, and scales (R, 1) in float32.
+
+    rows * scales is about x.
+    """
+    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+@torch.no_grad()
+def speed_up_blocks(blocks: Iterable[Any], experimental: Collection[str]) -> None:
+    """Switch the blocks of a DiT to "gelu" or "fp8", if `experimental` names one.
+
+    Raises UserError if this device or version of torch cannot compute the four products of a block in float8.
+    """
+    for block in blocks:
+        block.mlp.fused = "gelu" in experimental
+        if "fp8" not in experimental:
+            continue
+        for layer, name in (block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2"):
+            linear = Float8Linear(getattr(layer, name))
+            try:
+                linear(linear.weight.new_zeros(1, 1, linear.weight.shape[1]))
+            except (RuntimeError, ValueError) as error:
+                where = linear.weight.device
+                raise UserError(
+                    f"--experimental fp8 cannot run on {where} ({first_line(error)}): leave it out"
+                ) from error
+            setattr(layer, name, linear)
+
+
+def compile_blocks(blocks: nn.ModuleList, backend: str = "inductor", experimental: Collection[str] = ()) -> None:
+    """Compile each block of a model with `torch.compile`. Raises UserError if the GPU or the compiler cannot.
+
+    experimental: "autotune" times several kernels for each product and takes the fastest.
+    """
     weight = next(blocks.parameters())
     if backend == "inductor":
         _check_compiler(weight.device, weight.dtype)
@@ -82,8 +140,9 @@ def compile_blocks(blocks: nn.ModuleList, backend: str = "inductor") -> None:
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         # Each process starts up to 32 others that compile: share the cores among the processes of this machine.
         inductor.compile_threads = max(1, min(32, os.cpu_count() or 1) // number_or("LOCAL_WORLD_SIZE", 1))
+    mode = "max-autotune-no-cudagraphs" if "autotune" in experimental else None
     for block in blocks:
-        block.compile(fullgraph=True, backend=backend)
+        block.compile(fullgraph=True, backend=backend, mode=mode)
 
 
 def _check_compiler(device: torch.device, dtype: torch.dtype) -> None:
@@ -162,11 +221,13 @@ def are_compiled(modules: Iterable[nn.Module]) -> bool:
     return any(module._compiled_call_impl is not None for module in modules)
 
 
-def pick_device(name: str, processes: "Processes | None" = None, cuda_graphs: bool = False) -> torch.device:
+def pick_device(
+    name: str, processes: "Processes | None" = None, cuda_graphs: bool = False, experimental: Collection[str] = ()
+) -> torch.device:
     """torch.device of "auto" (CUDA if there is a GPU), "cpu", "cuda:1". Raises UserError if it cannot be used.
 
     processes: if there are several, each takes the GPU of its local rank as its default device; None refuses several.
-    cuda_graphs: whether the device must have CUDA graphs.
+    cuda_graphs, experimental: whether the device must have CUDA graphs, and what else it must be able to do.
     """
     if processes is None and "TORCHELASTIC_RUN_ID" in os.environ and (count := number_or("WORLD_SIZE", 1)) > 1:
         error = UserError(f"torchrun started {count} processes, and this program is one: start it with python")
@@ -185,8 +246,10 @@ def pick_device(name: str, processes: "Processes | None" = None, cuda_graphs: bo
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here: {first_line(error)}; pass --device cpu") from error
-    if cuda_graphs and device.type != "cuda":
-        raise UserError(f"--cuda-graphs needs a CUDA device and this is {device}: leave it out")
+    flags = ["--cuda-graphs"] if cuda_graphs else []
+    flags += [f"--experimental {name}" for name in ("gelu", "vae-fp16") if name in experimental]
+    if flags and device.type != "cuda":
+        raise UserError(f"{flags[0]} needs a CUDA device and this is {device}: leave it out")
     return device
 
 
