@@ -40,6 +40,7 @@ def parse_args(argv=None):
     cli.add_record_argument(output, only="with --compare: ")
     args = parser.parse_args(argv)
     cli.check_sampling_arguments(parser, args)
+    cli.check_speed_arguments(parser, args)
     for flag in ("compare", "save_schedule"):
         if getattr(args, flag) and not args.accelerate_method:
             parser.error(f"--{flag.replace('_', '-')} needs a router or schedule: add --accelerate-method")
@@ -59,7 +60,7 @@ def main(args):
     from runtime.records import write_record
     from training.policies import schedule_of_flags
 
-    device = devices.pick_device(args.device, cuda_graphs=args.cuda_graphs)
+    device = devices.pick_device(args.device, cuda_graphs=args.cuda_graphs, experimental=args.experimental)
     dtype = devices.pick_dtype(args.dtype, device)
     spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
     diffusion = spec.make_process(args.num_sampling_steps, args.sampler)
@@ -112,14 +113,19 @@ def load_models(args, spec, diffusion, schedule, cfg_scale, device, dtype):
     dit = load_dit(spec, device, args.seed if args.random_weights else None)
     check_sampler(dit, cfg_scale, args.sampler == "ddpm")
     dit = devices.set_precision(dit, dtype)
+    devices.speed_up_blocks(dit.blocks, args.experimental)
     schedule = schedule or schedule_of_flags(args, dit, cfg_scale, diffusion)
     if args.compile:
-        devices.compile_blocks(dit.blocks)
+        devices.compile_blocks(dit.blocks, experimental=args.experimental)
+    if args.experimental:
+        print(f"Experimental, measured on no GPU yet: {', '.join(args.experimental)}")
     if schedule:
         print(schedule.describe(dit.multiply_adds()))
     if args.save_schedule:
         schedule.save(args.save_schedule)
-    vae = None if args.random_weights else devices.speed_up_vae(load_vae(spec, device), device, dtype)
+    vae = None
+    if not args.random_weights:
+        vae = devices.speed_up_vae(load_vae(spec, device), device, dtype, args.experimental)
     return dit, vae, schedule
 
 

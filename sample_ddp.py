@@ -48,6 +48,7 @@ def parse_args(argv=None):
     cli.add_record_argument(output)
     args = parser.parse_args(argv)
     cli.check_sampling_arguments(parser, args)
+    cli.check_speed_arguments(parser, args)
     return args
 
 
@@ -65,7 +66,9 @@ def load(args, device, dtype):
     dit = load_dit(spec, device)
     sampling.check_sampler(dit, guidance(args, spec), args.sampler == "ddpm")
     dit = devices.set_precision(dit, dtype)
-    return spec, diffusion, dit, devices.speed_up_vae(load_vae(spec, device), device, dtype), schedule
+    devices.speed_up_blocks(dit.blocks, args.experimental)
+    vae = devices.speed_up_vae(load_vae(spec, device), device, dtype, args.experimental)
+    return spec, diffusion, dit, vae, schedule
 
 
 def guidance(args, spec):
@@ -80,6 +83,8 @@ def describe(args, spec, dit, vae, schedule_entries, device, dtype):
     from runtime.hashes import fingerprint
     from sampling import scale_and_shift
 
+    # Kernels that were chosen by their times change only last bits, as --compile does.
+    experimental = [name for name in args.experimental if name != "autotune"]
     scale, shift = scale_and_shift(vae)
     vae_config = {"scaling_factor": scale} | ({"shift_factor": shift} if shift else {})
     return {
@@ -100,6 +105,7 @@ def describe(args, spec, dit, vae, schedule_entries, device, dtype):
         "tf32": args.dtype != "fp32",
         "dtype": dtype if dtype in ("bf16", "fp16") else None,
         "deterministic": args.deterministic and devices.device_model(device) + ", compiled" * args.compile,
+        **({"experimental": experimental} if experimental else {}),
     }
 
 
@@ -118,7 +124,9 @@ def main(args):
 
     processes = Processes()
     processes.connect()
-    device = processes.run_everywhere(lambda: devices.pick_device(args.device, processes, args.cuda_graphs))
+    device = processes.run_everywhere(
+        lambda: devices.pick_device(args.device, processes, args.cuda_graphs, args.experimental)
+    )
     dtype = devices.pick_dtype(args.dtype, device)
     if args.deterministic:
         devices.make_deterministic(device)
@@ -134,7 +142,7 @@ def main(args):
         make = partial(policies.schedule_of_flags, args, dit, guidance(args, spec), diffusion)
         schedule = processes.run_on_main(make)
     if args.compile:
-        processes.run_everywhere(lambda: devices.compile_blocks(dit.blocks))
+        processes.run_everywhere(lambda: devices.compile_blocks(dit.blocks, experimental=args.experimental))
     schedule_entries = processes.run_everywhere(lambda: policies.manifest_entries(args, schedule))
     manifest = describe(args, spec, dit, vae, schedule_entries, device, dtype)
     check_equal(manifest, processes)
@@ -152,6 +160,8 @@ def main(args):
         if not args.sampler:
             print(f"No sampler flag: sampling with {SAMPLER_NAMES[spec.sampler()]}")
         if schedule:
+        if args.experimental:
+            print(f"Experimental, measured on no GPU yet: {', '.join(args.experimental)}")
             print(schedule.describe(dit.multiply_adds()))
     processes.disconnect()  # from here on no rank waits for a message of another, which may be dead
 
@@ -203,7 +213,7 @@ def sample_and_assemble(samples, processes, sampler, vae, ranges, batch_size, de
 def check_equal(manifest, processes):
     """Raise UserError if the ranks have different manifests, that is, were given other flags or files."""
     for rank, other in enumerate(processes.gather(manifest)):
-        different = [name for name in manifest if other[name] != manifest[name]]
+        different = [name for name in manifest | other if other.get(name) != manifest.get(name)]
         if different:
             names = ", ".join(different)
             raise processes.error(

@@ -57,6 +57,7 @@ def set_name(spec, manifest, ckpt, path):
     parts += ["balanced"] if manifest["labels"] == "balanced" else []
     parts += [manifest["dtype"]] if manifest["dtype"] else []
     parts += ["deterministic"] if manifest["deterministic"] else []
+    parts += manifest.get("experimental", [])
     parts += [f"n-{manifest['images']}"]
     return "-".join(re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII)[:40].strip("-") for part in parts)
 

@@ -219,14 +219,41 @@ def add_speed_arguments(parser):
     return group
 
 
+# What --experimental switches on: docs/performance.md says what each does, and what it is expected to bring.
+EXPERIMENTAL = ("gelu", "autotune", "fp8", "vae-fp16")
+
+
 def check_guidance_arguments(parser, args):
     """Refuse an interval that is empty."""
     if args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
         low, high = args.cfg_interval
         parser.error(f"--cfg-interval {low:g} {high:g} is empty: pass the lower time first")
+    group.add_argument(
+        "--experimental",
+        metavar="NAME",
+        nargs="+",
+        choices=EXPERIMENTAL,
+        help=f"{', '.join(EXPERIMENTAL)}: may be faster on a GPU, but no GPU has measured them (docs/performance.md)",
+    )
 
 
 def check_sampling_arguments(parser, args):
+def check_speed_arguments(parser, args):
+    """Make --experimental a sorted list; refuse a switch without what it needs, and two that exclude each other."""
+    names = args.experimental = sorted(set(args.experimental or ()))
+    bf16, timed = args.dtype == "bf16", "picks kernels by their times, which are never the same"
+    for name, fits, rule in (
+        ("autotune", args.compile, "chooses among compiled kernels: add --compile"),
+        ("autotune", not getattr(args, "deterministic", False), f"{timed}: leave it or --deterministic out"),
+        ("fp8", bf16, "rounds the inputs of products in bf16: add --dtype bf16"),
+        ("fp8", "gelu" not in names, "replaces the product that gelu changes: leave one of them out"),
+        ("vae-fp16", bf16, "is for a transformer in bf16: add --dtype bf16"),
+        ("vae-fp16", not getattr(args, "random_weights", False), "needs a VAE: leave it or --random-weights out"),
+    ):
+        if name in names and not fits:
+            parser.error(f"--experimental {name} {rule}")
+
+
     """Refuse a method without its setting, a setting of another method, and one for which there are too few steps."""
     check_guidance_arguments(parser, args)
     method, steps = args.accelerate_method, args.num_sampling_steps
