@@ -1,4 +1,4 @@
-"""What --dtype, --compile and --cuda-graphs change in the images of the shipped model.
+"""What --dtype, --compile, --cuda-graphs and --experimental change in the images of the shipped model.
 
     python -m benchmarks.precision --record benchmarks/results/precision-fashion-cpu.json
     python -m benchmarks.precision --table
@@ -24,11 +24,16 @@ def parse_args(argv=None):
 
 
 def ways(device):
-    """The ways to sample, as (dtype, compiled, with CUDA graphs); the first is what the others are compared with."""
+    """The ways to sample, as (dtype, compiled, with CUDA graphs, names of --experimental).
+
+    The first is what the others are compared with.
+    """
     if device.type == "cpu":
-        return [("fp32", False, False), ("fp32", True, False), ("bf16", False, False), ("bf16", True, False)]
-    plain = [("fp32", False, False), ("fp32", False, True)]
-    return [*plain, *((dtype, True, True) for dtype in ("fp32", "tf32", "bf16", "fp16"))]
+        plain = [(dtype, compiled, False, []) for dtype in ("fp32", "bf16") for compiled in (False, True)]
+        return [*plain, ("bf16", True, False, ["fp8"])]
+    plain = [("fp32", False, False, []), ("fp32", False, True, [])]
+    plain += [(dtype, True, True, []) for dtype in ("fp32", "tf32", "bf16", "fp16")]
+    return [*plain, *(("bf16", True, True, [name]) for name in ("gelu", "fp8", "vae-fp16"))]
 
 
 def sample(dit, vae, sampler, y, device):
@@ -63,9 +68,10 @@ def measure(args):
     router = Router.load(common.SHIPPED_ROUTER).schedule(0.1)
     y = torch.arange(args.images) % spec.num_classes
     plain, rows = {}, []
-    for dtype, compiled, cuda_graphs in ways(device):
+    for dtype, compiled, cuda_graphs, experimental in ways(device):
         dit = devices.set_precision(load_dit(spec, device), dtype)
-        vae = devices.speed_up_vae(load_vae(spec, device), device, dtype)
+        devices.speed_up_blocks(dit.blocks, experimental)
+        vae = devices.speed_up_vae(load_vae(spec, device), device, dtype, experimental)
         if compiled:
             devices.compile_blocks(dit.blocks)
         make_sampler = partial(sampling.make_sampler, dit, create_diffusion(STEPS), spec.cfg_scale)
@@ -76,6 +82,7 @@ def measure(args):
             levels = (images.int() - plain_images.int()).abs()
             error = (latents - plain_latents).abs().max() / plain_latents.abs().max()
             row = {"schedule": name, "dtype": dtype, "compiled": compiled, "recorded": cuda_graphs}
+            row["experimental"] = experimental
             row["error"] = error.item()
             row["psnr_db"] = psnr(images, plain_images, 255) if levels.any() else None
             row["grey_levels"] = levels.max().item()
@@ -92,7 +99,7 @@ def rows(record):
             "device": record["device"],
             "schedule": row["schedule"],
             "dtype": row["dtype"],
-            "": " ".join(text for name, text in HOW.items() if row[name]),
+            "": " ".join([text for name, text in HOW.items() if row[name]] + row.get("experimental", [])),
             "latents differ by": f"{row['error']:.1e}",
             "PSNR, dB": "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}",
             "grey levels, at most": row["grey_levels"],

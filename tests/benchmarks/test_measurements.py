@@ -94,17 +94,22 @@ def test_a_profile_shares_the_time_of_a_full_and_a_cached_step(steps, model_fold
 
 @pytest.mark.slow
 def test_the_images_of_each_precision_beside_plain_float32(monkeypatch, record):
-    ways = [("fp32", False, False), ("fp32", False, True), ("bf16", False, False)]
+    ways = [("fp32", False, False, []), ("fp32", False, True, []), ("bf16", False, False, [])]
+    ways.append(("bf16", False, False, ["fp8"]))
     monkeypatch.setattr(precision, "ways", lambda device: ways)
     saved, shown = record("precision", "--images", 10, "--device", "cpu")
     rows = saved["rows"]
-    assert [(row["dtype"], row["compiled"], row["recorded"]) for row in rows] == [way for way in ways for _ in range(2)]
-    assert [row["schedule"] for row in rows] == ["full", "router"] * 3 and len(shown) == 6
+    names = "dtype", "compiled", "recorded", "experimental"
+    assert [tuple(row[name] for name in names) for row in rows] == [way for way in ways for _ in range(2)]
+    assert [row["schedule"] for row in rows] == ["full", "router"] * 4 and len(shown) == 8
+    assert " fp8 " not in "".join(shown[:6]) and all(" fp8 " in line for line in shown[6:])
     for row in rows[:4]:  # a CPU captures no CUDA graph, and computes the same
         assert (row["error"], row["psnr_db"], row["grey_levels"], row["differing"]) == (0, None, 0, 0)
     for row in rows[4:]:
         assert 0 < row["error"] < 0.1 and 25 < row["psnr_db"] < 70 and 0 < row["differing"] < 1
         assert row["class_accuracy"] > 0.8
+    for bf16, fp8 in zip(rows[4:6], rows[6:]):  # it rounds to 4 bits where bf16 has 8
+        assert fp8["psnr_db"] < bf16["psnr_db"]
 
 
 # Training
