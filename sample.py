@@ -63,7 +63,7 @@ def main(args):
     device = devices.pick_device(args.device, cuda_graphs=args.cuda_graphs, experimental=args.experimental)
     dtype = devices.pick_dtype(args.dtype, device)
     spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
-    diffusion = spec.make_process(args.num_sampling_steps, args.sampler)
+    diffusion = spec.make_process(args.num_sampling_steps, args.sampler, args.noise_scale)
     labels = args.class_labels or spec.default_labels
     check_labels(labels, spec.num_classes)
     out = args.out or f"Sample_NFE{args.num_sampling_steps}_Method_{args.accelerate_method or 'full'}.png"

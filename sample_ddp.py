@@ -61,7 +61,7 @@ def load(args, device, dtype):
     from training.policies import schedule_of_flags
 
     spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
-    diffusion = spec.make_process(args.num_sampling_steps, args.sampler)
+    diffusion = spec.make_process(args.num_sampling_steps, args.sampler, args.noise_scale)
     schedule = schedule_of_flags(args, spec, diffusion=diffusion)
     dit = load_dit(spec, device)
     sampling.check_sampler(dit, guidance(args, spec), args.sampler == "ddpm")
@@ -98,14 +98,15 @@ def describe(args, spec, dit, vae, schedule_entries, device, dtype):
         "num_classes": spec.num_classes,
         "cfg_scale": float(guidance(args, spec)),
         **guidance(args, spec).entries(),
+        **({"noise_scale": list(args.noise_scale)} if args.noise_scale[0] != 1 else {}),
         "sampler": spec.sampler(args.sampler),
         "steps": args.num_sampling_steps,
         "seed": args.global_seed,
         "labels": "balanced" if args.balanced_labels else "uniform",
         "tf32": args.dtype != "fp32",
         "dtype": dtype if dtype in ("bf16", "fp16") else None,
-        "deterministic": args.deterministic and devices.device_model(device) + ", compiled" * args.compile,
         **({"experimental": experimental} if experimental else {}),
+        "deterministic": args.deterministic and devices.device_model(device) + ", compiled" * args.compile,
     }
 
 
@@ -159,9 +160,9 @@ def main(args):
     if processes.is_main:
         if not args.sampler:
             print(f"No sampler flag: sampling with {SAMPLER_NAMES[spec.sampler()]}")
-        if schedule:
         if args.experimental:
             print(f"Experimental, measured on no GPU yet: {', '.join(args.experimental)}")
+        if schedule:
             print(schedule.describe(dit.multiply_adds()))
     processes.disconnect()  # from here on no rank waits for a message of another, which may be dead
 

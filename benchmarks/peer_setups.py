@@ -130,12 +130,12 @@ def ours(pipe, steps, schedule):
     accelerate(pipe, schedule)
 
 
-def our_sampler(dit, steps, z, y, cfg_scale, schedule=None, progress=None):
+def our_sampler(dit, steps, z, y, cfg_scale, schedule=None, noise_scale=(1, 1), progress=None):
     """Our sampler instead of the pipeline, with the timesteps of the pipeline."""
     from diffusion import create_diffusion
     from sampling import sample_latents
 
-    diffusion = create_diffusion(f"ddim{steps}")
+    diffusion = create_diffusion(f"ddim{steps}", noise_scale=noise_scale)
     return sample_latents(dit, diffusion, z, y, cfg_scale, schedule, progress=progress)
 
 
@@ -143,26 +143,6 @@ def lines_of_user_code(function):
     """Lines of the body of a function, without its docstring, blank lines and lines of comments."""
     lines = inspect.getsource(function).split('"""')[2].splitlines()
     return sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
-
-
-def make_guidance(scale, interval, factor=1, top=1):
-    """A `Guidance` that also multiplies the guided noise by `factor`, at each t up to `top`.
-
-    Source of the factor: Ning et al. 2023, arXiv:2308.15321.
-    """
-    import torch
-
-    from models import Guidance
-
-    class ScaledNoise(Guidance):
-        def apply(self, output, t):
-            output = super().apply(output, t)
-            if t > top:
-                return output
-            predicted, variance = output.chunk(2, dim=1)
-            return torch.cat([predicted * factor, variance], dim=1)
-
-    return (Guidance if factor == 1 else ScaledNoise)(scale, interval=interval)
 
 
 def make_pipeline(dit, vae):
@@ -178,8 +158,20 @@ def make_pipeline(dit, vae):
 
     class DiTLatents(DiTPipeline):
         @torch.no_grad()
-        def __call__(self, class_labels, guidance_scale=4.0, num_inference_steps=50, latents=None, progress=iter):
-            """Denoise latents (N, C, H, W), in the loop of DiTPipeline. guidance_scale: also a `Guidance`."""
+        def __call__(
+            self,
+            class_labels,
+            guidance_scale=4.0,
+            num_inference_steps=50,
+            latents=None,
+            noise_scale=(1, 1),
+            progress=iter,
+        ):
+            """Denoise latents (N, C, H, W), in the loop of DiTPipeline. guidance_scale: also a `Guidance`.
+
+            noise_scale: as for `GaussianDiffusion`.
+            """
+            factor, highest = noise_scale
             if latents is None:
                 side = self.transformer.config.sample_size
                 latents = torch.randn(len(class_labels), self.transformer.config.in_channels, side, side)
@@ -192,6 +184,7 @@ def make_pipeline(dit, vae):
                 x = torch.cat([half, half])
                 output = self.transformer(x, timestep=t.expand(len(x)), class_labels=labels).sample
                 noise = Guidance.of(guidance_scale).apply(output, t / 1000)[:, : x.shape[1]]
+                noise = noise * factor if t / 1000 <= highest else noise
                 x = self.scheduler.step(noise, t, x).prev_sample
             self.maybe_free_model_hooks()
             return x[: len(x) // 2]

@@ -29,7 +29,8 @@ AT_ONCE = 50  # images of a batch; peers with a threshold decide for a whole bat
 COMPARED = 64  # images whose latents are compared, and of a timed batch
 REPEATS = 3  # timed rounds after the warm-up
 NOISES = ((0.97, 0.5), (0.98, 1))  # factors of the predicted noise in some rows, and up to which t
-PARITY_DB = 90  # at least, for plain diffusers against plain ours
+GUIDANCES = (1.5, 3.0)  # other scales than that of the model
+PARITY_DB = 90  # at least, for rows that are the same by two ways
 TARGETS = (0.6, 0.5, 0.4, 0.3)  # of the time of plain diffusers
 
 PACKAGES = {"dbcache": "cache-dit", "smoothcache": "dit-smoothcache", "hicache": "hicache-pp"}
@@ -49,7 +50,11 @@ OURS = ("our_sampler", "ours")
 
 @dataclass(frozen=True)
 class Row:
-    """label: the name without steps; setup: a function of `peer_setups`; plan: a row of `table`, without steps."""
+    """label: the name without steps; setup: a function of `peer_setups`; plan: a row of `table`, without steps.
+
+    same: label of a row that makes the same images in another way, "" if there is none. Their metrics are taken from
+    there if the latents agree to PARITY_DB.
+    """
 
     label: str
     setup: str
@@ -58,6 +63,7 @@ class Row:
     plan: str = ""
     guidance: tuple = ()  # scale, and the lowest and the highest t that is guided; () is the model's scale at each t
     noise: tuple = (1, 1)  # factor of the predicted noise, and the highest t at which it applies
+    same: str = ""
 
     @property
     def name(self):
@@ -91,16 +97,20 @@ def make_rows():
         for x in (0.06, 0.12):
             rows += [Row(f"magcache-{x}", "magcache", steps, {"threshold": x})]
         learned = [f"learned-{target}" for target in table.SETTINGS["learned"][steps]]
-        rows += [Row("ours", "our_sampler", steps)]
+        rows += [Row("ours", "our_sampler", steps, same="diffusers")]
         for plan in ("router", "router-f2", "fora2", "fora2-f2", "fora3", "fora3-f2", "fora4-f2", *learned):
             rows += [Row(f"ours-{plan}", "our_sampler", steps, plan=plan)]
-        rows += [Row(f"adapter-{plan}", "ours", steps, plan=plan) for plan in ("router-f2", "fora3-f2")]
-        # What explains DBCache's FID (docs/peers.md), for it and for ours alike.
+        for plan in ("router-f2", "fora3-f2"):
+            rows += [Row(f"adapter-{plan}", "ours", steps, plan=plan, same=f"ours-{plan}")]
+        # What could explain DBCache's FID, and what does (docs/peers.md), for it and for ours alike.
+        for scale in GUIDANCES:
+            settings = {"plan": "fora3-f2", "guidance": (scale, 0, 1)}
+            rows += [Row(f"ours-fora3-f2-guidance-{scale}", "our_sampler", steps, **settings)]
         for factor, top in NOISES:
             ending, shrunk = f"noise-{factor}-to-{top}", {"noise": (factor, top)}
             rows += [Row(f"diffusers-{ending}", "plain", steps, **shrunk)]
             rows += [Row(f"dbcache-{high}-{ending}", "dbcache", steps, {"threshold": high}, **shrunk)]
-            for plan in ("router-f2", "fora3-f2", "fora4-f2", learned[-1]):
+            for plan in ("fora3-f2", "fora4-f2", learned[1]):
                 rows += [Row(f"ours-{plan}-{ending}", "our_sampler", steps, plan=plan, **shrunk)]
     return tuple(rows)
 
@@ -157,11 +167,13 @@ class Bench:
 
     def sampler(self, row):
         """(model, function (noise, progress=None) -> latents) of a row. progress: as in `sample_latents`."""
+        from models import Guidance
+
         scale, low, high = row.guidance or (self.spec.cfg_scale, 0, 1)
-        scale, plan = peer_setups.make_guidance(scale, (low, high), *row.noise), self.plan(row)
+        scale, plan = Guidance(scale, interval=(low, high)), self.plan(row)
         setup = getattr(peer_setups, row.setup)
         if row.setup == "our_sampler":
-            settings = {"cfg_scale": scale, "schedule": plan}
+            settings = {"cfg_scale": scale, "schedule": plan, "noise_scale": row.noise}
             return self.dit, lambda noise, **extra: setup(self.dit, row.steps, noise.z, noise.y, **settings, **extra)
         pipe = peer_setups.make_pipeline(self.dit, self.vae)
         settings = dict(row.settings)
@@ -175,7 +187,8 @@ class Bench:
         def sample(noise, **extra):
             with context():
                 labels = noise.y.tolist()
-                return pipe(labels, scale, num_inference_steps=row.steps, latents=noise.z, **extra)
+                settings = {"num_inference_steps": row.steps, "latents": noise.z, "noise_scale": row.noise}
+                return pipe(labels, scale, **settings, **extra)
 
         return pipe.transformer, sample
 
@@ -191,12 +204,22 @@ class Bench:
         return self._full[steps]
 
     def figures(self, row):
-        """What a row skips, its error, and the lines that it takes, as a dict for JSON."""
+        """What a row skips, its error, and the lines that it takes, as a dict for JSON.
+
+        Raises UserError if it makes other images than the row that it should be the same as.
+        """
+        from runtime.errors import UserError
         from runtime.pictures import psnr
 
         latents, ran = self.count(row)
         full = self.full(row.steps)
-        decibels = psnr(latents, full, (full.max() - full.min()).item())
+        value_range = (full.max() - full.min()).item()
+        decibels = psnr(latents, full, value_range)
+        if row.same:
+            other = next(other for other in ROWS if (other.label, other.steps) == (row.same, row.steps))
+            agreement = psnr(latents, self.count(other)[0], value_range)
+            if agreement < PARITY_DB:
+                raise UserError(f"{row.name} and {other.name} agree to {agreement:.1f} dB, {PARITY_DB} are expected")
         return {
             "lines": peer_setups.lines_of_user_code(getattr(peer_setups, row.setup)),
             "skipped": 1 - ran.float().mean().item(),
@@ -256,6 +279,16 @@ def installed():
     return found
 
 
+def quality_of(label, steps, args):
+    """The metrics in the record of a row. Raises UserError if there is none."""
+    from runtime.errors import UserError
+
+    name = f"{label}-{steps}"
+    if not (record := table.read(args.results / f"{name}.json")):
+        raise UserError(f"{name} has no record yet: add it to --rows, or leave out --rows")
+    return record["quality"]
+
+
 def fill(args):
     """Make what the records lack."""
     from importlib.metadata import version
@@ -276,11 +309,15 @@ def fill(args):
         if {name: record.get(name) for name in ("flags", *known)} == {"flags": flags, **known}:
             continue  # what was made otherwise is made again
         print(f"{row.name}:", file=sys.stderr, flush=True)
-        npz = args.folder / f"{row.name}.npz"
         figures = bench.figures(row)
-        bench.save_images(row, args.samples, npz)
+        if row.same:
+            figures["quality"] = quality_of(row.same, row.steps, args)
+        else:
+            npz = args.folder / f"{row.name}.npz"
+            bench.save_images(row, args.samples, npz)
+            figures["quality"] = table.judge(npz)
         peer = {package: found[package] for package in [PACKAGES.get(row.setup)] if package}
-        figures |= {"quality": table.judge(npz), "versions": versions | peer}
+        figures["versions"] = versions | peer
         write_record(path, flags, bench.device, known | figures)
     path = args.results / "timing.json"
     complete = {row.name for row in rows} <= table.read(path).get("rows", {}).keys()
@@ -384,9 +421,6 @@ def show(args):
     if records and timing:
         save_picture(records, timing, args.picture)
         print(f"\nPicture: {args.picture}")
-    for row, record in records.items():
-        if row.label == "ours" and (record["psnr_db"] or PARITY_DB) < PARITY_DB:
-            print(f"\nNot the same model: {row.name} has {record['psnr_db']:.1f} dB, {PARITY_DB} are expected")
     untimed = [row.name for row in records if row.name not in timing.get("rows", {})]
     if missing or untimed:
         print(f"\nMissing: {', '.join(missing) or 'no row'}; untimed: {', '.join(untimed) or 'none'}")

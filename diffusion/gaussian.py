@@ -20,14 +20,19 @@ class GaussianDiffusion:
 
     betas: float64 (T,), of the original process; timestep_map: the kept timesteps in increasing order, int (n,).
     The betas of the kept steps follow from the cumulative products.
+    noise_scale: a factor of the predicted noise, and the highest t at which it applies. A model's inputs while it
+    samples differ from those of its training, so it predicts too much noise (Ning et al. 2023, arXiv:2308.15321).
     """
 
     name = "diffusion"  # in files of plans and routers, which have this name if they have none
     draws = 0  # of noise in `loop`
 
-    def __init__(self, betas: np.ndarray, timestep_map: np.ndarray) -> None:
+    def __init__(
+        self, betas: np.ndarray, timestep_map: np.ndarray, noise_scale: tuple[float, float] = (1.0, 1.0)
+    ) -> None:
         self.timestep_map = np.asarray(timestep_map)
         self.times = self.timestep_map / len(betas)  # t of each step: 0 is data, nearly 1 is noise
+        self._noise_scale = noise_scale
         alphas_cumprod = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
         previous = np.append(1.0, alphas_cumprod[:-1])
         self.betas = betas = 1.0 - alphas_cumprod / previous
@@ -75,6 +80,11 @@ class GaussianDiffusion:
             + self._at("sqrt_one_minus_alphas_cumprod", i, x_start) * noise
         )
 
+    def _predicted_noise(self, output: Tensor, x: Tensor, i: int) -> Tensor:
+        """The noise (N, C, H, W) in a model output (N, >=C, H, W), scaled; x (N, C, H, W)."""
+        noise, (factor, highest) = output[:, : x.shape[1]], self._noise_scale
+        return noise * factor if factor != 1 and self.times[i] <= highest else noise
+
     def _predict_start(self, x: Tensor, i: int | Tensor, noise: Tensor) -> Tensor:
         return self._at("sqrt_recip_alphas_cumprod", i, x) * x - self._at("sqrt_recipm1_alphas_cumprod", i, x) * noise
 
@@ -94,7 +104,7 @@ class GaussianDiffusion:
 
         noise: like x. Raises ValueError if it is missing and eta > 0. Source: Song et al. 2021, eq. 12.
         """
-        predicted = output[:, : x.shape[1]]
+        predicted = self._predicted_noise(output, x, i)
         start = self._predict_start(x, i, predicted)
         alpha, previous = self._tables["alphas_cumprod"][i], self._tables["alphas_cumprod_prev"][i]
         sigma = eta * math.sqrt((1 - previous) / (1 - alpha) * (1 - alpha / previous))
@@ -110,7 +120,7 @@ class GaussianDiffusion:
 
         noise: like x, not used at i = 0. Source: Ho et al. 2020, alg. 2; Nichol and Dhariwal 2021, eq. 15.
         """
-        predicted, variance = output.chunk(2, dim=1)
+        predicted, variance = self._predicted_noise(output, x, i), output.chunk(2, dim=1)[1]
         mean, _ = self._posterior(self._predict_start(x, i, predicted), x, i)
         return mean + torch.exp(0.5 * self._model_log_variance(variance, i)) * noise if i > 0 else mean
 

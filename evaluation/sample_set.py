@@ -45,6 +45,7 @@ def set_name(spec, manifest, ckpt, path):
     parts += [f"cfg-{manifest['cfg_scale']}"]
     parts += [f"channels-{manifest['cfg_channels']}"] if "cfg_channels" in manifest else []
     parts += ["times-{}-{}".format(*manifest["cfg_interval"])] if "cfg_interval" in manifest else []
+    parts += ["noise-{}-to-{}".format(*manifest["noise_scale"])] if "noise_scale" in manifest else []
     parts += [f"seed-{manifest['seed']}", f"{manifest['sampler']}-{manifest['steps']}"]
     if path:
         # The checkpoints of all trainings have the same names, so the hash is needed.
@@ -56,8 +57,8 @@ def set_name(spec, manifest, ckpt, path):
     parts += [f"forecast-{manifest['forecast']}"] if manifest.get("forecast") else []
     parts += ["balanced"] if manifest["labels"] == "balanced" else []
     parts += [manifest["dtype"]] if manifest["dtype"] else []
-    parts += ["deterministic"] if manifest["deterministic"] else []
     parts += manifest.get("experimental", [])
+    parts += ["deterministic"] if manifest["deterministic"] else []
     parts += [f"n-{manifest['images']}"]
     return "-".join(re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII)[:40].strip("-") for part in parts)
 

@@ -88,7 +88,7 @@ class ScheduledTransformer(nn.Module):
     new timesteps, which each call of the pipeline sets first.
     original: the transformer that it replaces. plan: a function, number of steps -> `Schedule`; schedule: the only one
     that it returns, None if there are several.
-    cfg_channels: how many channels the pipeline guides.
+    cfg_channels: how many channels the pipeline guides. noise_scale: as for `GaussianDiffusion`.
     """
 
     def __init__(
@@ -99,17 +99,21 @@ class ScheduledTransformer(nn.Module):
         plan: Callable[[int], Schedule],
         schedule: Schedule | None,
         cfg_channels: int,
+        noise_scale: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         super().__init__()
         self.dit, self.config, self.cfg_channels = dit, original.config, cfg_channels
+        self.noise_scale = noise_scale
         self._original = (original,)  # in a tuple, or it would be a submodule
         self._pipe, self._plan = pipe, plan
         # Of the last trajectory: its plan, and the seconds that it took, if it came to its end.
         self.schedule = schedule
         self.seconds: float | None = None
-        # Of the current trajectory: its timesteps, the number of calls still to come, its denoiser, which has the
-        # cache, whether it is guided (a tensor of the device), and when it began.
+        # Of the current trajectory: its timesteps, the factor of the noise at each (index 0 runs last), the number of
+        # calls still to come, its denoiser, which has the cache, whether it is guided (a tensor of the device), and
+        # when it began.
         self._timesteps: Any = None
+        self._factors: list[float] = []
         self._left = 0
         self._denoise: Any = None
         self._guided: Any = None
@@ -144,6 +148,8 @@ class ScheduledTransformer(nn.Module):
         self._left -= 1
         output = self._denoise(hidden_states, self._left)
         leave_unguided(output, slice(self.cfg_channels, self.dit.in_channels), self._guided)
+        if (factor := self._factors[self._left]) != 1:
+            output[:, : self.dit.in_channels] *= factor
         if not self._left:
             self._denoise = None
             devices.synchronize(self.device)
@@ -155,7 +161,8 @@ class ScheduledTransformer(nn.Module):
         self._denoise, self._left, self.seconds = None, 0, None
         if not devices.are_compiled(self.dit.blocks) and _is_compiled(self._pipe.transformer):
             devices.compile_blocks(cast(nn.ModuleList, self.dit.blocks))
-        steps = SchedulerSteps(self._pipe.scheduler)
+        steps, (factor, highest) = SchedulerSteps(self._pipe.scheduler), self.noise_scale
+        self._factors = [factor if t <= highest else 1.0 for t in steps.times.tolist()]
         self.schedule = self._plan(steps.steps)
         devices.synchronize(self.device)
         self._start = time.perf_counter()
@@ -222,6 +229,7 @@ def accelerate(
     policy: Schedule | str | Path,
     forecast: int | None = None,
     cfg_channels: int | None = None,
+    noise_scale: tuple[float, float] = (1.0, 1.0),
     **settings: Any,
 ) -> Acceleration:
     """Make every later call of a `DiTPipeline` follow a policy; call again to follow another.
@@ -231,6 +239,7 @@ def accelerate(
     first call of each.
     forecast: order of the forecast; None is that of the schedule, else 0.
     cfg_channels: how many channels the pipeline guides; None leaves it as it is.
+    noise_scale: a factor of the predicted noise, and the highest t at which it applies, as --noise-scale of sample.py.
     Works with every scheduler that calls the model once per step, and under torch.compile, which then compiles the
     blocks. `pipe.transformer` is replaced by a model that shares its weights; see `Acceleration` for the way back.
     Raises UserError if policy, scheduler and model do not fit; so does a call of the pipeline with another number of
@@ -250,7 +259,7 @@ def accelerate(
     channels = check_channels(dit.in_channels, cfg_channels, channels)
     words = [f"{name} {value}" for name, value in settings.items()]
     name = ", ".join([type(policy).__name__ if isinstance(policy, Schedule) else str(policy), *words])
-    return Acceleration(pipe, ScheduledTransformer(dit, original, pipe, plan, schedule, channels), name)
+    return Acceleration(pipe, ScheduledTransformer(dit, original, pipe, plan, schedule, channels, noise_scale), name)
 
 
 def _is_compiled(model: Any) -> bool:

@@ -100,11 +100,18 @@ class ModelSpec:
             )
         return requested or names[0]
 
-    def make_process(self, steps: int, sampler: str | None = None) -> Process:
-        """The process of this model with `steps` calls of it. Raises UserError if it has no such sampler."""
+    def make_process(
+        self, steps: int, sampler: str | None = None, noise_scale: tuple[float, float] = (1.0, 1.0)
+    ) -> Process:
+        """The process of this model with `steps` calls of it. Raises UserError if it has no such sampler.
+
+        noise_scale: as for `GaussianDiffusion`.
+        """
         sampler = self.sampler(sampler)
         if self.process == "diffusion":
-            return create_diffusion(steps)
+            return create_diffusion(steps, noise_scale=noise_scale)
+        if noise_scale[0] != 1:
+            raise UserError(f"{self.name} is a flow model, which predicts no noise: leave out --noise-scale")
         try:
             return FlowMatching(steps, sampler, self.time_scale)
         except ValueError as error:

@@ -129,6 +129,14 @@ def add_sampling_arguments(parser, cfg_scale):
         help="denoising steps, at most 1000; heun makes N/2 steps of two calls of the model",
     )
     add_guidance_arguments(group, cfg_scale)
+    group.add_argument(
+        "--noise-scale",
+        metavar=("FACTOR", "HIGH"),
+        type=above_0,
+        nargs="+",
+        help="multiply the noise that a DiT predicts by FACTOR, at times up to HIGH (default 1: all); a little below 1 "
+        "leaves finer detail, for example 0.97 0.5",
+    )
     add_method_arguments(group)
     return group
 
@@ -211,23 +219,15 @@ def add_precision_arguments(parser, choices, default=None):
     return group
 
 
+# What --experimental switches on: docs/performance.md says what each does, and what it is expected to bring.
+EXPERIMENTAL = ("gelu", "autotune", "fp8", "vae-fp16")
+
+
 def add_speed_arguments(parser):
     """Add the flags that change how fast sampling is, and the last digits of its results; return their group."""
     group = add_precision_arguments(parser, ["fp32", "tf32", "bf16", "fp16"])
     graphs = "capture the trajectory of a batch once and replay it; needs a GPU"
     group.add_argument("--cuda-graphs", action="store_true", help=graphs)
-    return group
-
-
-# What --experimental switches on: docs/performance.md says what each does, and what it is expected to bring.
-EXPERIMENTAL = ("gelu", "autotune", "fp8", "vae-fp16")
-
-
-def check_guidance_arguments(parser, args):
-    """Refuse an interval that is empty."""
-    if args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
-        low, high = args.cfg_interval
-        parser.error(f"--cfg-interval {low:g} {high:g} is empty: pass the lower time first")
     group.add_argument(
         "--experimental",
         metavar="NAME",
@@ -235,9 +235,9 @@ def check_guidance_arguments(parser, args):
         choices=EXPERIMENTAL,
         help=f"{', '.join(EXPERIMENTAL)}: may be faster on a GPU, but no GPU has measured them (docs/performance.md)",
     )
+    return group
 
 
-def check_sampling_arguments(parser, args):
 def check_speed_arguments(parser, args):
     """Make --experimental a sorted list; refuse a switch without what it needs, and two that exclude each other."""
     names = args.experimental = sorted(set(args.experimental or ()))
@@ -254,8 +254,26 @@ def check_speed_arguments(parser, args):
             parser.error(f"--experimental {name} {rule}")
 
 
+def check_guidance_arguments(parser, args):
+    """Refuse an interval that is empty."""
+    if args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
+        low, high = args.cfg_interval
+        parser.error(f"--cfg-interval {low:g} {high:g} is empty: pass the lower time first")
+
+
+def check_noise_scale(parser, args):
+    """Make the pair of --noise-scale complete; refuse one that is none, and factors that are surely typing errors."""
+    factor, highest, *more = [*(args.noise_scale or [1.0]), 1.0]
+    if more[1:] or highest > 1 or not 0.5 <= factor <= 2:
+        given = " ".join(f"{number:g}" for number in args.noise_scale)
+        parser.error(f"--noise-scale {given}: pass a factor from 0.5 to 2, and at most one time, up to 1")
+    args.noise_scale = factor, highest
+
+
+def check_sampling_arguments(parser, args):
     """Refuse a method without its setting, a setting of another method, and one for which there are too few steps."""
     check_guidance_arguments(parser, args)
+    check_noise_scale(parser, args)
     method, steps = args.accelerate_method, args.num_sampling_steps
     needed, noun = METHODS.get(method, ("", ""))
     for flag in dict.fromkeys(flag for flag, _ in METHODS.values()):

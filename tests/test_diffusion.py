@@ -73,6 +73,23 @@ def test_the_last_ddim_step_with_the_true_noise_gives_the_image():
     torch.testing.assert_close(diffusion.ddim_step(output, diffusion.q_sample(x, 0, noise), 0), x, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("factor, highest", [(0.9, 1.0), (0.9, 0.5), (1.1, 0.0)])
+def test_scaled_noise_is_what_a_model_with_less_noise_would_predict_up_to_that_time(factor, highest):
+    """The DDIM step written out in float64, with alphas from the betas; both steps equal those of a scaled output."""
+    diffusion, plain = create_diffusion(20, noise_scale=(factor, highest)), create_diffusion(20)
+    alphas = np.append(1.0, np.cumprod(1 - plain.betas))
+    x, output, noise = draw(2, 4, 2, 2), draw(2, 8, 2, 2, seed=1), draw(2, 4, 2, 2, seed=2)
+    for i in (0, 9, 10, 19):  # timesteps 0, 473, 526, 999
+        used = factor if plain.timestep_map[i] / 1000 <= highest else 1
+        predicted = used * output[:, :4].double()
+        start = (x.double() - (1 - alphas[i + 1]) ** 0.5 * predicted) / alphas[i + 1] ** 0.5
+        expected = alphas[i] ** 0.5 * start + (1 - alphas[i]) ** 0.5 * predicted
+        torch.testing.assert_close(diffusion.ddim_step(output, x, i).double(), expected, rtol=1e-4, atol=1e-5)
+        scaled = torch.cat([predicted.float(), output[:, 4:]], dim=1)
+        expected = plain.ancestral_step(scaled, x, i, noise)
+        torch.testing.assert_close(diffusion.ancestral_step(output, x, i, noise), expected)
+
+
 def test_ddim_with_eta_one_has_the_variance_of_the_posterior():
     diffusion, n, i = create_diffusion(20), 200000, 10
     x = torch.zeros(n, 1)

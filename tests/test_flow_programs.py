@@ -163,6 +163,7 @@ def test_sample_py_runs_every_sampler_and_policy(program, tmp_path):
         (["--ddim-sample"], "cannot be sampled with ddim"),
         (["--sampler", "heun", "--num-sampling-steps", 5], "cannot make 5 calls: pass an even number"),
         (["--cfg-interval", 0.7, 0.2], "--cfg-interval 0.7 0.2 is empty"),
+        (["--noise-scale", 0.9], "flow is a flow model, which predicts no noise: leave out --noise-scale"),
         (["--cfg-channels", 0], "0 is not a whole number of at least 1"),
         (
             ["--accelerate-method", "schedule", "--path", "ddim.json"],

@@ -288,6 +288,12 @@ def test_a_run_imports_no_library_that_it_does_not_need(program, flags, more, mo
             "--cached 0.43 is too much: 3 of 7 steps can reuse, so at most 0.428",
         ),
         (["--record", "x.json"], "--record"),
+        (
+            ["--noise-scale", "0.9", "2"],
+            "--noise-scale 0.9 2: pass a factor from 0.5 to 2, and at most one",
+        ),
+        (["--noise-scale", "0.9", "0.5", "1"], "--noise-scale 0.9 0.5 1: pass a factor"),
+        (["--noise-scale", "0.4"], "--noise-scale 0.4: pass a factor"),
         (["--seed", "-1"], "2**32"),
         (["--cfg-scale", "nan"], "finite"),
         (["--device", "meta"], "meta"),

@@ -84,7 +84,9 @@ def read_set(folder):
         return {name: arrays[name] for name in arrays.files} | {"manifest": json.loads(str(arrays["manifest"]))}
 
 
-def expected(indices, labels=None, router=None, ancestral=False, scale=SCALE, seed=0, schedule=None):
+def expected(
+    indices, labels=None, router=None, ancestral=False, scale=SCALE, seed=0, schedule=None, noise_scale=(1, 1)
+):
     """The images `indices` by the documented rules, one at a time, with NumPy's and the sampler's own functions."""
     spec = model_spec(ckpt="tiny")
     dit, vae = load_dit(spec, "cpu"), load_vae(spec, "cpu")
@@ -100,7 +102,8 @@ def expected(indices, labels=None, router=None, ancestral=False, scale=SCALE, se
             return torch.from_numpy(noise).repeat(len(x), 1, 1, 1)
 
         z = draw(torch.empty(1, 4, 4, 4))
-        latents = sampling.sample_latents(dit, create_diffusion(STEPS), z, y, scale, schedule, ancestral, draw)
+        diffusion = create_diffusion(STEPS, noise_scale=noise_scale)
+        latents = sampling.sample_latents(dit, diffusion, z, y, scale, schedule, ancestral, draw)
         with torch.no_grad():
             x = vae.decode(latents / vae.config.scaling_factor).sample[0]
         pixels = torch.clamp(127.5 * x + 128.0, 0, 255).permute(1, 2, 0).to(torch.uint8)
@@ -189,6 +192,18 @@ def test_a_policy_by_its_name_gives_the_images_of_its_schedule(make, sample, fla
     assert made["manifest"].items() >= entries.items() and made["manifest"].get("forecast") == (plan.order or None)
     assert f"-ddim-4-{name}" in npz_in().name
     assert "is there already and complete" in sample(f"--accelerate-method {flags}").stdout
+
+
+def test_the_noise_that_the_model_predicts_can_be_scaled(make, sample):
+    plain, scaled = make()[0], make("--noise-scale 0.8 0.5", "scaled")[0]
+    images, _ = expected(range(0, 23, 6), noise_scale=(0.8, 0.5))
+    assert_close(scaled["arr_0"][::6], images)
+    assert not np.array_equal(scaled["arr_0"], plain["arr_0"])
+    assert scaled["manifest"] == plain["manifest"] | {"noise_scale": [0.8, 0.5]}
+    assert npz_in("scaled").name == npz_in().name.replace("-seed-0", "-noise-0.8-to-0.5-seed-0")
+    again = sample("--noise-scale 0.8 0.5 --sample-dir scaled")
+    assert "is there already and complete" in again.stdout
+    assert np.array_equal(make("--noise-scale 1", "one")[0]["arr_0"], plain["arr_0"])
 
 
 def test_the_plan_of_a_router_with_forecasts_makes_another_set(make):

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks import peer_setups, peers, table
 from benchmarks.peers import Row
 from diffusion import create_diffusion
-from models import guided, position_table
+from models import position_table
+from runtime.errors import UserError
 from sampling import sample_latents
 from schedule import Schedule
 
@@ -51,11 +52,6 @@ def test_plain_diffusers_and_plain_ours_are_the_same_run(bench):
 
 
 def test_a_row_may_scale_the_predicted_noise(bench):
-    output = torch.arange(16.0).reshape(2, 8, 1, 1)
-    guidance, whole = peer_setups.make_guidance(2.0, (0, 1), 0.5, top=0.3), guided(output, 2.0)
-    scaled = guidance.apply(output, 0.3)
-    assert torch.equal(guidance.apply(output, 0.31), whole)
-    assert torch.equal(scaled[:, :4], whole[:, :4] / 2) and torch.equal(scaled[:, 4:], whole[:, 4:])
     rows = [Row("x", setup, STEPS, noise=(0.9, 0.6)) for setup in ("plain", "our_sampler")]
     theirs, ours = (bench.count(row)[0] for row in rows)
     assert torch.allclose(theirs, ours, atol=1e-4) and (ours - bench.full(STEPS)).abs().max() > 0.01
@@ -227,6 +223,26 @@ def test_only_what_is_missing_or_outdated_is_made(stubbed, tmp_path, monkeypatch
     assert len(stubbed) == 2
     program("--quality", capfd=capfd)
     assert stubbed[2:] == ["ours-fora2-4"]
+
+
+def test_rows_that_are_the_same_by_two_ways_share_their_metrics(bench, monkeypatch):
+    rows = [Row("x", "our_sampler", STEPS, plan="fora2"), Row("y", "ours", STEPS, plan="fora2", same="x")]
+    monkeypatch.setattr(peers, "ROWS", rows)
+    assert bench.figures(rows[1])["skipped"] == pytest.approx(0.5)
+    with pytest.raises(UserError, match=r"z-4 and x-4 agree to \d+.\d dB, 90 are expected"):
+        bench.figures(Row("z", "ours", STEPS, plan="fora3", same="x"))
+
+
+def test_metrics_of_the_other_row_are_taken_from_its_record(stubbed, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(peers, "ROWS", (*peers.ROWS, Row("ours", "our_sampler", STEPS, same="diffusers")))
+    alone = call("benchmarks/peers.py", "--samples", 7, "--rows", "ours-4", capfd=capfd)
+    assert alone.returncode == 1 and "diffusers-4 has no record yet: add it to --rows" in alone.stderr
+    program("--quality", capfd=capfd)
+    records = [
+        json.loads((tmp_path / "samples-7" / "results" / f"{row}-4.json").read_text())
+        for row in ("diffusers", "ours-fora2", "ours")
+    ]
+    assert records[0]["quality"] == records[2]["quality"] != records[1]["quality"]
 
 
 def test_a_row_of_no_name_is_refused(capfd):

@@ -98,6 +98,11 @@ def test_a_pipeline_samples_the_same_as_our_sampler_from_its_folder(tmp_path, ch
     routed = sampling.sample_latents(*inputs, random_schedule(steps))
     assert difference(latents_of(pipe, guidance_scale, steps), routed) < 1e-5
     assert difference(routed, plain) > 1e-2
+    accelerate(pipe, random_schedule(steps), noise_scale=(0.9, 0.5))
+    diffusion = create_diffusion(f"ddim{steps}", noise_scale=(0.9, 0.5))
+    scaled = sampling.sample_latents(dit, diffusion, *inputs[2:], random_schedule(steps))
+    assert difference(latents_of(pipe, guidance_scale, steps), scaled) < 1e-5
+    assert difference(scaled, routed) > 1e-3
 
 
 @pytest.mark.parametrize("cfg_channels", [3, 4, None])
