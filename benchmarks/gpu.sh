@@ -27,6 +27,7 @@ step() { # NAME SECONDS COMMAND...: run the command if SECONDS are left, for at 
     local name=$1 needs=$2 left=$((BUDGET - SECONDS)) since=$SECONDS code limit last
     shift 2
     case " plans ${ONLY:-$name} " in *" $name "*) ;; *) return ;; esac
+    case " ${ONLY_GPU:-} " in *" $name "*) say "$name: SKIPPED, needs a GPU"; return ;; esac
     if [ "$left" -lt "$needs" ]; then say "$name: SKIPPED, needs $needs s and $left are left"; return; fi
     limit=$((PATIENCE * needs < left ? PATIENCE * needs : left))
     timeout -k 5 $limit bash -c '"$@"' - "$@" > "$LOGS/$name.log" 2>&1 < /dev/null
@@ -64,7 +65,7 @@ if $PYTHON -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
 else
     LARGE="--ckpt ckpt/fashion_mnist --images 1" DEPTH=12 ROUNDS=1 FAST="" TRAINED=DiT-S/8 IMAGES=16
     MODES="eager compile" TWO_MODES=eager BEST=compile DTYPES="fp32 bf16"
-    PRECISION=10 PATIENCE=8
+    PRECISION=10 PATIENCE=8 ONLY_GPU=gelu
 fi
 FASHION="--ckpt ckpt/fashion_mnist --num-sampling-steps 20 --ddim-sample --accelerate-method dynamiclayer"
 FASHION="$FASHION --path ckpt/fashion_mnist/DDIM20_router.pt --num-fid-samples $IMAGES --balanced-labels"
@@ -108,11 +109,14 @@ step latency-50 70 $LATENCY --plans "$PLANS/router50.json" "$PLANS/every3-50.jso
     --num-sampling-steps 50 --reference --record "$RECORDS/latency-xl2-50-gpu.json"
 step profile 30 $LATENCY --plans "$PLANS/router20.json" --dtypes bf16 --profile
 step speed 30 $CHECKS speed --record "$RECORDS/gpu-speed.json"
-step gelu 50 $CHECKS gelu --record "$RECORDS/gpu-gelu.json"
+for name in gelu fp8; do
+    step $name 50 $LATENCY --dtypes bf16 --modes $BEST --experimental $name \
+        --record "$RECORDS/latency-xl2-$name-gpu.json"
+done
 step train 60 $PYTHON -m benchmarks.train_step --model $TRAINED --repeats $ROUNDS --record "$RECORDS/train-b2-gpu.json"
 step vae 40 $CHECKS vae --record "$RECORDS/gpu-vae.json"
 step precision 60 $PYTHON -m benchmarks.precision --images $PRECISION --record "$RECORDS/precision-fashion-gpu.json"
-step autotune 90 env TORCHINDUCTOR_MAX_AUTOTUNE=1 $LATENCY --dtypes bf16 --modes $BEST \
+step autotune 90 $LATENCY --dtypes bf16 --modes $BEST --experimental autotune \
     --record "$RECORDS/latency-xl2-autotune-gpu.json"
 
 # The speeds of the metrics again, alone, and what else fits.

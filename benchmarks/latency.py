@@ -9,7 +9,8 @@ All rows run in turn in one process, `--repeats` times, from the same noise; a r
 times are those of the diffusion loop with guidance. Without --ckpt the weights are random.
 
 "reference" does what the original implementation does. "eager" is sample.py without flags, "compile" and "graphs" are
-its flags --compile and --cuda-graphs. "First" is the time of the first run, of two steps or of capturing a CUDA graph.
+its flags --compile and --cuda-graphs. "compile+gelu" also has its --experimental gelu, and its time and latents are set
+against those of "compile". "First" is the time of the first run, of two steps or of capturing a CUDA graph.
 "Peak" is the weights and what a row takes beside them at most (on a GPU only).
 """
 
@@ -29,10 +30,10 @@ MODES = ["eager", "compile", "graphs", "compile+graphs"]
 
 @dataclass
 class Row:
-    """A way to run: "full", "router" or a plan, one of MODES or "reference", a precision; and its measurements."""
+    """A way to run, and its measurements."""
 
-    schedule: str
-    mode: str
+    schedule: str  # "full", "router" or a plan
+    mode: str  # one of MODES, perhaps with names of --experimental, as "compile+gelu"; or "reference"
     dtype: str
     dit: Any
     sampler: Callable  # z, y -> latents
@@ -55,6 +56,10 @@ class Row:
             before = devices.peak_memory(device)
         return *common.timed(function, z, y, device=device), devices.peak_memory(device) - before
 
+    def differs_from(self, other):
+        """The largest difference of the latents of two rows, relative to the largest value of the other."""
+        return ((self.latents - other.latents).abs().max() / other.latents.abs().max()).item()
+
 
 def parse_args(argv=None):
     parser = common.parser(__doc__)
@@ -68,6 +73,9 @@ def parse_args(argv=None):
     dtypes, default = ["fp32", "tf32", "bf16", "fp16"], "default: fp32 and bf16, on a GPU also tf32 and fp16"
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, help=default)
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: all that the device can run")
+    switches = {"nargs": "+", "choices": [name for name in cli.EXPERIMENTAL if name != "vae-fp16"], "metavar": "NAME"}
+    also = "also run the compiled modes in bf16 with these switches of sample.py, all at once"
+    parser.add_argument("--experimental", **switches, default=[], help=also)
     parser.add_argument("--reference", action="store_true", help="also run as the original implementation does")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="rounds, after each row was warmed up")
     cli.add_device_argument(parser)
@@ -97,18 +105,30 @@ def load(args, device):
     return partial(load_dit, spec, device, None if args.ckpt else 0), schedules
 
 
-def make_models(load, dtypes, compiled):
-    """{(dtype, whether compiled): DiT}; load() makes a float32 DiT. Models of one precision share their weights."""
+def make_models(load, kinds):
+    """{kind: DiT} for `kinds`, each (dtype, whether compiled, *names of --experimental).
+
+    load() makes a float32 DiT. Models of one precision share their weights.
+    """
     from runtime import devices
 
-    models = {}
-    for dtype in sorted(dtypes):  # half precisions first: they free the float32 weights that they are made from
-        same = models.get(("fp32", False)) if dtype == "tf32" else None
-        models[dtype, False] = same or devices.set_precision(load(), dtype)
+    models, plain = {}, {}
+    for kind in sorted(kinds):  # half precisions first: they free the float32 weights that they are made from
+        dtype, compiled, *experimental = kind
+        if dtype not in plain:
+            same = plain.get("fp32") if dtype == "tf32" else None
+            plain[dtype] = same or devices.set_precision(load(), dtype)
+        models[kind] = common.share_weights(plain[dtype]) if compiled else plain[dtype]
+        devices.speed_up_blocks(models[kind].blocks, experimental)
         if compiled:
-            models[dtype, True] = common.share_weights(models[dtype, False])
-            devices.compile_blocks(models[dtype, True].blocks)
+            devices.compile_blocks(models[kind].blocks, experimental=experimental)
     return models
+
+
+def kind_of(mode, dtype):
+    """The kind of model, as for `make_models`, that a mode runs."""
+    names = mode.split("+")
+    return dtype, "compile" in names, *(name for name in names if name in cli.EXPERIMENTAL)
 
 
 def every_kind(depth, order):
@@ -133,7 +153,7 @@ def make_rows(ways, steps, models, schedules):
     diffusion, short = create_diffusion(steps), create_diffusion(2)
     rows = []
     for name, mode, dtype in ways:
-        dit, schedule = models[dtype, "compile" in mode], schedules[name]
+        dit, schedule = models[kind_of(mode, dtype)], schedules[name]
         if "graphs" in mode:
             sampler = warm_up = sampling.make_sampler(dit, diffusion, CFG_SCALE, schedule, cuda_graphs=True)
         else:
@@ -161,7 +181,7 @@ def measure(args):
     from runtime.errors import UserError
     from schedule import Schedule
 
-    device, steps = devices.pick_device(args.device), args.num_sampling_steps
+    device, steps = devices.pick_device(args.device, experimental=args.experimental), args.num_sampling_steps
     on_gpu = device.type == "cuda"
     dtypes = args.dtypes or ["fp32", "bf16", *(["tf32", "fp16"] if on_gpu else [])]
     modes = args.modes or [mode for mode in MODES if on_gpu or "graphs" not in mode]
@@ -170,11 +190,17 @@ def measure(args):
         raise UserError(f"--reference runs in {published}, as published: add {published} to --dtypes")
     if not on_gpu and any("graphs" in mode for mode in modes):
         raise UserError(f"CUDA graphs need a CUDA device and this is {device}: leave them out of --modes")
+    compiled = [mode for mode in modes if "compile" in mode]
+    if args.experimental and not (compiled and "bf16" in dtypes):
+        raise UserError("--experimental runs compiled and in bf16: add them to --modes and --dtypes")
     load_model, schedules = load(args, device)
-    models = make_models(load_model, dtypes, any("compile" in mode for mode in modes))
-    dit = next(iter(models.values()))
     ways = [(name, mode, dtype) for dtype in dtypes for mode in modes for name in schedules]
+    switches = "+".join(args.experimental)
+    ways += [(name, f"{mode}+{switches}", "bf16") for mode in compiled for name in schedules if switches]
     ways += [(name, "reference", published) for name in schedules if args.reference]
+    plain = {kind_of("", dtype) for dtype in dtypes}
+    models = make_models(load_model, plain | {kind_of(mode, dtype) for _, mode, dtype in ways})
+    dit = next(iter(models.values()))
     rows = make_rows(ways, steps, models, schedules)
     z, y = inputs(dit, args.images, device)
     for row in rows:
@@ -187,7 +213,7 @@ def measure(args):
                 row.peak = peak
     rates = {}
     for dtype in dtypes:
-        model = devices.set_precision(models[dtype, False], dtype)  # turns TF32 on or off
+        model = devices.set_precision(models[kind_of("", dtype)], dtype)  # turns TF32 on or off
         rates[dtype] = devices.matmul_rate(model.block_linears(), 2 * args.images * dit.pos_embed.shape[1])
     plans = {name: schedule or Schedule.full(steps, dit.depth) for name, schedule in schedules.items()}
     found = dict(zip(ways, rows))
@@ -207,7 +233,8 @@ def figures(way, rows, plans, published, images, rates):
     work = 2 * images * plan.multiply_adds(costs).sum().item()
     rate = work / statistics.median(row.seconds)
     reference, exact = rows.get((schedule, "reference", published)), rows.get((schedule, "eager", "fp32"))
-    error = exact and ((row.latents - exact.latents).abs().max() / exact.latents.abs().max()).item()
+    without = "+".join(name for name in mode.split("+") if name not in cli.EXPERIMENTAL)
+    plain = rows[schedule, without, dtype] if without != mode else None
     weights = sum(parameter.nbytes for parameter in row.dit.parameters())
     return {
         "schedule": schedule,
@@ -222,7 +249,9 @@ def figures(way, rows, plans, published, images, rates):
         "against_reference": reference and common.median_ratio(reference.seconds, row.seconds),
         "against_full": common.median_ratio(rows["full", mode, dtype].seconds, row.seconds),
         "bound_against_full": plan.speedup_bound(costs),
-        "error": error,
+        "error": exact and row.differs_from(exact),
+        "against_plain": plain and common.median_ratio(plain.seconds, row.seconds),
+        "error_against_plain": plain and row.differs_from(plain),
         # On a CPU the peak is known of the whole process only.
         "peak_bytes": row.peak + weights if row.latents.is_cuda else None,
         "cache_bytes": 0 if schedule == "full" else row.dit.cache_bytes(2 * images, DTYPES[dtype], plan.order),
@@ -309,7 +338,7 @@ def title(record):
 
 
 def cells(row):
-    full = row["schedule"] == "full"
+    full, plain = row["schedule"] == "full", row.get("against_plain")
     return {
         **{name: row[name] for name in ("schedule", "mode", "dtype")},
         "seconds": f"{statistics.median(row['seconds']):.4g}",
@@ -320,6 +349,7 @@ def cells(row):
         "plain products, G/s": f"{row['matrix_product_rate'] / 1e9:.4g}",
         "share": f"{row['share_of_matrix_product']:.1%}",
         "error": "" if row["error"] is None else f"{row['error']:.1e}",
+        "against plain (error)": f"{plain:.3f} ({row['error_against_plain']:.1e})" if plain else "",
         "cache MB": f"{row['cache_bytes'] / 1e6:.3g}",
         "peak MB": common.megabytes(row["peak_bytes"]) if row["peak_bytes"] else "",
         "first, s": f"{row['first']:.3g}",
