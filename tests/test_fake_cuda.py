@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_dit, random_vae
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -32,9 +33,17 @@ STEPS = 6
 
 
 class OnlyGpu(TorchDispatchMode):
-    """Fails if an operation reads or makes a tensor that is not on `GPU`: a CUDA graph could not capture it."""
+    """Fails if an operation reads or makes a tensor that is not on `GPU`: a CUDA graph could not capture it.
+
+    operations: the names of those that ran.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = set()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.operations.add(operation.overloadpacket.__name__)
         results = operation(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, results)):
             if isinstance(leaf, torch.Tensor) and leaf.device != GPU:
@@ -179,9 +188,9 @@ def inputs(count=3):
     return torch.empty(count, 4, 4, 4, device=GPU), torch.zeros(count, dtype=torch.long, device=GPU)
 
 
-def load(dtype, depth=3):
+def load(dtype, **config):
     """A small DiT on `GPU`."""
-    return real(lambda: devices.set_precision(random_dit(depth=depth), dtype)).to(GPU)
+    return real(lambda: devices.set_precision(random_dit(**config), dtype)).to(GPU)
 
 
 PLANS = {
@@ -198,9 +207,10 @@ def assert_stays_on_the_gpu(dit, plan, process=None, guidance=2.0, **how):
     process, (z, y) = process or create_diffusion(STEPS), inputs()
     sample = sampling.make_sampler(dit, process, guidance, plan, **how)
     sample(z, y)
-    with OnlyGpu():
+    with OnlyGpu() as gpu:
         latents = sample(z, y)
     assert (latents.device, latents.dtype, latents.shape) == (GPU, torch.float32, z.shape)
+    return gpu.operations
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
@@ -223,20 +233,46 @@ def test_ancestral_sampling_stays_on_the_gpu(cuda_graphs):
     assert_stays_on_the_gpu(load("tf32"), real(PLANS["router"]), ancestral=True, cuda_graphs=cuda_graphs)
 
 
+SWITCHES = {"gelu": "_addmm_activation", "fp8": "_scaled_mm"}  # and the operation that each brings
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("name", SWITCHES)
+def test_what_the_experimental_switches_bring_stays_on_the_gpu(name, cuda_graphs):
+    dit = load("bf16", hidden_size=32)  # products in float8 need multiples of 16
+    assert not assert_stays_on_the_gpu(dit, None) & set(SWITCHES.values())
+    devices.speed_up_blocks(dit.blocks, [name])
+    operations = assert_stays_on_the_gpu(dit, real(PLANS["parabola"]), cuda_graphs=cuda_graphs)
+    assert cuda_graphs or operations & set(SWITCHES.values()) == {SWITCHES[name]}
+
+
+def test_the_gelu_in_the_first_product_is_left_out_with_gradients_and_kept_by_the_compiler():
+    dit, x = load("bf16"), torch.empty(2, 4, 24, device=GPU, dtype=torch.bfloat16)
+    devices.speed_up_blocks(dit.blocks, ["gelu"])
+    for gradients in True, False:
+        with OnlyGpu() as gpu, torch.set_grad_enabled(gradients):
+            assert dit.blocks[0].mlp(x).shape == x.shape
+        assert ("gelu" in gpu.operations, "_addmm_activation" in gpu.operations) == (gradients, not gradients)
+    assert torch.ops.aten._addmm_activation.default not in select_decomp_table()  # or inductor would split it again
+
+
 def test_a_learned_plan_can_be_captured():
     plan = real(Schedule.load, ROOT / "ckpt" / "fashion_mnist" / "DDIM50_3x.json")
-    dit, diffusion, (z, y) = load("bf16", plan.depth), create_diffusion(plan.steps), inputs()
+    dit, diffusion, (z, y) = load("bf16", depth=plan.depth), create_diffusion(plan.steps), inputs()
     diffusion.timesteps(GPU)  # copied once
     with OnlyGpu():
         assert sampling.sample_latents(dit, diffusion, z, y, 2.0, plan).device == GPU
 
 
-@pytest.mark.parametrize("dtype", ["tf32", "fp16"])
-def test_a_vae_decodes_on_the_gpu(dtype, vae, caplog, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype, experimental, expected",
+    [("tf32", [], "fp32"), ("fp16", [], "fp16"), ("bf16", [], "fp32"), ("bf16", ["vae-fp16"], "fp16")],
+)
+def test_a_vae_decodes_on_the_gpu(dtype, experimental, expected, vae, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
-    vae, (z, _) = real(devices.speed_up_vae, real(copy.deepcopy, vae), GPU, dtype).to(GPU), inputs()
-    weight = vae.decoder.conv_in.weight
-    assert weight.dtype == devices.DTYPES[dtype] and weight.is_contiguous(memory_format=torch.channels_last)
+    vae = real(devices.speed_up_vae, real(copy.deepcopy, vae), GPU, dtype, experimental).to(GPU)
+    (z, _), weight = inputs(), vae.decoder.conv_in.weight
+    assert weight.dtype == devices.DTYPES[expected] and weight.is_contiguous(memory_format=torch.channels_last)
     with OnlyGpu():
         images, finite = sampling.decode_unchecked(vae, z)
     assert (images.device, images.dtype, images.shape) == (GPU, torch.uint8, (3, 8, 8, 3))
@@ -366,6 +402,15 @@ def test_a_fault_of_the_loop_is_seen(fault, error, cuda_graphs, monkeypatch):
     fault(monkeypatch)
     with pytest.raises((AssertionError, DataDependentOutputException, RuntimeError), match=error):
         assert_stays_on_the_gpu(load("tf32"), None, cuda_graphs=cuda_graphs)
+
+
+def test_a_scale_on_the_cpu_is_seen():
+    dit = load("bf16", hidden_size=32)
+    devices.speed_up_blocks(dit.blocks, ["fp8"])
+    linear = dit.blocks[1].mlp.fc1
+    linear.scale = torch.ones(linear.scale.shape)
+    with pytest.raises((AssertionError, RuntimeError), match="cuda:1.*cpu|tensor on cpu"):
+        assert_stays_on_the_gpu(dit, None)
 
 
 def test_a_stream_of_another_device_is_seen(driver, monkeypatch):

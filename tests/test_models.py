@@ -3,6 +3,7 @@ from collections import deque
 import pytest
 import torch
 from conftest import random_dit
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -153,6 +154,23 @@ def test_guidance_guides_three_channels_and_both_halves_carry_it(dit):
     torch.testing.assert_close(guided[:2, :3], uncond + 3 * (cond - uncond))
     assert torch.equal(guided[:2, :3], guided[2:, :3])
     assert torch.equal(guided[:, 3:], out[:, 3:])
+
+
+def test_the_gelu_in_the_first_product_computes_the_same(dit, monkeypatch):
+    """With a stand-in for the kernel of CUDA, which takes GELU by its tanh where a CPU takes the exact one."""
+
+    def kernel(bias, x, weight, use_gelu):
+        assert use_gelu and x.dim() == 2
+        return functional.gelu(bias + x @ weight, approximate="tanh")
+
+    monkeypatch.setattr(torch, "_addmm_activation", kernel)
+    mlp, x = dit.blocks[0].mlp, torch.randn(2, 4, 24)
+    expected = mlp.act(mlp.fc1(x))
+    assert (mlp.fused_hidden(x) - expected).abs().max() < 1e-6 * expected.abs().max()
+    plain, mlp.fused = mlp(x), True
+    monkeypatch.setattr(mlp, "fused_hidden", None)
+    with torch.no_grad():
+        assert torch.equal(mlp(x), plain)  # not on a CPU
 
 
 def test_labels_are_dropped_to_the_null_class_at_the_given_rate():

@@ -6,13 +6,15 @@ import stat
 import subprocess
 import tempfile
 
+import numpy as np
 import pytest
 import torch
 import torch._inductor.config as inductor
-from conftest import assert_refused, call, random_dit, run
+from conftest import assert_refused, call, random_dit, random_vae, run
 
 from runtime import devices
 from runtime.errors import UserError, explain
+from runtime.hashes import fingerprint
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SAMPLE = "--device cpu --num-sampling-steps 4 --repeats 1 --out x.png --compile".split()
@@ -35,6 +37,79 @@ def test_tf32_is_float32_on_gpus_without_it(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert devices.pick_dtype(None, GPU) == devices.pick_dtype("tf32", GPU) == dtype
     assert devices.pick_dtype("bf16", GPU) == "bf16" and devices.pick_dtype(None, CPU) == "fp32"
+
+
+# --experimental
+
+
+def round_to_float8(x):
+    """The nearest numbers with 4 bits, of which the first is 1, in steps of at least 2**-9: float64 on the CPU."""
+    exponents = np.maximum(np.floor(np.log2(np.abs(x) + 1e-300)), -6)
+    return np.round(x / 2 ** (exponents - 3)) * 2 ** (exponents - 3)
+
+
+def test_a_product_in_float8_rounds_each_row_with_a_scale_of_its_own():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 32).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(2, 5, 48, dtype=torch.bfloat16)
+    x[0] *= 1e4  # rows of other sizes change nothing of a row
+    x[1, 2] = 0
+    actual = devices.Float8Linear(linear)(x)
+    assert (actual.dtype, actual.shape) == (torch.bfloat16, (2, 5, 32))
+
+    def rounded(rows):
+        largest = np.abs(rows).max(-1, keepdims=True)
+        return round_to_float8(rows / np.where(largest, largest, 1) * 448) * largest / 448
+
+    rows, weight, bias = (t.double().numpy() for t in (x, linear.weight, linear.bias))
+    expected = rounded(rows) @ rounded(weight).T + bias
+    sizes = np.abs(rows) @ np.abs(weight).T + np.abs(bias)  # of the terms of each sum
+    assert (np.abs(actual.double().numpy() - expected) <= 2**-8 * np.abs(expected) + 1e-4 * sizes).all()
+    errors = np.abs(actual.double().numpy() - (rows @ weight.T + bias))
+    assert (errors <= (2**-3 + 2**-7) * sizes).all()  # 2**-4 for the rounding of each factor
+    assert torch.equal(devices.Float8Linear(linear)(x[1:]), actual[1:])
+
+
+def test_float8_stands_in_for_the_four_products_of_each_block():
+    torch.manual_seed(1)
+    plain, fast = (devices.set_precision(random_dit(hidden_size=32), "bf16") for _ in range(2))
+    devices.speed_up_blocks(fast.blocks, ["fp8"])
+    kinds = [type(module) for block in fast.blocks for module in block.modules()]
+    assert kinds.count(devices.Float8Linear) == 12 and kinds.count(torch.nn.Linear) == 3  # adaLN stays
+    assert fingerprint(fast, {}) == fingerprint(plain, {}) and fast.multiply_adds() == plain.multiply_adds()
+    assert devices.matmul_rate(fast.block_linears(), 8, seconds=1e-3) > 0
+    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([10, 500]), torch.tensor([0, 1])
+    with torch.no_grad():
+        exact = random_dit(hidden_size=32)(x, t, y)
+        errors = [((dit(x, t, y) - exact).norm() / exact.norm()).item() for dit in (plain, fast)]
+    assert errors[0] < errors[1] < 0.1
+
+
+def test_nothing_changes_without_a_switch():
+    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([10, 500]), torch.tensor([0, 1])
+    plain, same = random_dit(), random_dit()
+    devices.speed_up_blocks(same.blocks, ["autotune", "vae-fp16"])
+    assert torch.equal(plain(x, t, y), same(x, t, y))
+    assert [type(module) for module in plain.modules()] == [type(module) for module in same.modules()]
+    vae = random_vae()
+    assert devices.speed_up_vae(vae, CPU, "bf16", ["vae-fp16"]) is vae and vae.dtype == torch.float32
+
+
+def test_a_device_that_cannot_compute_in_float8_is_refused(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0\nor 8.9")
+
+    monkeypatch.setattr(torch, "_scaled_mm", fails)
+    with pytest.raises(UserError, match="--experimental fp8 cannot run on cpu .*capability >= 9.0.: leave it out"):
+        devices.speed_up_blocks(devices.set_precision(random_dit(), "bf16").blocks, ["fp8"])
+
+
+def test_autotuning_times_the_kernels_that_it_chooses_from(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: modes.append(how["mode"]))
+    for names in [], ["fp8"], ["autotune", "gelu"]:
+        devices.compile_blocks(random_dit(depth=1).blocks, backend="eager", experimental=names)
+    assert modes == [None, None, "max-autotune-no-cudagraphs"]
 
 
 # --compile
