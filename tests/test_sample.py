@@ -404,6 +404,36 @@ def test_lower_precision_and_compiled_blocks_change_the_picture_little(sample, m
     assert 0 < abs(bf16 - fp32).mean() < 8
 
 
+def test_an_experimental_switch_is_printed_and_recorded(sample, model_folder, tmp_path):
+    flags = [*METHOD, "--path", model_folder / "router4.pt", "--thres", 0.5, "--compare", "--dtype", "bf16", "--record"]
+    result = sample(*flags, "r.json", "--out", "fp8.png", "--experimental", "fp8")
+    assert result.returncode == 0 and "Experimental, measured on no GPU yet: fp8\n" in result.stdout, result.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["flags"]["experimental"] == ["fp8"]
+    plain = sample(*flags, "plain.json", "--out", "plain.png")
+    assert plain.returncode == 0 and "Experimental" not in plain.stdout
+    difference = abs(pixels(tmp_path / "fp8.png").astype(int) - pixels(tmp_path / "plain.png").astype(int))
+    assert 0 < difference.mean() < 5
+
+
+@pytest.mark.parametrize(
+    "flags, code, words",
+    [
+        (["fp8"], 2, "--experimental fp8 rounds the inputs of products in bf16: add --dtype bf16"),
+        (["fp8", "gelu", "--dtype", "bf16"], 2, "--experimental fp8 replaces the product that gelu changes"),
+        (["autotune"], 2, "--experimental autotune chooses among compiled kernels: add --compile"),
+        (["vae-fp16", "--dtype", "fp16"], 2, "--experimental vae-fp16 is for a transformer in bf16"),
+        (["vae-fp16", "--dtype", "bf16", "--random-weights"], 2, "leave it or --random-weights out"),
+        (["fast"], 2, "invalid choice: 'fast'"),
+        (["gelu"], 1, "--experimental gelu needs a CUDA device and this is cpu: leave it out"),
+        (["vae-fp16", "--dtype", "bf16"], 1, "--experimental vae-fp16 needs a CUDA device and this is cpu"),
+    ],
+)
+def test_an_experimental_switch_that_cannot_work_is_refused(sample, tmp_path, flags, code, words):
+    result = sample("--experimental", *flags)
+    assert_refused(result, words)
+    assert result.returncode == code and not list(tmp_path.iterdir())
+
+
 def test_cuda_graphs_are_refused_without_a_gpu(sample, tmp_path):
     assert_refused(sample("--cuda-graphs"), "--cuda-graphs needs a CUDA device", "cpu", "leave it out")
     assert list(tmp_path.iterdir()) == []

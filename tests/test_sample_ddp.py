@@ -282,6 +282,19 @@ def test_a_complete_set_is_not_made_again_but_gets_its_pngs(make, sample):
         assert np.array_equal(np.asarray(Image.open(npz.with_suffix("") / f"{k:06d}.png")), image)
 
 
+def test_switches_that_change_images_belong_to_the_set(make, sample, monkeypatch):
+    plain, names = make("--dtype bf16")[0], []
+    fast, out = make("--dtype bf16 --experimental fp8", "fast")
+    assert "Experimental, measured on no GPU yet: fp8" in out and "-bf16-fp8-n-23.npz" in out
+    assert fast["manifest"] == plain["manifest"] | {"experimental": ["fp8"]}
+    assert 0 < np.abs(fast["arr_0"].astype(int) - plain["arr_0"]).mean() < 5
+    shutil.move(npz_in("fast"), npz_in())
+    assert_refused(sample("--dtype bf16"), 'experimental was ["fp8"], now it is null', "--sample-dir")
+    monkeypatch.setattr(devices, "compile_blocks", lambda blocks, experimental: names.append(experimental))
+    kept = make("--dtype bf16 --compile --experimental autotune", "tuned")[0]
+    assert names == [["autotune"]] and kept["manifest"] == plain["manifest"]  # it changes last bits, as --compile does
+
+
 def test_a_damaged_shard_is_sampled_again(make):
     made, _ = make("--per-proc-batch-size 4 --keep-shards")
     gc.collect()  # frees the lock of this launch
@@ -305,6 +318,7 @@ def test_a_damaged_shard_is_sampled_again(make):
         (f"{SCHEDULE} tiny/router4.pt", "is not a schedule file"),
         (f"{ROUTER} --num-sampling-steps 5", "4 steps"),
         ("--ddim-sample --p-sample", "--p-sample"),
+        ("--compile --deterministic --experimental autotune", "times, which are never the same: leave it or --det"),
         ("--ckpt none", "no such file: none"),
         ("--record /proc/x.json", "/proc/x.json"),
     ],
