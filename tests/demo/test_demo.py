@@ -169,6 +169,7 @@ def test_the_pictures_of_assets_are_made(tmp_path, capfd):
     result = call("assets/make.py", "--out", tmp_path, capfd=capfd)
     assert result.returncode == 0, result.stderr
     assert Image.open(tmp_path / "samples.png").size == (10 * 98 + 2, 8 * 98 + 2)
+    assert Image.open(tmp_path / "flow.png").size == (10 * 98 + 2, 3 * 98 + 2)
     assert Image.open(tmp_path / "router.png").width > 500
     with Image.open(tmp_path / "router.gif") as made, Image.open(ROOT / "assets" / "router.gif") as shipped:
         assert made.n_frames == shipped.n_frames
