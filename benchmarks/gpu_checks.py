@@ -293,9 +293,7 @@ def targets(folder):
                 print(f"  {plan}: {best[name]:.3f} {text} ({best['mode']}, {best['dtype']}), goal {goal}: {verdict}")
             for row in some:
                 if row.get("against_plain"):
-                    print(
-                        f"  {plan}: {row['against_plain']:.3f} times as fast with the switch as without ({row['mode']})"
-                    )
+                    print(f"  {plan}: {row['against_plain']:.3f} times as fast as without the switch ({row['mode']})")
 
 
 def main(args):

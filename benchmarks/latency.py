@@ -73,15 +73,16 @@ def parse_args(argv=None):
     dtypes, default = ["fp32", "tf32", "bf16", "fp16"], "default: fp32 and bf16, on a GPU also tf32 and fp16"
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, help=default)
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: all that the device can run")
-    switches = {"nargs": "+", "choices": [name for name in cli.EXPERIMENTAL if name != "vae-fp16"], "metavar": "NAME"}
-    also = "also run the compiled modes in bf16 with these switches of sample.py, all at once"
-    parser.add_argument("--experimental", **switches, default=[], help=also)
+    switches = [name for name in cli.EXPERIMENTAL if name != "vae-fp16"]
+    also = f"{', '.join(switches)}: also run the compiled modes in bf16 with these switches of sample.py, all at once"
+    parser.add_argument("--experimental", nargs="+", choices=switches, metavar="NAME", help=also)
     parser.add_argument("--reference", action="store_true", help="also run as the original implementation does")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="rounds, after each row was warmed up")
     cli.add_device_argument(parser)
     profile = "only print where the time of a full and of a cached step goes"
     parser.add_argument("--profile", action="store_true", help=profile)
     args = parser.parse_args(argv)
+    args.experimental = args.experimental or []
     if args.profile and not (args.path or args.plans):
         parser.error("--profile needs a cached step: add --path or --plans")
     return args

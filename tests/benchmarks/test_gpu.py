@@ -49,8 +49,9 @@ def test_every_step_leaves_a_line_and_its_log(tmp_path):
 
 
 def test_some_steps_run_alone(tmp_path):
-    steps, _ = run(tmp_path, ONLY="gelu vae")
-    assert list(steps) == ["plans", "gelu", "vae"]
+    steps, _ = run(tmp_path, ONLY="gelu fp8 vae")
+    assert list(steps) == ["plans", "gelu", "fp8", "vae"]
+    assert steps["gelu"] == "SKIPPED, needs a GPU" and steps["fp8"].endswith("ran benchmarks.latency")
 
 
 def test_plans_as_fast_as_the_released_routers_take_their_place(tmp_path):
@@ -78,12 +79,14 @@ def test_the_targets_are_judged_by_the_best_way_to_run(tmp_path, capfd):
         row("router20", "graphs", "bf16", 0.5, 3.9, 1.2, 1.25),
         row("every3-20", "graphs", "bf16", 0.4, 5.0, 2.5, 2.7),
     ]
+    rows.append(row("full", "graphs+gelu", "bf16", 0.55, 4.0) | {"against_plain": 1.08})
     (tmp_path / "latency-x.json").write_text(json.dumps({"rows": rows}))
     gpu_checks.targets(tmp_path)
     assert capfd.readouterr().out.splitlines() == [
         "latency-x:",
         "  full: 0.590 share of the rate of plain products, bf16 (graphs, bf16), goal 0.6: MISSED",
         "  full: 4.100 times the reference (graphs, bf16), goal 4: met",
+        "  full: 1.080 times as fast as without the switch (graphs+gelu)",
         "  router20: 3.900 times the reference (graphs, bf16), goal 4: MISSED",
         "  router20: 0.960 of its bound (graphs, bf16), goal 0.97: MISSED",
         "  every3-20: 5.000 times the reference (graphs, bf16), goal 4: met",
@@ -111,10 +114,13 @@ def test_a_check_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path, m
 
 @pytest.mark.slow
 def test_the_agreement_with_the_cpu_is_judged(monkeypatch):
-    monkeypatch.setattr(gpu_checks, "TOLERANCES", {"fp32": 1e-4, "bf16": 1e-5})
+    monkeypatch.setattr(gpu_checks, "TOLERANCES", {"fp32": 1e-4, "bf16": 1e-5, "bf16 gelu": 0, "bf16 fp8": 0.1})
     found = gpu_checks.agreement(torch.device("cpu"))
     assert [(row["dtype"], row["plan"]) for row in found["rows"]][:3] == [
         ("fp32", plan) for plan in ("full", "router", "learned")
     ]
     assert all(row["error"] == 0 and row["graphs_equal_eager"] for row in found["rows"][:3])
-    assert found["faults"] == found["rows"][3:]  # bf16 rounds more than this tolerance allows
+    assert found["faults"] == found["rows"][3:6]  # bf16 rounds more than this tolerance allows
+    assert [row["dtype"] for row in found["rows"][6:]] == ["bf16 fp8"] * 3  # a CPU has no GELU in a product
+    for bf16, fp8 in zip(found["rows"][3:6], found["rows"][6:]):
+        assert bf16["error"] < fp8["error"]

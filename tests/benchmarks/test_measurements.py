@@ -1,5 +1,6 @@
 """Every benchmark at a small size: the original's way computes what ours does, and records hold what was measured."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from backends import needs_tensorflow
-from conftest import call, random_dit
+from conftest import assert_refused, call, random_dit
 
 import sampling
 from benchmarks import assembly, common, evaluators, precision, train_step
@@ -76,6 +77,24 @@ def test_the_latency_of_every_way_to_run(model_folder, tmp_path, monkeypatch, re
             assert row["error"] < 1e-5 or schedule == "second"
         else:
             assert row["error"] == 0 if dtype == "fp32" else 0 < row["error"] < 0.1
+
+
+def test_the_latency_of_a_switch_beside_the_same_without(model_folder, monkeypatch, record, capfd):
+    monkeypatch.setattr(devices, "matmul_rate", lambda layers, rows: 1e9)
+    monkeypatch.setattr(devices, "compile_blocks", functools.partial(devices.compile_blocks, backend="eager"))
+    flags = ["--ckpt", model_folder, "--device", "cpu", "--num-sampling-steps", 4, "--repeats", 1, "--experimental"]
+    saved, shown = record("latency", *flags, "fp8", "--modes", "eager", "compile", "--dtypes", "fp32", "bf16")
+    rows = {(row["mode"], row["dtype"]): row for row in saved["rows"]}
+    assert list(rows) == [(mode, dtype) for dtype in ("fp32", "bf16") for mode in ("eager", "compile")] + [
+        ("compile+fp8", "bf16")
+    ]
+    plain, fast = rows["compile", "bf16"], rows["compile+fp8", "bf16"]
+    assert fast["against_plain"] == plain["seconds"][0] / fast["seconds"][0] and plain["against_plain"] is None
+    assert plain["error"] < fast["error"] < 0.2 and 0 < fast["error_against_plain"] < 0.2
+    assert f"{fast['against_plain']:.3f} (" in shown[-1]
+    for more in ["fp8", "--modes", "eager"], ["fp8", "--dtypes", "fp32"]:
+        assert_refused(call("benchmarks/latency.py", *flags, *more, capfd=capfd), "runs compiled and in bf16")
+    assert_refused(call("benchmarks/latency.py", *flags, "gelu", capfd=capfd), "gelu needs a CUDA device")
 
 
 @pytest.mark.parametrize("steps", [2, 4])
