@@ -113,7 +113,8 @@ def load_models(args, spec, diffusion, schedule, cfg_scale, device, dtype):
     dit = load_dit(spec, device, args.seed if args.random_weights else None)
     check_sampler(dit, cfg_scale, args.sampler == "ddpm")
     dit = devices.set_precision(dit, dtype)
-    devices.speed_up_blocks(dit.blocks, args.experimental)
+    if args.experimental:
+        devices.speed_up_blocks(dit.blocks, args.experimental)
     schedule = schedule or schedule_of_flags(args, dit, cfg_scale, diffusion)
     if args.compile:
         devices.compile_blocks(dit.blocks, experimental=args.experimental)

@@ -66,7 +66,8 @@ def load(args, device, dtype):
     dit = load_dit(spec, device)
     sampling.check_sampler(dit, guidance(args, spec), args.sampler == "ddpm")
     dit = devices.set_precision(dit, dtype)
-    devices.speed_up_blocks(dit.blocks, args.experimental)
+    if args.experimental:
+        devices.speed_up_blocks(dit.blocks, args.experimental)
     vae = devices.speed_up_vae(load_vae(spec, device), device, dtype, args.experimental)
     return spec, diffusion, dit, vae, schedule
 

@@ -110,7 +110,8 @@ def speed_up_blocks(blocks: Iterable[Any], experimental: Collection[str]) -> Non
     Raises UserError if this device or version of torch cannot compute the four products of a block in float8.
     """
     for block in blocks:
-        block.mlp.fused = "gelu" in experimental
+        if "gelu" in experimental:
+            block.mlp.fused = True
         if "fp8" not in experimental:
             continue
         for layer, name in (block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2"):
@@ -118,10 +119,8 @@ def speed_up_blocks(blocks: Iterable[Any], experimental: Collection[str]) -> Non
             try:
                 linear(linear.weight.new_zeros(1, 1, linear.weight.shape[1]))
             except (RuntimeError, ValueError) as error:
-                where = linear.weight.device
-                raise UserError(
-                    f"--experimental fp8 cannot run on {where} ({first_line(error)}): leave it out"
-                ) from error
+                reason = f"{linear.weight.device} ({first_line(error)})"
+                raise UserError(f"--experimental fp8 cannot run on {reason}: leave it out") from error
             setattr(layer, name, linear)
 
 
