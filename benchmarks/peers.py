@@ -352,29 +352,31 @@ def cells(row, record, timing):
     }
 
 
-def best(records, timing, steps, target, ours):
-    """The row of ours, or of the peers, with the lowest FID in at most `target` of plain diffusers' time, or None."""
+def best(records, timing, steps, target, ours, scaled=False):
+    """The row of ours, or of the peers, with the lowest FID in at most `target` of plain diffusers' time, or None.
+
+    scaled: of those that scale the predicted noise, else of those that do not.
+    """
     able = [
         row
         for row in records
         if row.steps == steps
-        and (row.setup in OURS) == ours
+        and (row.setup in OURS, row.noise != (1, 1), row.guidance) == (ours, scaled, ())
         and timing.get("rows", {}).get(row.name, {}).get("ratio", float("inf")) <= target
     ]
     return min(able, key=lambda row: records[row]["quality"]["metrics"]["fid"], default=None)
 
 
 def at_equal_time(records, timing):
-    """Rows of the table of our best row beside the best peer's, as dicts."""
+    """Rows of the table of our best rows beside the best peer, as dicts."""
     rows = []
     for steps in sorted({row.steps for row in records}):
         for target in TARGETS:
-            for ours in (False, True):
-                row = best(records, timing, steps, target, ours)
-                if row:
+            for whose, kind in {"peer": (False,), "ours": (True,), "ours, noise scaled": (True, True)}.items():
+                if row := best(records, timing, steps, target, *kind):
                     short = cells(row, records[row], timing)
                     kept = {name: short[name] for name in ("row", "of diffusers", "seconds", "FID", "error")}
-                    rows.append({"steps": steps, "at most": target, "whose": "ours" if ours else "peer"} | kept)
+                    rows.append({"steps": steps, "at most": target, "whose": whose} | kept)
     return rows
 
 
@@ -390,23 +392,30 @@ def tables(records, timing):
 
 
 def save_picture(records, timing, path):
-    """Write a PNG: FID by time relative to plain diffusers, a plot for each number of steps."""
+    """Write a PNG: FID by time relative to plain diffusers, a plot for each number of steps.
+
+    Rows that scale the predicted noise are hollow.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     from runtime.files import atomic_write
 
-    timed = [row for row in records if row.name in timing["rows"] and not row.guidance and row.noise == (1, 1)]
+    timed = [row for row in records if row.name in timing["rows"] and not row.guidance]
     steps = sorted({row.steps for row in timed})
     with matplotlib.rc_context({"font.size": 8}):
         figure = Figure(figsize=(6 * len(steps), 4.5), dpi=110, layout="constrained")
         for axis, count in zip(figure.subplots(1, len(steps), squeeze=False)[0], steps):
-            for setup, marker in zip(TITLES, "*osD^v<>P"):
-                some = [row for row in timed if (row.setup, row.steps) == (setup, count)]
-                x = [timing["rows"][row.name]["ratio"] for row in some]
-                y = [records[row]["quality"]["metrics"]["fid"] for row in some]
-                axis.plot(x, y, marker, label=TITLES[setup], markersize=9 if setup in OURS else 5)
-            axis.set(title=f"{count} steps", xlabel="time, of plain diffusers", ylabel="FID")
+            for number, (setup, marker) in enumerate(zip(TITLES, "*osD^v<>P")):
+                size = 9 if setup in OURS else 7
+                for scaled, fill in ((False, "full"), (True, "none")):
+                    kind = setup, count, scaled
+                    some = [row for row in timed if (row.setup, row.steps, row.noise != (1, 1)) == kind]
+                    x = [timing["rows"][row.name]["ratio"] for row in some]
+                    y = [records[row]["quality"]["metrics"]["fid"] for row in some]
+                    style = {"color": f"C{number}", "fillstyle": fill, "label": None if scaled else TITLES[setup]}
+                    axis.plot(x, y, marker, markersize=size, **style)
+            axis.set(title=f"{count} steps", xlabel="time, of plain diffusers", ylabel="FID (hollow: scaled noise)")
             axis.legend()
     with atomic_write(path) as part:
         figure.savefig(part, format="png", metadata={"Software": None})

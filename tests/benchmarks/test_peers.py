@@ -265,12 +265,16 @@ def test_the_best_at_equal_time_is_the_lowest_fid_that_is_fast_enough():
         Row("ours-y", "ours", 20): (0.35, 1.3),
         Row("ours-z", "our_sampler", 50): (0.1, 0.1),
         Row("untimed", "our_sampler", 20): (None, 0.1),
+        Row("scaled", "our_sampler", 20, noise=(0.9, 1)): (0.45, 0.2),
+        Row("their-scaled", "dbcache", 20, noise=(0.9, 1)): (0.2, 0.1),
+        Row("guided", "our_sampler", 20, guidance=(3.0, 0, 1)): (0.2, 0.1),
     }
     timing = {"rows": {row.name: {"seconds": [t], "ratio": t} for row, (t, _) in rows.items() if t}}
     records = {row: record(fid) for row, (_, fid) in rows.items()}
     found = [(r["steps"], r["at most"], r["whose"], r["FID"]) for r in peers.at_equal_time(records, timing)]
-    of_20 = [(20, 0.6, "peer", "1.400"), (20, 0.6, "ours", "1.300"), (20, 0.5, "peer", "1.500")]
-    of_20 += [(20, 0.5, "ours", "1.300"), (20, 0.4, "ours", "1.300")]
+    scaled = "ours, noise scaled", "0.200"
+    of_20 = [(20, 0.6, "peer", "1.400"), (20, 0.6, "ours", "1.300"), (20, 0.6, *scaled)]
+    of_20 += [(20, 0.5, "peer", "1.500"), (20, 0.5, "ours", "1.300"), (20, 0.5, *scaled), (20, 0.4, "ours", "1.300")]
     assert found == of_20 + [(50, target, "ours", "0.100") for target in (0.6, 0.5, 0.4, 0.3)]
 
 
