@@ -22,14 +22,17 @@ def parse_args(argv=None):
     from demo.train_loop import HERE, MODEL_FOLDER, parser
 
     result = parser(__doc__, name="dit", updates=9200, batch_size=64)
-    result.add_argument("--out", type=Path, default=MODEL_FOLDER, help="model folder to write; holds vae/ already")
+    out = "model folder to write; that of a DiT holds vae/ already"
+    result.add_argument("--out", type=Path, default=MODEL_FOLDER, help=out)
     result.add_argument("--compile", action="store_true", help="torch.compile; faster, needs a C++ compiler")
     result.add_argument("--flow", action="store_true", help="train by flow matching, from the weights of --init")
     shipped = HERE.parent / "ckpt" / "fashion_mnist"
     result.add_argument("--init", type=Path, default=shipped, help="with --flow: folder of a DiT to start from")
     args = result.parse_args(argv)
-    if args.flow and args.out == MODEL_FOLDER:  # the flow model uses the VAE of its DiT
-        args.out, args.work = MODEL_FOLDER.with_name("fashion_mnist_flow"), args.work.with_name("flow.pt")
+    if args.flow and args.out == MODEL_FOLDER:
+        args.out = MODEL_FOLDER.with_name("fashion_mnist_flow")
+    if args.flow and args.work == result.get_default("work"):
+        args.work = args.work.with_name("flow.pt")
     return args
 
 

@@ -211,8 +211,9 @@ def add_precision_arguments(parser, choices, default=None):
         "--dtype",
         choices=choices,
         default=default,
-        help="precision of the transformer; the diffusion state is float32, and so is the VAE, except with fp16 on a "
-        "GPU; tf32 is fp32 on a CPU" + ("" if default else "; without it tf32 on a GPU, fp32 on a CPU"),
+        help="precision of the transformer; the diffusion state is float32, and so is the VAE, except with fp16 or "
+        "--experimental vae-fp16 on a GPU; tf32 is fp32 on a CPU"
+        + ("" if default else "; without it tf32 on a GPU, fp32 on a CPU"),
     )
     group.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
     add_device_argument(group)
