@@ -16,7 +16,7 @@ from runtime.errors import UserError
 from runtime.files import check_writable
 from runtime.records import write_record
 
-SHOWN = ["train_step", "assembly", "scaling", "extraction", "metrics_speed", "tutorial", "busy", "flow"]
+SHOWN = ["train_step", "assembly", "scaling", "extraction", "metrics_speed", "tutorial", "busy", "flow", "evaluators"]
 DOCUMENTS = [ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
 
 

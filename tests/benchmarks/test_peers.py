@@ -283,3 +283,13 @@ def test_the_requirements_name_each_peer_with_its_version():
     assert all(re.search(rf"^{package}==[\d.]+", text, re.M) for package in peers.PACKAGES.values())
     assert {row.setup for row in peers.ROWS} <= vars(peer_setups).keys() & peers.TITLES.keys()
     assert len({row.name for row in peers.ROWS}) == len(peers.ROWS)
+
+
+def test_the_page_shows_the_tables_of_the_committed_records():
+    results, page = peers.parse_args([]).results, (ROOT / "docs" / "peers.md").read_text()
+    records = {row: table.read(results / f"{row.name}.json") for row in peers.ROWS}
+    records = {row: record for row, record in records.items() if record}
+    tables = peers.tables(records, table.read(results / "timing.json"))
+    assert set(tables) == {"20 steps", "50 steps", "The best at equal time"}
+    for title, text in tables.items():
+        assert f"### {title}\n" in page and f"\n{text}\n" in page
