@@ -221,6 +221,9 @@ def test_only_what_is_missing_or_outdated_is_made(stubbed, tmp_path, monkeypatch
     monkeypatch.setattr(peers, "ROWS", rows)
     program("--timing", capfd=capfd)
     assert len(stubbed) == 2
+    program("--timing", "--rows", "diffusers-4", capfd=capfd)
+    later = json.loads((results / "timing.json").read_text())["rows"]
+    assert set(later) == {"diffusers-4", "ours-fora2-4"} and later["diffusers-4"]["ratio"] == 1
     program("--quality", capfd=capfd)
     assert stubbed[2:] == ["ours-fora2-4"]
 
