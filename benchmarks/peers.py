@@ -10,8 +10,8 @@ The peers come with `pip install -r requirements-peers.txt`; rows of those that 
 becomes results/peers/ROW.json: the layer calls that ran, as counted by hooks in a run of its own; the error of the
 latents against the run that skips nothing, from the same noise; metrics of 5,000 images (2,000 with 50 steps) by the
 judge of `benchmarks.table`, from the noise of its seed 0; and the lines that a user writes (`benchmarks.peer_setups`).
-results/peers/timing.json has the seconds of the denoising loop of all rows, run in turn. `--timing --rows` measures some,
-with plain diffusers among them, and keeps the other figures; each ratio is of its own run.
+results/peers/timing.json has the seconds of the denoising loop of all rows, run in turn. `--timing --rows` measures
+some, with plain diffusers among them, and keeps the other figures; each ratio is of its own run.
 
 All rows run DDIM with the timesteps of diffusers (0, 50, ... 950 for 20 steps) and guidance on three channels.
 """
