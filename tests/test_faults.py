@@ -250,7 +250,13 @@ EXTRACTION = "evaluation.features.Network.extract"
         ("sample.py", "", None, enlarge("decoder.conv_out.weight"), "VAE decodes image 0 to .* not finite"),
         ("sample_ddp.py", "", None, enlarge("decoder.conv_out.weight"), "VAE decodes image 0 to .* not finite"),
         ("train_router.py", EXTRACT, None, enlarge("quant_conv.weight"), "VAE encodes .*000.png to .* not finite"),
-        ("train_router.py", f"{IMAGES} --num-workers 1", REPORT, kill_a_worker, "process was killed.* --num-workers"),
+        (
+            "train_router.py",
+            f"{IMAGES} --num-workers 1 --max-steps 1000",
+            REPORT,
+            kill_a_worker,
+            "process was killed.* --num-workers",
+        ),
     ],
 )
 def test_a_fault_is_one_line_and_leaves_nothing_half_written(program, more, place, harm, words, programs, tmp_path):
