@@ -1,8 +1,10 @@
 """The processes (ranks) of one job: a single one, or those of torchrun, which exchange small messages through Gloo."""
 
+import atexit
 import concurrent.futures
 import contextlib
 import errno
+import importlib
 import os
 import socket
 import threading
@@ -58,6 +60,9 @@ class Processes:
             return
         # Hours, because others may wait for a download or for the slowest rank; torchrun notices a rank that died.
         timeout = timedelta(hours=12)
+        # Functions of this module have the group of its import as a default value, which would keep the group alive.
+        importlib.import_module("torch.distributed.nn")
+        atexit.register(self.disconnect)
         with self.exchange():
             store = self._meet(self._open_store(*main_address()))
             # Gloo on GPUs too: messages are at most some kB, and Gloo reports a dead peer at once, while NCCL waits.
@@ -151,8 +156,11 @@ class Processes:
         return dist.PrefixStore(name, store)
 
     def disconnect(self):
-        """Leave the group of processes."""
-        if self.size > 1:
+        """Leave the group of processes, if that is still to be done, and end its threads.
+
+        It is done at exit too: a thread that frees a message while Python ends would abort the process.
+        """
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     def run_everywhere(self, function, local_main_first=False):

@@ -70,8 +70,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if value is not None:
                 self.send_header(name, value)
         self.end_headers()
+        server.sent += len(body[: act.cut])  # before the client has them, or a test might read it too soon
         self.wfile.write(body[: act.cut])
-        server.sent += len(body[: act.cut])
         if act.cut is not None:
             server.unstall.wait(act.stall)
         if act.reset:

@@ -1,7 +1,9 @@
 """How the ranks of a job find each other, and how a refusal reaches the user exactly once."""
 
 import os
+import re
 import socket
+import sys
 import threading
 import time
 
@@ -214,6 +216,14 @@ def test_programs_of_one_process_refuse_torchrun_with_several(program, flags, jo
 
 
 SLOW = pytest.mark.slow
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's list of threads")
+@pytest.mark.parametrize("end, code", [("success", 0), pytest.param("refusal", 1, marks=SLOW)])
+def test_no_thread_of_gloo_is_left_when_python_ends(end, code, tmp_path):
+    result = run("tests/runtime/leaving.py", end, cwd=tmp_path, processes=2)
+    assert result.returncode == code, result.stderr
+    assert set(re.findall("threads: .*", result.stdout)) == {"threads: 0"}
 
 
 @pytest.mark.parametrize(
