@@ -158,6 +158,12 @@ def make_pipeline(dit, vae):
 
     class DiTLatents(DiTPipeline):
         @torch.no_grad()
+        def predict_noise(self, x, t, labels, guidance_scale):
+            """The guided noise of x (2N, C, H, W), twice N images, at timestep t; half of the labels are null."""
+            output = self.transformer(x, timestep=t.expand(len(x)), class_labels=labels).sample
+            return Guidance.of(guidance_scale).apply(output, t / 1000)[:, : x.shape[1]]
+
+        @torch.no_grad()
         def __call__(
             self,
             class_labels,
@@ -166,10 +172,11 @@ def make_pipeline(dit, vae):
             latents=None,
             noise_scale=(1, 1),
             progress=iter,
+            observe=lambda x, t, labels, noise: None,
         ):
             """Denoise latents (N, C, H, W), in the loop of DiTPipeline. guidance_scale: also a `Guidance`.
 
-            noise_scale: as for `GaussianDiffusion`.
+            noise_scale: as for `GaussianDiffusion`. observe: called with what `predict_noise` got and returned.
             """
             factor, highest = noise_scale
             if latents is None:
@@ -182,8 +189,8 @@ def make_pipeline(dit, vae):
             for t in progress(self.scheduler.timesteps):
                 half = x[: len(x) // 2]
                 x = torch.cat([half, half])
-                output = self.transformer(x, timestep=t.expand(len(x)), class_labels=labels).sample
-                noise = Guidance.of(guidance_scale).apply(output, t / 1000)[:, : x.shape[1]]
+                noise = self.predict_noise(x, t, labels, guidance_scale)
+                observe(x, t, labels, noise)
                 noise = noise * factor if t / 1000 <= highest else noise
                 x = self.scheduler.step(noise, t, x).prev_sample
             self.maybe_free_model_hooks()

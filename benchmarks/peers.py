@@ -10,12 +10,14 @@ The peers come with `pip install -r requirements-peers.txt`; rows of those that 
 becomes results/peers/ROW.json: the layer calls that ran, as counted by hooks in a run of its own; the error of the
 latents against the run that skips nothing, from the same noise; metrics of 5,000 images (2,000 with 50 steps) by the
 judge of `benchmarks.table`, from the noise of its seed 0; and the lines that a user writes (`benchmarks.peer_setups`).
-results/peers/timing.json has the seconds of the denoising loop of all rows, run in turn. `--timing --rows` measures
+results/peers/noise.json has how much noise they predict at late steps, of what the full model predicts there, and
+results/peers/timing.json the seconds of the denoising loop of all rows, run in turn. `--timing --rows` measures
 some, with plain diffusers among them, and keeps the other figures; each ratio is of its own run.
 
 All rows run DDIM with the timesteps of diffusers (0, 50, ... 950 for 20 steps) and guidance on three channels.
 """
 
+import json
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from runtime import cli, signals
 
 FOLDER = "samples/peers"
 SAMPLES = {20: table.SAMPLES, 50: 2000}  # images of a row, by its steps
+SAVED = 500  # images after which those of a row are saved
 AT_ONCE = 50  # images of a batch; peers with a threshold decide for a whole batch
 COMPARED = 64  # images whose latents are compared, and of a timed batch
 REPEATS = 3  # timed rounds after the warm-up
@@ -33,6 +36,7 @@ NOISES = ((0.97, 0.5), (0.98, 1))  # factors of the predicted noise in some rows
 GUIDANCES = (1.5, 3.0)  # other scales than that of the model
 PARITY_DB = 90  # at least, for rows that are the same by two ways
 TARGETS = (0.6, 0.5, 0.4, 0.3)  # of the time of plain diffusers
+LATE = 0.5  # the highest t of the steps whose predicted noise is compared
 
 PACKAGES = {"dbcache": "cache-dit", "smoothcache": "dit-smoothcache", "hicache": "hicache-pp"}
 TITLES = {
@@ -80,22 +84,22 @@ class Row:
 
 
 def make_rows():
-    """All rows: two settings of each peer that span its range, then ours, for 20 and 50 steps."""
+    """All rows: settings of each peer that span its range, then ours, for 20 and 50 steps."""
     rows = []
     for steps, low, high in ((20, 0.1, 0.15), (50, 0.08, 0.15)):
         rows += [Row("diffusers", "plain", steps)]
-        rows += [Row(f"dbcache-{x}", "dbcache", steps, {"threshold": x}) for x in (low, high)]
+        rows += [Row(f"dbcache-{x}", "dbcache", steps, {"threshold": x}) for x in (low, high, 0.3)]
         for most in (1, 2):
             settings = {"threshold": 0.25, "in_a_row": most, "order": 1}
             rows += [Row(f"dbcache-taylorseer-{most}", "dbcache", steps, settings)]
         for alpha in {20: (0.2, 0.35), 50: (0.18, 0.25)}[steps]:
             rows += [Row(f"smoothcache-{alpha}", "smoothcache", steps, plan=f"smoothcache-{alpha}")]
-        for x in (0.05, 0.1):
+        for x in (0.05, 0.1, 0.2):
             rows += [Row(f"firstblock-{x}", "first_block_cache", steps, {"threshold": x})]
-        for interval in (2, 3):
+        for interval in (2, 3, 5):
             rows += [Row(f"taylorseer-{interval}", "taylorseer", steps, {"interval": interval})]
             rows += [Row(f"hicache-{interval}", "hicache", steps, {"interval": interval})]
-        for x in (0.06, 0.12):
+        for x in (0.06, 0.12, 0.3):
             rows += [Row(f"magcache-{x}", "magcache", steps, {"threshold": x})]
         learned = [f"learned-{target}" for target in table.SETTINGS["learned"][steps]]
         rows += [Row("ours", "our_sampler", steps, same="diffusers")]
@@ -199,6 +203,21 @@ class Bench:
         model, sample = self.sampler(row)
         return peer_setups.count_layers(model, partial(sample, self.noise(0, COMPARED)), row.steps, self.dit.depth)
 
+    def late_noise(self, row):
+        """How much noise a row in the pipeline predicts at t <= LATE, of what the full model predicts for its inputs.
+
+        The mean over those steps; at each, the row's tensor is projected onto the full model's.
+        """
+        full, ratios = peer_setups.make_pipeline(self.dit, self.vae), []
+
+        def compare(x, t, labels, noise):
+            if t / 1000 <= LATE:
+                right = full.predict_noise(x, t, labels, self.spec.cfg_scale)
+                ratios.append(((noise * right).sum() / right.square().sum()).item())
+
+        self.sampler(row)[1](self.noise(0, COMPARED), observe=compare)
+        return statistics.mean(ratios)
+
     def full(self, steps):
         """Latents of plain diffusers for the noise of `count`."""
         if steps not in self._full:
@@ -231,24 +250,33 @@ class Bench:
             "variance": latents.var().item(),
         }
 
-    def save_images(self, row, count, path):
-        """Sample `count` images with balanced labels into an .npz."""
+    def save_images(self, row, count, path, made_by):
+        """Sample `count` images with balanced labels into an .npz, which is written every SAVED images.
+
+        One that is there and has fewer is continued, if it was `made_by` the same settings, a dict for JSON.
+        """
         import numpy as np
-        import torch
         from tqdm import tqdm
 
         from runtime.files import atomic_write
         from sampling import decode
 
-        _, sample = self.sampler(row)
+        (_, sample), made_by = self.sampler(row), json.dumps(made_by)
         images, labels = [], []
-        for first in tqdm(range(0, count, AT_ONCE), desc=row.name, disable=None):
+        if path.exists():
+            with np.load(path) as begun:
+                if "made_by" in begun and begun["made_by"] == made_by and len(begun["labels"]) <= count:
+                    images, labels = [begun["arr_0"]], [begun["labels"]]
+        done = sum(map(len, labels))
+        for first in tqdm(range(done, count, AT_ONCE), desc=row.name, disable=None):
             noise = self.noise(first, min(AT_ONCE, count - first))
-            images.append(decode(self.vae, sample(noise)))
-            labels.append(noise.labels)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as part, part.open("wb") as file:
-            np.savez(file, arr_0=torch.cat(images).numpy(), labels=torch.cat(labels).numpy())
+            images.append(decode(self.vae, sample(noise)).numpy())
+            labels.append(noise.labels.numpy())
+            done += len(labels[-1])
+            if done == count or done % SAVED == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as part, part.open("wb") as file:
+                    np.savez(file, arr_0=np.concatenate(images), labels=np.concatenate(labels), made_by=made_by)
 
     def times(self, rows):
         """Seconds of the denoising loop of COMPARED images, and the ratio to plain diffusers: {row: {...}}.
@@ -306,8 +334,9 @@ def fill(args):
     for row in rows if not args.timing else []:
         path, samples = args.results / f"{row.name}.json", args.samples or SAMPLES[row.steps]
         flags = {"row": row.name, "samples": samples}
-        known = {"setup": row.setup, "settings": row.settings, "plan": row.plan, "steps": row.steps}
-        known |= {"guidance": list(row.guidance), "noise": list(row.noise), "judges": judges}
+        made_by = {"setup": row.setup, "settings": row.settings, "plan": row.plan, "steps": row.steps}
+        made_by |= {"guidance": list(row.guidance), "noise": list(row.noise)}
+        known = made_by | {"judges": judges}
         record = table.read(path)
         if {name: record.get(name) for name in ("flags", *known)} == {"flags": flags, **known}:
             continue  # what was made otherwise is made again
@@ -317,11 +346,17 @@ def fill(args):
             figures["quality"] = quality_of(row.same, row.steps, args)
         else:
             npz = args.folder / f"{row.name}.npz"
-            bench.save_images(row, samples, npz)
+            bench.save_images(row, samples, npz, made_by)
             figures["quality"] = table.judge(npz)
         peer = {package: found[package] for package in [PACKAGES.get(row.setup)] if package}
         figures["versions"] = versions | peer
         write_record(path, flags, bench.device, known | figures)
+    compared = [row for row in rows if row.setup not in ("plain", "our_sampler") and row.noise == (1, 1)]
+    path, known = args.results / "noise.json", table.read(args.results / "noise.json").get("rows", {})
+    missing = [row for row in compared if row.name not in known]
+    if missing and not (args.timing or args.rows):
+        print("noise that they predict:", file=sys.stderr, flush=True)
+        write_record(path, {}, bench.device, {"rows": known | {row.name: bench.late_noise(row) for row in missing}})
     path = args.results / "timing.json"
     complete = {row.name for row in rows} <= table.read(path).get("rows", {}).keys()
     if args.timing or not (args.quality or args.rows or complete):
@@ -382,7 +417,21 @@ def at_equal_time(records, timing):
     return rows
 
 
-def tables(records, timing):
+def noise_and_fid(records, noise):
+    """Rows of the table of what a row predicts of the late noise and its FID, least noise first, as dicts."""
+    rows = [row for row in records if row.name in noise.get("rows", {})]
+    return [
+        {
+            "steps": row.steps,
+            "row": row.title,
+            "late noise": f"{noise['rows'][row.name]:.3f}",
+            "FID": f"{records[row]['quality']['metrics']['fid']:.3f}",
+        }
+        for row in sorted(rows, key=lambda row: (row.steps, noise["rows"][row.name]))
+    ]
+
+
+def tables(records, timing, noise):
     """The tables of `records`, {row: its record}, as Markdown by title."""
     result = {}
     for steps in sorted({row.steps for row in records}):
@@ -390,6 +439,8 @@ def tables(records, timing):
         result[f"{steps} steps"] = common.markdown(some)
     if compared := at_equal_time(records, timing):
         result["The best at equal time"] = common.markdown(compared)
+    if predicted := noise_and_fid(records, noise):
+        result["Late noise and FID"] = common.markdown(predicted)
     return result
 
 
@@ -429,7 +480,7 @@ def show(args):
     records = {row: table.read(args.results / f"{row.name}.json") for row in ROWS}
     missing = [row.name for row, record in records.items() if not record]
     records = {row: record for row, record in records.items() if record}
-    for title, text in tables(records, timing).items():
+    for title, text in tables(records, timing, table.read(args.results / "noise.json")).items():
         print(f"\n{title}:\n\n{text}")
     if records and timing:
         save_picture(records, timing, args.picture)

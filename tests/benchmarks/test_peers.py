@@ -8,6 +8,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call
@@ -55,6 +56,22 @@ def test_a_row_may_scale_the_predicted_noise(bench):
     rows = [Row("x", setup, STEPS, noise=(0.9, 0.6)) for setup in ("plain", "our_sampler")]
     theirs, ours = (bench.count(row)[0] for row in rows)
     assert torch.allclose(theirs, ours, atol=1e-4) and (ours - bench.full(STEPS)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("highest, late", [(1000, 3), (500, 3), (499, 2)])
+def test_late_noise_is_what_a_row_predicts_of_what_the_full_model_does(bench, highest, late, monkeypatch):
+    """A peer that predicts 0.9 of the noise up to a timestep. Of 750, 500, 250 and 0 the last three are late."""
+
+    def less_noise(pipe, steps):
+        def scale(model, args, kwargs, output):
+            if kwargs["timestep"][0] <= highest:
+                output.sample *= 0.9
+
+        pipe.transformer.register_forward_hook(scale, with_kwargs=True)
+
+    monkeypatch.setattr(peer_setups, "less_noise", less_noise, raising=False)
+    assert bench.late_noise(Row("x", "less_noise", STEPS)) == pytest.approx(1 - 0.1 * late / 3)
+    assert bench.late_noise(Row("x", "plain", STEPS)) == 1
 
 
 @pytest.mark.parametrize("setup", ["our_sampler", "ours"])
@@ -197,6 +214,51 @@ def program(*flags, capfd):
     return result
 
 
+def test_images_of_a_row_are_continued_but_not_those_of_other_settings(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "AT_ONCE", 2)
+    monkeypatch.setattr(peers, "SAVED", 4)
+    row, path, made_by = Row("x", "our_sampler", STEPS), tmp_path / "new" / "x.npz", {"plan": ""}
+    sampled, noise = [], bench.noise
+
+    def draw(first, count):
+        if len(sampled) == 3:  # the fourth batch
+            sampled.clear()
+            raise KeyboardInterrupt
+        sampled.append(first)
+        return noise(first, count)
+
+    def read():
+        with np.load(path) as file:
+            return file["arr_0"], file["labels"]
+
+    monkeypatch.setattr(bench, "noise", draw)
+    with pytest.raises(KeyboardInterrupt):
+        bench.save_images(row, 9, path, made_by)
+    assert len(read()[0]) == 4
+    bench.save_images(row, 9, path, made_by)
+    assert sampled == [4, 6, 8]
+    images, labels = read()
+    assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3] and images.shape == (9, 8, 8, 3)
+    monkeypatch.setattr(bench, "noise", noise)
+    monkeypatch.setattr(peers, "AT_ONCE", 9)
+    bench.save_images(row, 9, path, made_by | {"plan": "fora2"})
+    assert np.abs(images.astype(int) - read()[0]).max() <= 1  # batches of another size may round differently
+    sampled.clear()
+    monkeypatch.setattr(bench, "noise", draw)
+    bench.save_images(row, 9, path, {"plan": "fora2"})
+    assert sampled == []
+
+
+def test_late_noise_is_measured_once_for_each_row_in_the_pipeline(stubbed, tmp_path, monkeypatch, capfd):
+    scaled = Row("scaled", "ours", STEPS, noise=(0.9, 1))
+    monkeypatch.setattr(peers, "ROWS", (*peers.ROWS, Row("piped", "ours", STEPS), scaled))
+    monkeypatch.setattr(peers.Bench, "late_noise", lambda self, row: stubbed.append(f"noise {row.name}") or 0.75)
+    assert "| 4 | ours, in the pipeline | 0.750 | " in program("--quality", capfd=capfd).stdout
+    program("--quality", capfd=capfd)
+    program("--rows", "piped-4", capfd=capfd)
+    assert stubbed.count("noise piped-4") == 1 and len(stubbed) == 5
+
+
 def test_only_what_is_missing_or_outdated_is_made(stubbed, tmp_path, monkeypatch, capfd):
     results = tmp_path / "samples-7" / "results"
     first = program("--rows", "ours-fora2-4", capfd=capfd)
@@ -292,7 +354,7 @@ def test_the_page_shows_the_tables_of_the_committed_records():
     results, page = peers.parse_args([]).results, (ROOT / "docs" / "peers.md").read_text()
     records = {row: table.read(results / f"{row.name}.json") for row in peers.ROWS}
     records = {row: record for row, record in records.items() if record}
-    tables = peers.tables(records, table.read(results / "timing.json"))
-    assert set(tables) == {"20 steps", "50 steps", "The best at equal time"}
+    tables = peers.tables(records, table.read(results / "timing.json"), table.read(results / "noise.json"))
+    assert set(tables) == {"20 steps", "50 steps", "The best at equal time", "Late noise and FID"}
     for title, text in tables.items():
         assert f"### {title}\n" in page and f"\n{text}\n" in page
