@@ -153,6 +153,7 @@ def make_pipeline(dit, vae):
     import torch
     from diffusers import DDIMScheduler, DiTPipeline
 
+    from diffusion import noise_factors
     from models import Guidance
     from pretrained.diffusers_layout import NULL_CLASS, to_diffusers
 
@@ -178,7 +179,6 @@ def make_pipeline(dit, vae):
 
             noise_scale: as for `GaussianDiffusion`. observe: called with what `predict_noise` got and returned.
             """
-            factor, highest = noise_scale
             if latents is None:
                 side = self.transformer.config.sample_size
                 latents = torch.randn(len(class_labels), self.transformer.config.in_channels, side, side)
@@ -191,8 +191,8 @@ def make_pipeline(dit, vae):
                 x = torch.cat([half, half])
                 noise = self.predict_noise(x, t, labels, guidance_scale)
                 observe(x, t, labels, noise)
-                noise = noise * factor if t / 1000 <= highest else noise
-                x = self.scheduler.step(noise, t, x).prev_sample
+                (factor,) = noise_factors(noise_scale, [t / 1000])
+                x = self.scheduler.step(noise * factor, t, x).prev_sample
             self.maybe_free_model_hooks()
             return x[: len(x) // 2]
 

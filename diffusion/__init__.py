@@ -1,7 +1,7 @@
 """The processes: Gaussian diffusion (DDIM, DDPM) and flow matching (Euler, Heun, SDE). Knows no model and no cache."""
 
 from .flow import FlowMatching
-from .gaussian import GaussianDiffusion
+from .gaussian import GaussianDiffusion, noise_factors
 from .respace import linear_betas, space_timesteps
 
 
@@ -18,4 +18,12 @@ def create_diffusion(
 
 Process = GaussianDiffusion | FlowMatching
 
-__all__ = ["FlowMatching", "GaussianDiffusion", "Process", "create_diffusion", "linear_betas", "space_timesteps"]
+__all__ = [
+    "FlowMatching",
+    "GaussianDiffusion",
+    "Process",
+    "create_diffusion",
+    "linear_betas",
+    "noise_factors",
+    "space_timesteps",
+]

@@ -15,13 +15,19 @@ from torch import Tensor
 Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps the steps of a loop, like tqdm
 
 
+def noise_factors(noise_scale: tuple[float, float], times: Iterable[float]) -> list[float]:
+    """The factor of the predicted noise at each of `times`. noise_scale: a factor, and the highest t it applies at."""
+    factor, highest = noise_scale
+    return [factor if t <= highest else 1.0 for t in times]
+
+
 class GaussianDiffusion:
     """A diffusion process of n kept steps.
 
     betas: float64 (T,), of the original process; timestep_map: the kept timesteps in increasing order, int (n,).
     The betas of the kept steps follow from the cumulative products.
-    noise_scale: a factor of the predicted noise, and the highest t at which it applies. A model's inputs while it
-    samples differ from those of its training, so it predicts too much noise (Ning et al. 2023, arXiv:2308.15321).
+    noise_scale: as in `noise_factors`. A model's inputs while it samples differ from those of its training, so it
+    predicts too much noise (Ning et al. 2023, arXiv:2308.15321).
     """
 
     name = "diffusion"  # in files of plans and routers, which have this name if they have none
@@ -32,7 +38,7 @@ class GaussianDiffusion:
     ) -> None:
         self.timestep_map = np.asarray(timestep_map)
         self.times = self.timestep_map / len(betas)  # t of each step: 0 is data, nearly 1 is noise
-        self._noise_scale = noise_scale
+        self._noise_factors = noise_factors(noise_scale, self.times)
         alphas_cumprod = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
         previous = np.append(1.0, alphas_cumprod[:-1])
         self.betas = betas = 1.0 - alphas_cumprod / previous
@@ -82,8 +88,8 @@ class GaussianDiffusion:
 
     def _predicted_noise(self, output: Tensor, x: Tensor, i: int) -> Tensor:
         """The noise (N, C, H, W) in a model output (N, >=C, H, W), scaled; x (N, C, H, W)."""
-        noise, (factor, highest) = output[:, : x.shape[1]], self._noise_scale
-        return noise * factor if factor != 1 and self.times[i] <= highest else noise
+        noise, factor = output[:, : x.shape[1]], self._noise_factors[i]
+        return noise if factor == 1 else noise * factor
 
     def _predict_start(self, x: Tensor, i: int | Tensor, noise: Tensor) -> Tensor:
         return self._at("sqrt_recip_alphas_cumprod", i, x) * x - self._at("sqrt_recipm1_alphas_cumprod", i, x) * noise

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion import GaussianDiffusion, Process
+from diffusion import GaussianDiffusion, Process, noise_factors
 from models import DiT
 from pretrained.diffusers_layout import (
     as_trained,
@@ -161,8 +161,8 @@ class ScheduledTransformer(nn.Module):
         self._denoise, self._left, self.seconds = None, 0, None
         if not devices.are_compiled(self.dit.blocks) and _is_compiled(self._pipe.transformer):
             devices.compile_blocks(cast(nn.ModuleList, self.dit.blocks))
-        steps, (factor, highest) = SchedulerSteps(self._pipe.scheduler), self.noise_scale
-        self._factors = [factor if t <= highest else 1.0 for t in steps.times.tolist()]
+        steps = SchedulerSteps(self._pipe.scheduler)
+        self._factors = noise_factors(self.noise_scale, steps.times.tolist())
         self.schedule = self._plan(steps.steps)
         devices.synchronize(self.device)
         self._start = time.perf_counter()
