@@ -50,8 +50,15 @@ def main(args):
     elif args.check:
         check_all(files)
     else:
+        faults = []
         for name in args.names:
-            print(f"{name}: {released.fetch(name, args.mirror)}", flush=True)
+            try:
+                print(f"{name}: {released.fetch(name, args.mirror)}", flush=True)
+            except UserError as error:
+                faults.append(str(error))
+                print(f"{name}: not downloaded", flush=True)
+        if faults:
+            raise UserError("; ".join(faults))
 
 
 def print_list(files):

@@ -72,6 +72,8 @@ def parse_args(argv=None):
         parser.error(f"--save-stats {args.save_stats} does not end in .npz")
     if (args.kid_subsets or args.kid_subset_size) and "kid" not in args.metrics:
         parser.error("--kid-subsets and --kid-subset-size are about KID: add --metrics kid")
+    if args.record and not args.sample:
+        parser.error("--record writes the metrics of SAMPLES: name them, or leave it out")
     if args.keep_features and not args.save_stats:
         parser.error("--keep-features is about the file of --save-stats: add that")
     return args
@@ -210,11 +212,11 @@ def main(args):
     from evaluation.evaluation_set import save_statistics
     from runtime import devices, records
     from runtime.errors import UserError
-    from runtime.files import check_writable
+    from runtime.files import check_outputs
 
     device = devices.pick_device(args.device)
-    for path in filter(None, (args.save_stats, args.record)):
-        check_writable(path)
+    inputs = {"REFERENCE": args.reference, "SAMPLES": args.sample, "--graph": args.graph}
+    check_outputs({"--save-stats": args.save_stats, "--record": args.record}, inputs)
     sets = open_sets(args.reference, args.sample)
     needed = needed_arrays(sets, args.metrics, args.save_stats)
     with cli.one_line_warnings() as warned:

@@ -46,6 +46,8 @@ def parse_args(argv=None):
             parser.error(f"--{flag.replace('_', '-')} needs a router or schedule: add --accelerate-method")
     if args.record and not args.compare:
         parser.error("--record writes the figures of --compare: add --compare")
+    if args.random_weights and args.out:
+        parser.error("--random-weights writes no picture: leave out --out")
     if args.random_weights and args.ckpt and args.ckpt.endswith((".pt", ".safetensors")):
         parser.error("--random-weights draws the weights: leave out --ckpt, or name a model folder")
     return args
@@ -55,7 +57,7 @@ def main(args):
     """Check what can be refused early, load, sample, save the picture, report."""
     from pretrained.spec import check_labels, model_spec
     from runtime import devices
-    from runtime.files import check_writable
+    from runtime.files import check_outputs
     from runtime.pictures import picture_format
     from runtime.records import write_record
     from training.policies import schedule_of_flags
@@ -68,8 +70,9 @@ def main(args):
     check_labels(labels, spec.num_classes)
     out = args.out or f"Sample_NFE{args.num_sampling_steps}_Method_{args.accelerate_method or 'full'}.png"
     picture_format(out)
-    for path in filter(None, (out, args.record, args.save_schedule)):
-        check_writable(path)
+    outputs = {"--out": None if args.random_weights else out}
+    outputs |= {"--record": args.record, "--save-schedule": args.save_schedule}
+    check_outputs(outputs, {"--path": args.path, "--ckpt": args.ckpt})
     schedule = schedule_of_flags(args, spec, diffusion=diffusion)
 
     cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE, args.cfg_channels, args.cfg_interval)

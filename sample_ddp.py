@@ -120,12 +120,15 @@ def main(args):
     from evaluation.sample_set import SampleSet, set_name
     from pretrained.spec import SAMPLER_NAMES
     from runtime import devices, records
-    from runtime.files import check_writable
+    from runtime.files import check_outputs
     from runtime.processes import Processes
     from training import policies
 
     processes = Processes()
     processes.connect()
+    # The messages that follow depend on these flags, so they are compared first.
+    deciding = {"--record": bool(args.record), "--compile": args.compile, "--accelerate-method": args.accelerate_method}
+    check_equal(deciding, processes)
     device = processes.run_everywhere(
         lambda: devices.pick_device(args.device, processes, args.cuda_graphs, args.experimental)
     )
@@ -135,7 +138,8 @@ def main(args):
         if device.type == "cpu":
             torch.set_num_threads(1)  # a sum depends on how many threads share it
     if args.record:
-        processes.run_on_main(lambda: check_writable(args.record))
+        inputs = {"--path": args.path, "--ckpt": args.ckpt}
+        processes.run_on_main(lambda: check_outputs({"--record": args.record}, inputs))
 
     spec, diffusion, dit, vae, schedule = processes.run_everywhere(
         lambda: load(args, device, dtype), local_main_first=True
@@ -213,7 +217,7 @@ def sample_and_assemble(samples, processes, sampler, vae, ranges, batch_size, de
 
 
 def check_equal(manifest, processes):
-    """Raise UserError if the ranks have different manifests, that is, were given other flags or files."""
+    """Raise UserError if the ranks have different dicts, of which they should have the same: other flags or files."""
     for rank, other in enumerate(processes.gather(manifest)):
         different = [name for name in manifest | other if other.get(name) != manifest.get(name)]
         if different:

@@ -91,6 +91,14 @@ class EvaluationSet:
         return mine == theirs and self.sha256() == other.sha256()
 
 
+# What `save_statistics` is given as `about`: a rule for each name. None stands for what is not known.
+ABOUT = {
+    "images": lambda value: type(value) is int,
+    "image_size": lambda value: isinstance(value, list) and [*map(type, value)] == [int, int],
+    "graph": lambda value: isinstance(value, str),
+}
+
+
 class NpzSet(EvaluationSet):
     """An .npz file. Raises UserError if it is damaged or holds neither images nor statistics."""
 
@@ -99,6 +107,9 @@ class NpzSet(EvaluationSet):
         with self._explained():
             self.stored, names = read_arrays(path, (*STATISTICS, "pool", "about"))
             self.about = dict(json.loads(str(self.stored.pop("about", "{}"))))
+            for name, rule in ABOUT.items():
+                if self.about.get(name) is not None and not rule(self.about[name]):
+                    raise ValueError(f"its {name} is {self.about[name]!r}")
             shape, dtype = read_header(path, "arr_0") if "arr_0" in names else ((), None)
             if len(shape) == 2:
                 self._read_features(shape, dtype)

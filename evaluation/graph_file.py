@@ -36,6 +36,7 @@ DTYPES = {
     9: ("int64", "int64_val"),
     10: ("bool", "bool_val"),
 }
+REPEATED = 2**24  # most bytes of a constant that a graph gives as a value to repeat: a small file could fill the memory
 FLOAT, INT = 1, 3  # the types that `GraphWriter` writes
 FLOATS = {"T": {"type": FLOAT}}  # the attribute of operations on float32
 
@@ -137,6 +138,8 @@ class Node:
         try:
             if tensor.tensor_content:
                 values = np.frombuffer(tensor.tensor_content, np.dtype(dtype).newbyteorder("<")).astype(dtype)
+            elif min(shape, default=1) < 0 or prod(shape) * np.dtype(dtype).itemsize > REPEATED:
+                raise ValueError
             else:
                 values = np.array(getattr(tensor, field), dtype)
                 if len(values) < prod(shape):  # the last value is repeated

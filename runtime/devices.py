@@ -244,6 +244,10 @@ def pick_device(
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
+        count = torch.cuda.device_count()
+        if processes and processes.size > 1 and processes.local_rank >= count > 0 and name.startswith("cuda"):
+            rule = f"each process needs a GPU of its own, and this machine has {count}"
+            raise UserError(f"{rule}: pass --nproc_per_node={count}") from error
         raise UserError(f"device {name!r} cannot be used here: {first_line(error)}; pass --device cpu") from error
     flags = ["--cuda-graphs"] if cuda_graphs else []
     flags += [f"--experimental {name}" for name in ("gelu", "vae-fp16") if name in experimental]

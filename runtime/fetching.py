@@ -158,7 +158,11 @@ def _append(url, name, part, size):
     version = version_file.read_text() if version_file.exists() else ""
     resume = {"Range": f"bytes={start}-", "If-Range": version} if start and version else {}
     headers = {"Accept-Encoding": "identity"} | resume
-    with httpx.stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
+    try:
+        client = httpx.Client(timeout=TIMEOUT, follow_redirects=True)
+    except (ImportError, ValueError, OSError) as error:  # a proxy of an unknown kind, certificates that are not there
+        raise DownloadError(f"{first_line(error)}: check HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE") from error
+    with client, client.stream("GET", url, headers=headers) as response:
         resumed = response.status_code == 206
         rest = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         if response.status_code == 416 or resumed and not (rest and _version(response) in ("", version)):

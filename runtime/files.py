@@ -38,6 +38,20 @@ def check_writable(path):
     _temporary_beside(Path(os.path.realpath(path))).unlink()
 
 
+def check_outputs(outputs, inputs):
+    """Raise UserError if a file to be written cannot be, or is also read, or written by another flag; before the work.
+
+    outputs, inputs: {flag: its path, or None}.
+    """
+    flags = {os.path.realpath(path): flag for flag, path in inputs.items() if path}
+    for flag, path in outputs.items():
+        if path:
+            check_writable(path)
+            other = flags.setdefault(os.path.realpath(path), flag)
+            if other != flag:
+                raise UserError(f"{flag} {path} is the file of {other} too: name another one")
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary path beside `path` that replaces `path` if the block ends without an error.

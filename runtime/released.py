@@ -97,13 +97,13 @@ def find(path):
     """
     path = Path(path)
     for file in FILES:
-        place = None if file.hub else file.path.resolve()
-        if path.exists() and place == path.resolve():
+        place = None if file.hub else os.path.realpath(file.path)
+        if path.exists() and place == os.path.realpath(path):
             try:
                 check(file)
             except UserError as error:
                 print(f"warning: {path} is used, but it is not the released file: {error}", file=sys.stderr)
-        elif not path.exists() and (str(path) == file.name or place in (path.resolve(), (ROOT / path).resolve())):
+        elif not path.exists() and (str(path) == file.name or place in map(os.path.realpath, (path, ROOT / path))):
             return fetch(file.name)
     if not path.exists():
         raise UserError(f"no such file: {path} (python download.py --list shows the files that can be downloaded)")

@@ -57,7 +57,8 @@ def _end_at_second_signal(reader):
             return
     time.sleep(GRACE)
     program = os.path.basename(sys.argv[0])
-    os.write(2, f"\n{program}: ended by a second signal\n".encode(errors="replace"))
+    with contextlib.suppress(OSError):  # whoever reads standard error has gone
+        os.write(2, f"\n{program}: ended by a second signal\n".encode(errors="replace"))
     os._exit(130)
 
 

@@ -265,6 +265,12 @@ def test_unusable_input_is_refused_in_one_line(folder, tmp_path, images, refused
     refused(a, a, *graph, "--record", "out.txt", words=["out.txt", ".json"])
     refused(a, a, *graph, "--save-stats", "out", words=["out", ".npz"])
     refused(a, a, *graph, "--keep-features", 3, words=["--save-stats"])
+    refused(a, "--save-stats", tmp_path / "x.npz", "--record", "out.json", words=["--record", "SAMPLES"])
+    mine, before = tmp_path / "mine.npz", a.read_bytes()
+    mine.write_bytes(before)
+    refused(mine, "--save-stats", mine, words=["--save-stats", "mine.npz is the file of REFERENCE too"])
+    refused(a, mine, *graph, "--save-stats", mine, words=["--save-stats", "mine.npz is the file of SAMPLES too"])
+    assert mine.read_bytes() == before
     refused(a, a, *graph, "--kid-subsets", 3, words=["--metrics kid"])
     refused(a, a, *graph, "--metrics", "kid", "--kid-subset-size", 1, words=["at least 2"])
     refused(a, a, *graph, "--record", "/proc/none/out.json", words=["cannot write"])

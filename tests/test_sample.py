@@ -213,6 +213,15 @@ def test_random_weights_time_a_model_without_its_files(sample, tmp_path):
     assert "Random weights from seed 0: timing only" in result.stdout
     assert re.search(r"^PSNR of the latents with and without the router: \d", result.stdout, re.M)
     assert [p.name for p in tmp_path.iterdir()] == ["r.pt"]
+    assert_refused(sample("--random-weights", "--out", "x.png", ckpt=None), "--random-weights", "leave out --out")
+
+
+def test_a_plan_is_not_replaced_by_a_record(sample, model_folder, tmp_path):
+    shutil.copy(model_folder / "router4.pt", tmp_path / "r.pt")
+    flags = [*METHOD, "--path", "r.pt", "--compare", "--save-schedule", "plan.json", "--record"]
+    for path in ("plan.json", "./plan.json"):
+        assert_refused(sample(*flags, path), "--save-schedule plan.json is the file of --record too")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.pt"]
 
 
 @pytest.mark.parametrize("program", ["sample.py", "sample_ddp.py", "train_router.py", "evaluator.py", "download.py"])

@@ -349,6 +349,16 @@ def test_processes_with_different_flags_are_refused(folder):
     assert outputs[1] == "" and not SAMPLES.exists()
 
 
+@pytest.mark.parametrize("more", ["--record r.json", "--accelerate-method fora --interval 2"])
+def test_processes_whose_flags_lead_to_other_messages_are_refused_too(folder, more):
+    """Rank 1 has none of them, so it would wait for ever, or take another message for an answer."""
+    processes = start_ranks("sample_ddp.py", [*FLAGS, *more.split()], FLAGS, cwd=folder)
+    outputs = [output_of(process) for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    line = f"error: process 1 differs from process 0 in {more.split()[0]}: pass the same flags and files"
+    assert line in outputs[0] and outputs[0].count("\n") == 1 and outputs[1] == "" and not SAMPLES.exists()
+
+
 # Interruptions, and what the next launch makes of them
 
 

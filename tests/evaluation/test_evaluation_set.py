@@ -1,5 +1,6 @@
 """Evaluation sets against what NumPy and Pillow wrote; damaged sets are refused in one line."""
 
+import json
 import zipfile
 
 import numpy as np
@@ -53,6 +54,14 @@ def test_stored_statistics_are_read(tmp_path):
     assert images.count is None and images.about == {"graph": "f00", "images": 70, "image_size": [8, 8]}
     assert images.stored.keys() == arrays.keys()
     assert all(np.array_equal(images.stored[name], array) for name, array in arrays.items())
+
+
+@pytest.mark.parametrize(
+    "about", [{"images": "many"}, {"images": True}, {"image_size": 5}, {"image_size": [8, "8"]}, {"graph": ["a"]}, [1]]
+)
+def test_statistics_about_something_else_are_refused(tmp_path, about):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.eye(3), about=json.dumps(about))
+    assert_refused(tmp_path / "a.npz", "cannot be read")
 
 
 def assert_refused(path, *words):

@@ -1,8 +1,10 @@
 """Graph files: what is written is read back. tests/evaluation/test_inception.py compares what operations do."""
 
 import numpy as np
+import pytest
 
 from evaluation.graph_file import FLOAT, GraphWriter, message_classes, read_nodes
+from runtime.errors import UserError
 
 
 def test_nodes_and_constants_are_read_as_they_were_written(tmp_path):
@@ -31,6 +33,15 @@ def test_nodes_and_constants_are_read_as_they_were_written(tmp_path):
     assert node.sides("ksize") == [2, 3] and node.has_same_padding()
     assert node.attr("zero", "f") == 0 and node.attr("T", "type") == FLOAT
     assert message_classes()["GraphDef"].FromString(path.read_bytes()).versions.producer == 8
+
+
+@pytest.mark.parametrize("shape", [[8000, 5000], [800_000, 500_000_000], [-1, 2]])
+def test_a_small_file_does_not_fill_the_memory(tmp_path, shape):
+    graph, dims = GraphWriter(), [{"size": size} for size in shape]
+    tensor = {"dtype": FLOAT, "float_val": [1], "tensor_shape": {"dim": dims}}
+    graph.node("large", "Const", dtype={"type": FLOAT}, value={"tensor": tensor})
+    with pytest.raises(UserError, match="node large .* does not hold the values of its shape"):
+        read_nodes(graph.save(tmp_path / "graph.pb"))["large"].constant()
 
 
 def test_constants_may_hold_values_in_place_of_bytes(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,15 @@ def test_a_missing_device_is_refused():
     for name in ("cuda:63", "tpu", "meta", "meta:"):
         with pytest.raises(UserError, match="--device cpu"):
             devices.pick_device(name)
+
+
+@pytest.mark.parametrize(
+    "rank, gpus, words", [(4, 4, "machine has 4: pass --nproc_per_node=4"), (1, 0, "--device cpu")]
+)
+def test_more_processes_than_gpus_are_told_the_right_number(rank, gpus, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UserError, match=words):
+        devices.pick_device("cuda", SimpleNamespace(size=8, local_rank=rank))
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), "fp32"), ((8, 0), "tf32")])

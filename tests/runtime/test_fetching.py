@@ -88,6 +88,21 @@ def test_a_cut_or_reset_connection_is_resumed(server, path, capsys):
     assert out == "" and len(err.splitlines()) == 2 and "retry 1 of 4 in 1 s" in err
 
 
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1", "socksio"),
+        ("HTTPS_PROXY", "socks://127.0.0.1:1", "proxy"),
+        ("SSL_CERT_FILE", "/none", "No such file"),
+    ],
+)
+def test_variables_of_the_network_that_cannot_be_used_are_named(server, path, name, value, words, monkeypatch):
+    monkeypatch.setenv(name, value)
+    message = failure(fetch, server, path)
+    assert words in message and message.endswith(": check HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE")
+    assert not path.exists() and server.asked == []
+
+
 @pytest.mark.parametrize("known", [{}, UNKNOWN], ids=["known hash", "unknown"])
 def test_the_next_launch_resumes(server, path, known):
     assert "30.0kB are kept" in stop_early(server, path, **known)

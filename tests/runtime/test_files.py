@@ -5,7 +5,7 @@ import os
 import pytest
 
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_writable
+from runtime.files import atomic_write, check_outputs, check_writable
 
 
 def test_a_written_file_replaces_the_old_one_and_has_the_permissions_of_the_umask(tmp_path, monkeypatch):
@@ -46,6 +46,22 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     for name, reason in (("loop", "symbolic links"), ("fifo", "not a file"), ("x" * 256, "too long")):
         with pytest.raises(UserError, match=f"cannot write .*{reason}.*; name another place"):
             check_writable(tmp_path / name)
+
+
+def test_an_output_that_is_another_file_of_the_command_is_refused(tmp_path):
+    (tmp_path / "in").write_text("in")
+    (tmp_path / "link").symlink_to("in")
+    inputs = {"--path": str(tmp_path / "in"), "--ckpt": None}
+    for name in ("in", "link"):
+        with pytest.raises(UserError, match=f"--out .*{name} is the file of --path too: name another one"):
+            check_outputs({"--record": tmp_path / "a", "--out": tmp_path / name}, inputs)
+    with pytest.raises(UserError, match="--out .*a is the file of --record too"):
+        check_outputs({"--record": tmp_path / "a", "--out": tmp_path / "x" / ".." / "a"}, inputs)
+    with pytest.raises(UserError, match="cannot write"):
+        check_outputs({"--out": tmp_path}, inputs)
+    check_outputs({"--record": tmp_path / "a", "--out": tmp_path / "b", "--table": None}, inputs)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["in", "link"]
+    assert (tmp_path / "in").read_text() == "in"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import hashlib
 import os
 import socket
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from conftest import assert_refused, call, run
 from http_server import Act, Server
@@ -167,6 +167,25 @@ def test_a_missing_file_is_found_by_its_place_or_its_name(server, table, tmp_pat
     for path in ("other.pt", "ckpt/other.pt", "elsewhere/model.pt", "/model.pt"):
         assert refused(released.find, path).startswith(f"no such file: {path}")
     assert len(server.asked) == 4
+
+
+def test_a_link_to_itself_is_no_file(table, tmp_path):
+    table()
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    assert refused(released.find, tmp_path / "loop.json").startswith("no such file: ")
+
+
+def test_a_file_that_cannot_be_downloaded_does_not_keep_others_away(server, table, tmp_path, monkeypatch, capfd):
+    fields = dict(size=SIZE, sha256=SHA256, licence="MIT", folder="", url=server.url)
+    files = [released.File(name, **fields) for name in ("bad", "own", "good")]
+    monkeypatch.setattr(released, "FILES", files)
+    (tmp_path / "own").write_text("of the user")
+    server.acts = [Act(status=404)]
+    result = call("download.py", capfd=capfd)
+    assert_refused(result, "HTTP 404", tmp_path / "own")
+    lines = [line for line in result.stdout.splitlines() if not line.startswith("downloading")]
+    assert lines == ["bad: not downloaded", "own: not downloaded", f"good: {tmp_path / 'good'}"]
+    assert (tmp_path / "good").read_bytes() == CONTENT and (tmp_path / "own").read_text() == "of the user"
 
 
 def test_without_a_network_one_line_names_the_url_and_the_place(table, monkeypatch, capfd):

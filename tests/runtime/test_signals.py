@@ -5,6 +5,8 @@ The programs wait for a named pipe that nobody writes, as for a file on a dead s
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -81,6 +83,25 @@ def test_children_end_with_a_killed_program_even_if_a_read_blocks(images, model_
         assert children
         process.kill()
     assert psutil.wait_procs(children, timeout=60)[1] == []
+
+
+def test_a_second_signal_ends_a_program_whose_standard_error_nobody_reads(tmp_path):
+    program = """
+import os, signal, sys, time
+from runtime import signals
+signals.GRACE = 0
+signal.signal(signal.SIGINT, lambda *_: None)
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 2)
+with signals.second_signal_ends():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(2 * signals.SAME)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 130
 
 
 def test_signals_at_the_same_time_count_as_one_and_a_later_one_interrupts():
