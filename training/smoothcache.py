@@ -47,9 +47,13 @@ class Recorder:
 
 
 def _changes(new: Tensor, *older: Tensor) -> Tensor:
-    """The relative change from each of `older` (N, T, D) to `new`, the mean over N, as a tensor of len(older)."""
+    """The relative change from each of `older` (N, T, D) to `new`, the mean over N, as a tensor of len(older).
+
+    An output outside the interval of guidance has only the rows with labels, the first half: the others are left out.
+    """
     size = new.abs().sum((1, 2)).clamp(min=torch.finfo(new.dtype).tiny)  # an output of 0 that stays 0 has not changed
-    changes = [((new - old).abs().sum((1, 2)) / size).mean() for old in older]
+    both = [min(len(new), len(old)) for old in older]
+    changes = [((new[:n] - old[:n]).abs().sum((1, 2)) / size[:n]).mean() for n, old in zip(both, older)]
     return torch.stack(changes) if changes else size[:0]
 
 

@@ -6,6 +6,7 @@ import torch
 from conftest import random_dit
 
 from diffusion import create_diffusion
+from models import Guidance
 from training import smoothcache
 from training.policies import make_schedule
 from training.smoothcache import layer_changes
@@ -13,8 +14,11 @@ from training.smoothcache import layer_changes
 STEPS = 6
 
 
-def outputs_by_hooks(dit, steps, scale):
-    """The outputs of attention (k 0) and MLP (k 1) of a full run, by a loop of our own: [k][step run][block]."""
+def outputs_by_hooks(dit, steps, scale, interval=(0, 1)):
+    """The outputs of attention (k 0) and MLP (k 1) of a full run, by a loop of our own: [k][step run][block].
+
+    Outside the interval of guidance there are only the outputs for the labels.
+    """
     seen = [[], []]
     hooks = [
         layer.register_forward_hook(lambda _, __, output, k=k: seen[k].append(output.double().numpy()))
@@ -27,7 +31,7 @@ def outputs_by_hooks(dit, steps, scale):
     with torch.no_grad():
         for i in range(steps - 1, -1, -1):
             t = torch.full((8,), int(diffusion.timestep_map[i]))
-            if scale == 1:
+            if scale == 1 or not interval[0] <= t[0] / 1000 <= interval[1]:
                 noise = dit(x, t, labels)
             else:
                 both = dit(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, torch.full((8,), dit.num_classes)]))
@@ -39,11 +43,12 @@ def outputs_by_hooks(dit, steps, scale):
     return [[seen[k][n * dit.depth : (n + 1) * dit.depth] for n in range(steps)] for k in (0, 1)]
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_changes_are_those_of_the_outputs_that_hooks_see(scale):
+@pytest.mark.parametrize("scale, interval", [(1.0, (0, 1)), (2.0, (0, 1)), (2.0, (0.3, 0.7))])
+def test_changes_are_those_of_the_outputs_that_hooks_see(scale, interval):
     dit = random_dit()
-    outputs = outputs_by_hooks(dit, STEPS, scale)
-    changes = layer_changes(dit, STEPS, scale)
+    outputs = outputs_by_hooks(dit, STEPS, scale, interval)
+    assert len({len(output[0]) for output in outputs[0]}) == (1 if interval == (0, 1) else 2)  # 8 rows, or 16
+    changes = layer_changes(dit, STEPS, Guidance(scale, interval=interval))
     assert changes.shape == (STEPS, 3, 2) and changes.dtype == torch.float32
     for i in range(STEPS):
         for age in (1, 2, 3):
@@ -52,8 +57,9 @@ def test_changes_are_those_of_the_outputs_that_hooks_see(scale):
                 if n < age:
                     assert changes[i, age - 1, k] == np.inf
                     continue
+                rows = min(len(outputs[k][n][0]), len(outputs[k][n - age][0]))
                 each = [
-                    np.abs(new - old).sum((1, 2)) / np.abs(new).sum((1, 2))
+                    np.abs(new[:rows] - old[:rows]).sum((1, 2)) / np.abs(new[:rows]).sum((1, 2))
                     for new, old in zip(outputs[k][n], outputs[k][n - age])
                 ]
                 assert changes[i, age - 1, k].item() == pytest.approx(np.mean(each), rel=1e-4)
