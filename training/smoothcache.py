@@ -64,7 +64,11 @@ def layer_changes(dit: DiT, steps: int, cfg_scale: float = 1.0, diffusion: Proce
     diffusion: of `steps` steps; None is DDIM.
     Raises UserError if the model cannot do the guidance.
     """
-    device = dit.pos_embed.device
+    device, noise = dit.pos_embed.device, torch.Generator().manual_seed(1)
+
+    def randn_like(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=noise).to(x.device)
+
     z = torch.randn(
         SAMPLES, dit.in_channels, dit.input_size, dit.input_size, generator=torch.Generator().manual_seed(0)
     )
@@ -74,6 +78,7 @@ def layer_changes(dit: DiT, steps: int, cfg_scale: float = 1.0, diffusion: Proce
     progress = partial(tqdm, desc="measuring changes", leave=False, disable=None)
     for z_part, y_part in progress(batches):
         recorder = Recorder(dit, steps)
-        sample_latents(cast(DiT, recorder), diffusion or create_diffusion(steps), z_part, y_part, cfg_scale)
+        process = diffusion or create_diffusion(steps)
+        sample_latents(cast(DiT, recorder), process, z_part, y_part, cfg_scale, randn_like=randn_like)
         changes += recorder.changes / len(batches)
     return changes

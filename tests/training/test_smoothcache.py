@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import random_dit
 
-from diffusion import create_diffusion
+from diffusion import FlowMatching, create_diffusion
 from models import Guidance
 from training import smoothcache
 from training.policies import make_schedule
@@ -79,6 +79,13 @@ def test_the_schedule_follows_the_changes_and_is_the_same_each_time():
     assert 0 < schedule.cached_share() < 0.7
     again = make_schedule("smoothcache", STEPS, 3, alpha=alpha, dit=dit, cfg_scale=2.0)
     assert torch.equal(schedule.compute, again.compute)
+
+
+def test_a_sampler_that_adds_noise_gets_the_same_each_time():
+    dit, flow = random_dit(learn_sigma=False), FlowMatching(STEPS, "sde")
+    changes, state = layer_changes(dit, STEPS, 2.0, flow), torch.get_rng_state()
+    assert torch.equal(layer_changes(dit, STEPS, 2.0, flow), changes)
+    assert torch.equal(torch.get_rng_state(), state)  # no other noise moves
 
 
 def test_the_smallest_alpha_runs_everything_and_the_largest_every_fourth_step():
