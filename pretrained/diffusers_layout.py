@@ -275,8 +275,9 @@ def with_null_class(labels: Tensor, null_class: int, guided: Tensor) -> Tensor:
 def leave_unguided(output: Tensor, channels: slice, guided: Tensor) -> None:
     """Let guidance pass these channels of the output (N, C', H, W) of a batch by, if it is `guided`; in place.
 
-    Both halves get the output for the labels, so that the difference which guidance adds is 0.
+    Both halves get the output for the labels, so that the difference which guidance adds is 0. An odd batch, which has
+    no halves, is never guided.
     """
     half = len(output) // 2
-    if channels.start < channels.stop:
+    if channels.start < channels.stop and len(output) % 2 == 0:
         output[half:, channels] = torch.where(guided, output[:half, channels], output[half:, channels])

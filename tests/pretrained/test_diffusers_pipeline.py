@@ -132,6 +132,16 @@ def test_a_pipeline_guides_no_batch_that_is_not_guided(pipe):
     assert difference(latents_of(pipe, 1.0, labels=labels), plain) < 1e-5
 
 
+@pytest.mark.parametrize("labels", [[1], [0, 1, 2, 3, 4]])
+def test_an_odd_batch_without_guidance_runs_whatever_channels_are_guided(labels):
+    dit = fixed_dit(num_classes=5)
+    pipe = make_pipeline(to_diffusers(dit, 3), random_vae())
+    plain = our_latents(dit, 1.0, labels)
+    assert difference(latents_of(pipe, 1.0, labels=labels), plain) < 1e-5
+    accelerate(pipe, Schedule.full(20, 3))
+    assert difference(latents_of(pipe, 1.0, labels=labels), plain) < 1e-5
+
+
 @pytest.mark.parametrize("channels", [0, 5])
 def test_channels_that_the_model_has_not_are_refused(pipe, channels):
     with pytest.raises(ValueError, match=f"cfg_channels {channels} is no number from 1 to 4"):
