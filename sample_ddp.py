@@ -128,7 +128,7 @@ def main(args):
     processes.connect()
     # The messages that follow depend on these flags, so they are compared first.
     deciding = {"--record": bool(args.record), "--compile": args.compile, "--accelerate-method": args.accelerate_method}
-    check_equal(deciding, processes)
+    processes.check_equal(deciding)
     device = processes.run_everywhere(
         lambda: devices.pick_device(args.device, processes, args.cuda_graphs, args.experimental)
     )
@@ -151,7 +151,7 @@ def main(args):
         processes.run_everywhere(lambda: devices.compile_blocks(dit.blocks, experimental=args.experimental))
     schedule_entries = processes.run_everywhere(lambda: policies.manifest_entries(args, schedule))
     manifest = describe(args, spec, dit, vae, schedule_entries, device, dtype)
-    check_equal(manifest, processes)
+    processes.check_equal(manifest)
 
     name = set_name(spec, manifest, args.ckpt, args.path)
     samples = SampleSet(args.sample_dir, name, manifest, args.save_to_disk, args.keep_shards)
@@ -214,17 +214,6 @@ def sample_and_assemble(samples, processes, sampler, vae, ranges, batch_size, de
     spent = writer.seconds | {"assembling": time.perf_counter() - since - seconds}
     images = sum(stop - start for start, stop in ranges)
     return time_figures(images, seconds, spent, writer.overlaps, processes.size), digest
-
-
-def check_equal(manifest, processes):
-    """Raise UserError if the ranks have different dicts, of which they should have the same: other flags or files."""
-    for rank, other in enumerate(processes.gather(manifest)):
-        different = [name for name in manifest | other if other.get(name) != manifest.get(name)]
-        if different:
-            names = ", ".join(different)
-            raise processes.error(
-                f"process {rank} differs from process {processes.rank} in {names}: pass the same flags and files"
-            )
 
 
 def resume(samples, processes, batch_size):

@@ -26,6 +26,9 @@ DETERMINING += " forecast"
 DETERMINING_TARGET = DETERMINING + " max_steps epochs thres"  # with --target-cached
 NOT_WITH_PLANS = "preset data_path latents extract_latents target_cached ste_threshold epochs keep wandb compile"
 NOT_WITH_PLANS += " grad_checkpointing"
+# Processes must be given the same flags. Of these, places on a machine, it only matters whether they are given.
+PLACES = "data_path latents extract_latents ckpt vae results_dir resume".split()
+OWN = "preset device num_workers".split()  # and these may differ
 CFG_SCALE = 1.5  # as published for FID
 
 
@@ -150,6 +153,8 @@ def main(args):
 
     processes = Processes()
     processes.connect()
+    flags = {name: bool(value) if name in PLACES else value for name, value in vars(args).items() if name not in OWN}
+    processes.check_equal({f"--{name.replace('_', '-')}": value for name, value in flags.items()})
     device = processes.run_everywhere(lambda: devices.pick_device(args.device, processes))
     devices.make_deterministic(device)  # so that a resumed run ends like an uninterrupted one
     if args.target_speedup:
@@ -208,6 +213,7 @@ def load(args, processes, device):
     if dit:
         size = spec.name if spec.registered else ""  # the name of a folder is no property of the model
         identity |= {"model": fingerprint(dit, {"size": size, **spec.settings}), "data": source.fingerprint()}
+    processes.check_equal(identity)
     return spec, dit, vae, source, identity
 
 

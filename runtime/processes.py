@@ -191,6 +191,13 @@ class Processes:
                 dist.broadcast_object_list(result)
         return result[0]
 
+    def check_equal(self, values):
+        """Raise UserError if `values`, a dict, is another one on another rank, which has other flags or files."""
+        for rank, other in enumerate(self.gather(values)):
+            if names := [name for name in values | other if other.get(name) != values.get(name)]:
+                differ = f"process {rank} differs from process {self.rank} in {', '.join(names)}"
+                raise self.error(f"{differ}: pass the same flags and files")
+
     def error(self, message):
         """Make a UserError that every rank raises and rank 0 prints."""
         error = UserError(message)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, call, fork, plain_images, run, start, torchrun
+from conftest import ROOT, assert_refused, call, fork, plain_images, run, start, start_ranks, torchrun
 from PIL import Image
 
 from router import Router
@@ -146,6 +146,25 @@ def test_any_number_of_processes_trains_the_same_router(train, by, processes):
     assert moments[0].keys() == moments[1].keys()
     for row, state in moments[0].items():
         torch.testing.assert_close(state["exp_avg"], moments[1][row]["exp_avg"], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "more, different",
+    [
+        (["--lr", 0.01, "--num-workers", 1], "--lr"),
+        (["--wandb"], "--wandb"),
+        (["--extract-latents", "latents"], "--extract-latents"),
+        (["--data-path", "other"], "data"),
+    ],
+)
+def test_processes_with_different_flags_or_files_are_refused(flags, tmp_path, more, different):
+    plain_images(tmp_path / "other", 15)
+    processes = start_ranks("train_router.py", flags, [*flags, *more], cwd=tmp_path)
+    outputs = [process.communicate(600) for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    line = f"process 1 differs from process 0 in {different}: pass the same flags and files"
+    assert outputs == [("", f"train_router.py: error: {line}\n"), ("", "")]
+    assert os.listdir(tmp_path) == ["other"]
 
 
 @pytest.mark.slow
