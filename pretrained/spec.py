@@ -84,11 +84,17 @@ class ModelSpec:
     ) -> Guidance:
         """The guidance to use: what is requested, else recommended, else (the scale) published.
 
-        channels: a number, or "all" of the latent.
+        channels: a number, or "all" of the latent. A default is at most all of them: the other channels of the output
+        are variances. Raises UserError if the model does not have as many as requested.
         """
         scale = next(scale for scale in (requested, self.cfg_scale, published) if scale is not None)
-        channels = self.config.get("in_channels", 4) if channels == "all" else channels or self.cfg_channels
-        return Guidance(scale, int(channels), interval or self.cfg_interval)
+        most = self.config.get("in_channels", 4)  # that of `DiT`
+        channels = int(most if channels == "all" else channels or min(self.cfg_channels, most))
+        if channels > most:
+            raise UserError(
+                f"--cfg-channels {channels} is more than the {most} of {self.name}: pass at most {most}, or all"
+            )
+        return Guidance(scale, channels, interval or self.cfg_interval)
 
     def sampler(self, requested: str | None = None) -> str:
         """The sampler to use; None is the default. Raises UserError if the process of the model has no such one."""
@@ -167,13 +173,15 @@ def _model_folder_spec(name: str, folder: Path) -> ModelSpec:
     config = read_json(folder / "config.json")
     try:
         model, class_names = {"num_classes": 1000, **config["model"]}, config.get("class_names")
-        if not isinstance(model["num_classes"], int) or model["num_classes"] < 1:
-            raise ValueError(f"num_classes {model['num_classes']!r} is not a positive whole number")
+        channels = model.get("in_channels", 4)  # that of `DiT`
+        for number, value in (("num_classes", model["num_classes"]), ("in_channels", channels)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{number} {value!r} is not a positive whole number")
         if class_names and (len(class_names) != model["num_classes"] or set(map(type, class_names)) != {str}):
             raise ValueError(f"class_names are not {model['num_classes']} texts")
         if not math.isfinite(config.get("cfg_scale", 1)):
             raise ValueError(f"cfg_scale {config['cfg_scale']} is not finite")
-        process = _process_settings(config)
+        process = _process_settings(config, channels)
         if process.get("process") == "flow":
             model["learn_sigma"] = False  # the loader drops channels that predict a variance
         return ModelSpec(
@@ -194,12 +202,18 @@ def _model_folder_spec(name: str, folder: Path) -> ModelSpec:
         ) from error
 
 
-def _process_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a model folder's config.json about the process and guidance. Raises ValueError if one is wrong."""
+def _process_settings(config: dict[str, Any], channels: int) -> dict[str, Any]:
+    """The entries of a model folder's config.json about the process and guidance. Raises ValueError if one is wrong.
+
+    channels: those of the model's latents.
+    """
     rules = {
         "process": (lambda value: value in SAMPLERS, "diffusion or flow"),
         "time_scale": (lambda value: 0 < float(value) < math.inf, "a number above 0"),
-        "cfg_channels": (lambda value: type(value) is int and value > 0, "a positive whole number"),
+        "cfg_channels": (
+            lambda value: type(value) is int and 1 <= value <= channels,
+            f"a whole number from 1 to {channels}, the channels of the model",
+        ),
         "cfg_interval": (lambda value: 0 <= value[0] < value[1] <= 1 == len(value) - 1, "two numbers from 0 to 1"),
     }
     for name, (accepts, rule) in rules.items():

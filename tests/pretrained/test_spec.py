@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import call
+from conftest import assert_refused, call
 from small_models import edit_json, load, refusal, save_pipeline
 
 from pretrained.loading import load_dit, load_vae
@@ -36,6 +36,26 @@ def test_a_model_folder_needs_no_other_flag(model_folder):
     assert (spec.guidance(0.0, 1.5), spec.guidance(None, 1.5), name.guidance(None, 1.5)) == (0.0, 2.0, 1.5)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_guidance_leaves_the_variances_of_any_model_alone(model_folder, tmp_path, channels):
+    """A model of C channels has C variances behind them; by default at most three channels are guided."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    edit_json(config, model=json.loads(config.read_text())["model"] | {"in_channels": channels})
+    spec = model_spec(ckpt=str(tmp_path / "model"))
+    assert spec.guidance(None, 1.5).channels == min(channels, 3)
+    assert spec.guidance(None, 1.5, "all").channels == spec.guidance(None, 1.5, channels).channels == channels
+    words = f"--cfg-channels {channels + 1} is more than the {channels} of model: pass at most {channels}, or all"
+    assert words in refusal(spec.guidance, None, 1.5, channels + 1)
+
+
+@pytest.mark.parametrize("name", ["sample.py", "sample_ddp.py"])
+def test_more_guided_channels_than_the_model_has_are_refused(model_folder, tmp_path, monkeypatch, capfd, name):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt", model_folder, "--device", "cpu", "--num-sampling-steps", 4, "--cfg-channels", 8]
+    assert_refused(call(name, *flags, capfd=capfd), "--cfg-channels 8 is more than the 4 of tiny")
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -43,6 +63,7 @@ def test_a_model_folder_needs_no_other_flag(model_folder):
         ('{"model": {}, "image_size": 8}', "'vae'"),
         ('{"model": {}, "cfg_scale": NaN}', "cfg_scale nan is not finite"),
         ('{"model": {"num_classes": "10"}}', "num_classes '10' is not a positive"),
+        ('{"model": {"in_channels": "4"}}', "in_channels '4' is not a positive"),
         ('{"model": {"num_classes": 3}, "class_names": ["a"]}', "class_names"),
     ],
 )
