@@ -209,7 +209,7 @@ def _process_settings(config: dict[str, Any], channels: int) -> dict[str, Any]:
     """
     rules = {
         "process": (lambda value: value in SAMPLERS, "diffusion or flow"),
-        "time_scale": (lambda value: 0 < float(value) < math.inf, "a number above 0"),
+        "time_scale": (lambda value: type(value) in (int, float) and 0 < float(value) < math.inf, "a number above 0"),
         "cfg_channels": (
             lambda value: type(value) is int and 1 <= value <= channels,
             f"a whole number from 1 to {channels}, the channels of the model",
