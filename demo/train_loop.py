@@ -61,16 +61,22 @@ def train(loss_of_batch, optimizer, generator, *, updates, work, after=lambda: N
     """Train until there were `updates` updates; returns the mean of the last 200 losses, None without an update.
 
     loss_of_batch: draws a batch with `generator` and returns its loss, a 0-d tensor. after: called after each update.
-    Saves to and resumes from the file `work`: the optimizer, the generator, and `state`, objects with a state_dict.
+    Saves to and resumes from the file `work`: the optimizer, the generator, torch's own generators, and `state`,
+    objects with a state_dict.
     A resumed run draws what an unbroken run would. Ctrl-C and SIGTERM write a checkpoint first.
     """
     state = {"optimizer": optimizer, **state}
+    own_generators = [torch.default_generator]  # dropout draws from these
+    if (device := optimizer.param_groups[0]["params"][0].device).type == "cuda":
+        own_generators.append(torch.cuda.default_generators[device.index])
     done = 0
     if work.exists():
         saved = load_tensors(work)
         for name, item in state.items():
             item.load_state_dict(saved[name])
         generator.set_state(saved["generator"])
+        for own, before in zip(own_generators, saved.get("own_generators", ())):
+            own.set_state(before)
         done = saved["step"]
         print(f"continuing {work} at update {done}", flush=True)
 
@@ -93,8 +99,10 @@ def train(loss_of_batch, optimizer, generator, *, updates, work, after=lambda: N
             bar.write(f"update {done} loss {torch.stack(losses).mean():.4f}", file=sys.stderr)
         if time.monotonic() - saved_at > 60 or done == updates or stop:
             checkpoint = {name: item.state_dict() for name, item in state.items()}
+            checkpoint |= {"generator": generator.get_state(), "step": done}
+            checkpoint |= {"own_generators": [own.get_state() for own in own_generators]}
             with atomic_write(work) as part:
-                torch.save(checkpoint | {"generator": generator.get_state(), "step": done}, part)
+                torch.save(checkpoint, part)
             saved_at = time.monotonic()
     bar.close()
     for s, handler in previous.items():
