@@ -36,13 +36,13 @@ def parse_args(argv=None):
     cli.add_record_argument(parser)
     cli.add_method_arguments(parser)
     args = parser.parse_args(argv)
+    cli.check_method_arguments(parser, args, alone="path")
     if args.accelerate_method is None and args.path is None:
         args.accelerate_method, args.path, args.interval = (
             ("fora", None, 2) if args.tiny else ("dynamiclayer", "ckpt/DDIM20_router.pt", None)
         )
-    setting, noun = cli.METHODS.get(args.accelerate_method, ("path", ""))
-    if not getattr(args, setting):
-        parser.error(f"--accelerate-method {args.accelerate_method} needs its {noun}: add --{setting}")
+    if args.thres != parser.get_default("thres") and args.accelerate_method != "dynamiclayer":
+        parser.error(f"--thres {args.thres:g} is for a router: add --accelerate-method dynamiclayer --path FILE")
     return args
 
 

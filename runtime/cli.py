@@ -272,20 +272,29 @@ def check_noise_scale(parser, args):
     args.noise_scale = factor, highest
 
 
-def check_sampling_arguments(parser, args):
-    """Refuse a method without its setting, a setting of another method, and one for which there are too few steps."""
-    check_guidance_arguments(parser, args)
-    check_noise_scale(parser, args)
-    method, steps = args.accelerate_method, args.num_sampling_steps
-    needed, noun = METHODS.get(method, ("", ""))
+def check_method_arguments(parser, args, alone=None):
+    """Refuse a method without its setting, and a setting of another method or of none.
+
+    alone: a setting that needs no method.
+    """
+    method = args.accelerate_method
+    needed, noun = METHODS.get(method, (alone, ""))
     for flag in dict.fromkeys(flag for flag, _ in METHODS.values()):
         given, users = getattr(args, flag), " or ".join(name for name in METHODS if METHODS[name][0] == flag)
-        if flag == needed and not given:
+        if method and flag == needed and not given:
             parser.error(f"--accelerate-method {method} needs its {noun}: add --{flag}")
-        if given and not method:
-            parser.error(f"--{flag} needs its method: add --accelerate-method {users}")
         if given and flag != needed:
+            if not method:
+                parser.error(f"--{flag} needs its method: add --accelerate-method {users}")
             parser.error(f"--{flag} is no setting of {method}: leave it out, or pass --accelerate-method {users}")
+
+
+def check_sampling_arguments(parser, args):
+    """Refuse what `check_method_arguments` does, guidance that is none, and a method with too few steps for it."""
+    check_guidance_arguments(parser, args)
+    check_noise_scale(parser, args)
+    check_method_arguments(parser, args)
+    method, steps = args.accelerate_method, args.num_sampling_steps
     if args.forecast is not None and not method:
         parser.error("--forecast needs a method that reuses outputs: add --accelerate-method")
     if args.interval and args.interval > steps:

@@ -428,6 +428,10 @@ def test_the_demo_refuses_what_it_cannot_do(tmp_path, capfd):
     for flags, words in {
         ("--out", "x.foo", "--pipeline", "nowhere"): "x.foo does not end in a picture format",  # before it loads
         ("--tiny", "--accelerate-method", "fora"): "needs its interval: add --interval",
+        ("--tiny", "--interval", 3): "--interval needs its method: add --accelerate-method fora",
+        ("--tiny", "--path", "x.json", "--cached", 0.5): "--cached needs its method",
+        ("--tiny", "--accelerate-method", "fora", "--interval", 3, "--path", "x.pt"): "--path is no setting of fora",
+        ("--tiny", "--path", "x.pt", "--thres", 0.5): "--thres 0.5 is for a router: add --accelerate-method dynamic",
         ("--tiny", "--class-labels", "1000"): "class label 1000",
         ("--tiny", "--path", str(tmp_path / "none.json")): "no such file",
     }.items():
