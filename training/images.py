@@ -93,7 +93,7 @@ class ImageSource:
 
     def fingerprint(self):
         """Return a SHA-256 of the file names and labels."""
-        root = len(self.path.rstrip(os.sep))
+        root = len(os.path.expanduser(self.path).rstrip(os.sep))
         names = "\n".join(f"{path[root + 1 :].replace(os.sep, '/')} {label}" for path, label in self.files)
         return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 

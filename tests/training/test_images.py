@@ -1,3 +1,4 @@
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -88,7 +89,16 @@ def test_images_and_labels_are_those_of_imagefolder(spec, tmp_path):
     assert ImageSource(folder, spec).files == ImageFolder(folder).samples
     assert ImageSource(folder + "/", spec).files == ImageFolder(folder + "/").samples
     assert ImageSource(folder, spec).notes == []
-    assert ImageSource(folder, spec).fingerprint() == ImageSource(folder + "/", spec).fingerprint()
+
+
+def test_a_folder_has_one_fingerprint_however_its_path_is_written(spec, tmp_path, monkeypatch):
+    plain_images(tmp_path / "data", 20)
+    names = sorted(f"class{k % 5}/{k:03d}.png {k % 5}" for k in range(20))
+    expected = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "data", f"{tmp_path}/data/", "data", "./data", "~/data", "~/data/"):
+        assert ImageSource(folder, spec).fingerprint() == expected, folder
 
 
 FASHION = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
