@@ -228,9 +228,9 @@ def learn_plans(args, spec, dit, diffusion, cfg_scale, identity):
                 replace(last, process=diffusion.name).save(path)
                 save_plans({path.stem: last}, path.with_suffix(".png"))
                 report(search, target, last, path)
+                print(f"sample with it: {sampling_command(args, spec, cfg_scale, path)}", flush=True)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with the same command and --resume {shlex.quote(str(folder))}") from None
-    print(f"sample with it: {sampling_command(args, spec, cfg_scale, path)}")
 
 
 def report(search, target, plan, path):
@@ -248,6 +248,8 @@ def open_search(args, name, determining):
     """The `RunFolder` of a search, and the state to continue (empty for a new one)."""
     if args.resume not in (None, "auto"):
         folder = Path(args.resume)
+        if folder.parts[-2:] == ("checkpoints", "search.pt"):
+            folder = folder.parent.parent
         saved = read_search(folder)
         for flag in saved["determining"] | determining:
             before = saved["determining"].get(flag)

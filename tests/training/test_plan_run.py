@@ -66,9 +66,11 @@ def test_plans_are_as_fast_as_asked_and_printed_with_their_errors(learn, model_f
         chosen, uniform = (error(model_folder, p, "choice", 64) for p in (plan, every_nth[faster]))
         assert chosen <= uniform * 1.0001
 
-    command = shlex.split(re.search(r"^sample with it: python (.*)$", result.stdout, re.M)[1])
-    sampled = call(*command, "--repeats", 1, "--out", "x.png", capfd=capfd)
-    assert sampled.returncode == 0 and Image.open("x.png").size[0] > 8, sampled.stderr
+    commands = [shlex.split(line) for line in re.findall(r"^sample with it: python (.*)$", result.stdout, re.M)]
+    assert [command[-1] for command in commands] == [line[0] for line in lines]
+    for command in commands:
+        sampled = call(*command, "--repeats", 1, "--out", "x.png", capfd=capfd)
+        assert sampled.returncode == 0 and Image.open("x.png").size[0] > 8, sampled.stderr
 
 
 @pytest.mark.parametrize(("order", "dtype"), [(0, "fp32"), (1, "bf16")])
@@ -139,7 +141,7 @@ def test_an_interrupted_search_continues_and_ends_as_an_uninterrupted_one(learn,
     shutil.copytree(RUN, "copy/000-tiny")
     stop = None
     calls.clear()
-    learn(*flags, "--resume", "copy/000-tiny")
+    learn(*flags, "--resume", "copy/000-tiny/checkpoints/search.pt")
     assert open("copy/000-tiny/DDIM8_1.5x.json").read() == expected
     assert len(calls) == total - 1 - (total - 3)  # one part was known, then all but three were computed
     stop = 2
