@@ -70,9 +70,10 @@ def make_denoiser(
 
 
 def _doubled_steps(diffusion: Process, guidance: Guidance, schedule: Schedule | None) -> range:
-    """The steps at which the model runs both with the labels and without.
+    """The steps at which the model runs both with the labels and without; at the others half the batch does.
 
-    They are those that are guided, and those whose outputs such steps reuse; outside the interval half the batch does.
+    They are the guided steps, the steps whose outputs a step in the range reuses, and all between. A step that is added
+    may reuse older outputs, which adds further steps: with forecasts often all steps before the interval.
     """
     low, high = guidance.interval
     guided = [i for i, t in enumerate(diffusion.times.tolist()) if low <= t <= high]
