@@ -60,6 +60,7 @@ def main(args):
     from runtime.files import check_outputs
     from runtime.pictures import picture_format
     from runtime.records import write_record
+    from sampling import rows_per_step
     from training.policies import schedule_of_flags
 
     device = devices.pick_device(args.device, cuda_graphs=args.cuda_graphs, experimental=args.experimental)
@@ -85,8 +86,8 @@ def main(args):
     # Results are saved before they are printed: the output may be a pipe that was closed.
     images = {} if vae is None else save_images(args, vae, latents, labels, out)
     if args.compare:
-        batch = len(labels) * (1 if cfg_scale == 1.0 else 2)
-        figures = compare(dit, schedule, images or latents, times, batch) | {"dtype": dtype}
+        rows = {key: rows_per_step(diffusion, cfg_scale, plan, len(labels)) for key, plan in schedules.items()}
+        figures = compare(dit, schedule, images or latents, times, rows) | {"dtype": dtype}
         if args.record:
             write_record(args.record, vars(args), device, figures)
     print_times(args, times, capturing)
@@ -190,11 +191,11 @@ def picture_columns(args, labels):
     return min(len(labels), 10) if args.compare else 4 if len(labels) <= 8 else 10
 
 
-def compare(dit, schedule, results, times, batch):
+def compare(dit, schedule, results, times, rows):
     """Return the speed-up, its bound, rates and the PSNR of --compare, as a dict for JSON.
 
     results: images or latents, "full" first, then those of `schedule`; times: their seconds, in the same order.
-    batch: as in `speed_figures`.
+    rows: as in `speed_figures`.
     """
     import math
 
@@ -206,7 +207,7 @@ def compare(dit, schedule, results, times, batch):
     peak = 255 if full.dtype == torch.uint8 else (full.max() - full.min()).item()
     decibels = psnr(cached, full, peak)
     # JSON has no infinity, and equal images have no finite PSNR.
-    return speed_figures(dit, schedule, times, batch) | {"psnr_db": decibels if math.isfinite(decibels) else None}
+    return speed_figures(dit, schedule, times, rows) | {"psnr_db": decibels if math.isfinite(decibels) else None}
 
 
 def print_times(args, times, capturing):
@@ -238,25 +239,29 @@ def print_comparison(figures, name, results):
     print(f"PSNR of the {results} with and without the {name}: {decibels} dB")
 
 
-def speed_figures(dit, schedule, times, batch):
+def speed_figures(dit, schedule, times, rows):
     """Speed-up, its bound and the rates of a comparison, as a dict for JSON.
 
     times: seconds of each repeat, {"full": [...], NAME: [...]}, measured in turn.
-    batch: samples in one call of the model, including the unconditional half.
+    rows: `rows_per_step` of both, by the same names.
     """
     import statistics
+
+    import torch
 
     from runtime.devices import matmul_rate
     from schedule import Schedule
 
-    costs = dit.multiply_adds()
-    bound = schedule.speedup_bound(costs)
+    costs, plans = dit.multiply_adds(), (Schedule.full(schedule.steps, schedule.depth), schedule)
+    work = {
+        name: (torch.tensor(rows[name]) * plan.multiply_adds(costs)).sum().item() for name, plan in zip(times, plans)
+    }
+    full, cached = work.values()
+    bound = full / cached
     # Neighbouring runs share the state of the machine, so each ratio is of neighbours.
     ratio = statistics.median(full / cached for full, cached in zip(*times.values()))
-    rates = {
-        name: batch * plan.multiply_adds(costs).sum().item() / statistics.median(times[name]) / 1e9
-        for name, plan in zip(times, (Schedule.full(schedule.steps, schedule.depth), schedule))
-    }
+    rates = {name: work[name] / statistics.median(times[name]) / 1e9 for name in times}
+    batch = max(map(max, rows.values()))
     rates["matrix_product"] = matmul_rate(dit.block_linears(), batch * dit.pos_embed.shape[1]) / 1e9
     return {
         "batch": batch,

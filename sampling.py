@@ -87,6 +87,12 @@ def _doubled_steps(diffusion: Process, guidance: Guidance, schedule: Schedule | 
     return range(last, first + 1)
 
 
+def rows_per_step(diffusion: Process, cfg_scale: float, schedule: Schedule | None, samples: int) -> list[int]:
+    """How many samples the model gets at each step, the unconditional ones included, for a batch of `samples`."""
+    doubled = range(0) if cfg_scale == 1.0 else _doubled_steps(diffusion, Guidance.of(cfg_scale), schedule)
+    return [2 * samples if i in doubled else samples for i in range(diffusion.steps)]
+
+
 def _weights_as_tensors(rows: list, device: torch.device) -> list:
     """Replace the weights of forecasts by tensors (): a graph of torch.compile would keep a float as a constant.
 

@@ -107,6 +107,20 @@ def test_compare_prints_both_times_the_ratio_the_bound_and_the_psnr(sample, mode
     assert pixels(tmp_path / "Sample_NFE4_Method_dynamiclayer.png").shape == (2 * 98 + 2, 5 * 98 + 2, 3)
 
 
+def test_the_bound_and_the_rates_count_the_rows_that_ran_under_guidance_in_an_interval(sample, model_folder, tmp_path):
+    """Only t = 0 is guided; the step before it, whose outputs it reuses, runs all rows for it too."""
+    result = sample(*FORA, 2, "--ddim-sample", "--cfg-interval", 0, 0.2, "--compare", "--record", "r.json")
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "r.json").read_text())
+    costs = load_dit(model_spec(ckpt=str(model_folder)), "cpu").multiply_adds()
+    full, reused = costs["fixed"] + 3 * sum(costs["layer"]), costs["fixed"]
+    work = {"full": 5 * (full + full + full + 2 * full), "schedule": 5 * (full + reused + 2 * full + 2 * reused)}
+    assert record["bound"] == pytest.approx(work["full"] / work["schedule"]) and record["batch"] == 10
+    rates = record["g_multiply_adds_per_second"]
+    for name, (seconds,) in record["seconds"].items():
+        assert rates[name] == pytest.approx(work[name] / seconds / 1e9)
+
+
 def test_a_schedule_file_is_run_and_compared(sample, model_folder, tmp_path):
     """The router's plan as a file gives the router's picture; other plans give others."""
     Router.load(model_folder / "router4.pt").schedule(0.5).save(tmp_path / "same.pt")
