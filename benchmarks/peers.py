@@ -10,7 +10,7 @@ The peers come with `pip install -r requirements-peers.txt`; rows of those that 
 becomes results/peers/ROW.json: the layer calls that ran, as counted by hooks in a run of its own; the error of the
 latents against the run that skips nothing, from the same noise; metrics of 5,000 images (2,000 with 50 steps) by the
 judge of `benchmarks.table`, from the noise of its seed 0; and the lines that a user writes (`benchmarks.peer_setups`).
-results/peers/noise.json has how much noise they predict at late steps, of what the full model predicts there, and
+results/peers/noise.json has how much noise they remove at late steps, of what the full model would, and
 results/peers/timing.json the seconds of the denoising loop of all rows, run in turn. `--timing --rows` measures
 some, with plain diffusers among them, and keeps the other figures; each ratio is of its own run.
 
@@ -36,7 +36,7 @@ NOISES = ((0.97, 0.5), (0.98, 1))  # factors of the predicted noise in some rows
 GUIDANCES = (1.5, 3.0)  # other scales than that of the model
 PARITY_DB = 90  # at least, for rows that are the same by two ways
 TARGETS = (0.6, 0.5, 0.4, 0.3)  # of the time of plain diffusers
-LATE = 0.5  # the highest t of the steps whose predicted noise is compared
+LATE = 0.5  # the highest t of the steps whose noise is compared
 
 PACKAGES = {"dbcache": "cache-dit", "smoothcache": "dit-smoothcache", "hicache": "hicache-pp"}
 TITLES = {
@@ -205,19 +205,23 @@ class Bench:
         return peer_setups.count_layers(model, partial(sample, self.noise(0, COMPARED)), row.steps, self.dit.depth)
 
     def late_noise(self, row):
-        """How much noise a row in the pipeline predicts at t <= LATE, of what the full model predicts for its inputs.
+        """How much noise a row in the pipeline removes at t <= LATE, of what the full model would for the same inputs.
 
-        The mean over those steps; at each, the row's tensor is projected onto the full model's.
+        At each step the predicted noise is projected onto the full model's. DDIM moves x by that noise times the fall
+        of sigma, the ratio of noise to data, so the mean over the steps has these weights.
         """
-        full, ratios = peer_setups.make_pipeline(self.dit, self.vae), []
+        full, ratios, sigmas = peer_setups.make_pipeline(self.dit, self.vae), [], []
+        signal = full.scheduler.alphas_cumprod.tolist()
 
         def compare(x, t, labels, noise):
             if t / 1000 <= LATE:
                 right = full.predict_noise(x, t, labels, self.spec.cfg_scale)
                 ratios.append(((noise * right).sum() / right.square().sum()).item())
+                sigmas.append((1 / signal[t] - 1) ** 0.5)
 
         self.sampler(row)[1](self.noise(0, COMPARED), observe=compare)
-        return statistics.mean(ratios)
+        falls = [sigma - after for sigma, after in zip(sigmas, [*sigmas[1:], 0])]
+        return sum(fall * ratio for fall, ratio in zip(falls, ratios)) / sigmas[0]
 
     def full(self, steps):
         """Latents of plain diffusers for the noise of `count`."""
@@ -356,7 +360,7 @@ def fill(args):
     path, known = args.results / "noise.json", table.read(args.results / "noise.json").get("rows", {})
     missing = [row for row in compared if row.name not in known]
     if missing and not (args.timing or args.rows):
-        print("noise that they predict:", file=sys.stderr, flush=True)
+        print("noise that they remove:", file=sys.stderr, flush=True)
         write_record(path, {}, bench.device, {"rows": known | {row.name: bench.late_noise(row) for row in missing}})
     path = args.results / "timing.json"
     complete = {row.name for row in rows} <= table.read(path).get("rows", {}).keys()
@@ -419,7 +423,7 @@ def at_equal_time(records, timing):
 
 
 def noise_and_fid(records, noise):
-    """Rows of the table of what a row predicts of the late noise and its FID, least noise first, as dicts."""
+    """Rows of the table of the late noise that a row removes and its FID, least noise first, as dicts."""
     rows = [row for row in records if row.name in noise.get("rows", {})]
     return [
         {

@@ -59,8 +59,11 @@ def test_a_row_may_scale_the_predicted_noise(bench):
 
 
 @pytest.mark.parametrize("highest, late", [(1000, 3), (500, 3), (499, 2)])
-def test_late_noise_is_what_a_row_predicts_of_what_the_full_model_does(bench, highest, late, monkeypatch):
-    """A peer that predicts 0.9 of the noise up to a timestep. Of 750, 500, 250 and 0 the last three are late."""
+def test_late_noise_is_what_a_row_removes_of_what_the_full_model_does(bench, highest, late, monkeypatch):
+    """A peer that predicts 0.9 of the noise up to a timestep. Of 750, 500, 250 and 0 the last three are late.
+
+    So x falls from the sigma of 500 to 0, through those of 250 and 0; from the higher of the scaled ones at 0.9.
+    """
 
     def less_noise(pipe, steps):
         def scale(model, args, kwargs, output):
@@ -70,8 +73,11 @@ def test_late_noise_is_what_a_row_predicts_of_what_the_full_model_does(bench, hi
         pipe.transformer.register_forward_hook(scale, with_kwargs=True)
 
     monkeypatch.setattr(peer_setups, "less_noise", less_noise, raising=False)
-    assert bench.late_noise(Row("x", "less_noise", STEPS)) == pytest.approx(1 - 0.1 * late / 3)
-    assert bench.late_noise(Row("x", "plain", STEPS)) == 1
+    signal = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    sigma = dict(zip((3, 2), np.sqrt(1 / signal[[500, 250]] - 1)))
+    expected = 1 - 0.1 * sigma[late] / sigma[3]
+    assert bench.late_noise(Row("x", "less_noise", STEPS)) == pytest.approx(expected)
+    assert bench.late_noise(Row("x", "plain", STEPS)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("setup", ["our_sampler", "ours"])
