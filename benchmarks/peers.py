@@ -436,6 +436,19 @@ def noise_and_fid(records, noise):
     ]
 
 
+def rank_correlations(records, noise):
+    """{steps: Spearman's rank correlation of late noise and FID}, for three rows and more."""
+    from scipy.stats import spearmanr
+
+    result = {}
+    for steps in sorted({row.steps for row in records}):
+        rows = [row for row in records if row.steps == steps and row.name in noise.get("rows", {})]
+        pairs = [(noise["rows"][row.name], records[row]["quality"]["metrics"]["fid"]) for row in rows]
+        if len(pairs) > 2:
+            result[steps] = spearmanr(*zip(*pairs)).statistic
+    return result
+
+
 def tables(records, timing, noise):
     """The tables of `records`, {row: its record}, as Markdown by title."""
     result = {}
@@ -485,8 +498,11 @@ def show(args):
     records = {row: table.read(args.results / f"{row.name}.json") for row in ROWS}
     missing = [row.name for row, record in records.items() if not record]
     records = {row: record for row, record in records.items() if record}
-    for title, text in tables(records, timing, table.read(args.results / "noise.json")).items():
+    noise = table.read(args.results / "noise.json")
+    for title, text in tables(records, timing, noise).items():
         print(f"\n{title}:\n\n{text}")
+    for steps, value in rank_correlations(records, noise).items():
+        print(f"\nRank correlation of late noise and FID, {steps} steps: {value:.2f}")
     if records and timing:
         save_picture(records, timing, args.picture)
         print(f"\nPicture: {args.picture}")

@@ -349,6 +349,14 @@ def test_the_best_at_equal_time_is_the_lowest_fid_that_is_fast_enough():
     assert found == of_20 + [(50, target, "ours", "0.100") for target in (0.6, 0.5, 0.4, 0.3)]
 
 
+def test_the_rank_correlation_of_late_noise_and_fid():
+    rows = [Row(name, "dbcache", 20) for name in "abc"] + [Row(name, "dbcache", 50) for name in "ab"]
+    records = {row: record(fid) for row, fid in zip(rows, (1.0, 3.0, 2.0, 1.0, 2.0))}
+    noise = {"rows": {row.name: value for row, value in zip(rows, (0.9, 1.0, 1.1, 0.9, 1.0))}}
+    # Ranks 0, 1, 2 and 0, 2, 1: 1 - 6 (0 + 1 + 1) / (3 (9 - 1)).
+    assert peers.rank_correlations(records, noise) == {20: pytest.approx(0.5)}
+
+
 def test_the_requirements_name_each_peer_with_its_version():
     text = (ROOT / "requirements-peers.txt").read_text()
     assert all(re.search(rf"^{package}==[\d.]+", text, re.M) for package in peers.PACKAGES.values())
