@@ -46,8 +46,6 @@ def parse_args(argv=None):
             parser.error(f"--{flag.replace('_', '-')} needs a router or schedule: add --accelerate-method")
     if args.record and not args.compare:
         parser.error("--record writes the figures of --compare: add --compare")
-    if args.random_weights and args.out:
-        parser.error("--random-weights writes no picture: leave out --out")
     if args.random_weights and args.ckpt and args.ckpt.endswith((".pt", ".safetensors")):
         parser.error("--random-weights draws the weights: leave out --ckpt, or name a model folder")
     return args
