@@ -19,7 +19,6 @@ SAMPLES, BATCH, REPEATS = 5000, 64, 3  # images of a row; images of a timed batc
 ROWS = {
     "euler-50": ("euler", 50, None),
     "euler-20": ("euler", 20, None),
-    "heun-50": ("heun", 50, None),
     "heun-20": ("heun", 20, None),
     "sde-50": ("sde", 50, None),
     "learned-2x-50": ("euler", 50, "2x"),
