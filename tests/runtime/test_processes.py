@@ -223,7 +223,7 @@ SLOW = pytest.mark.slow
 def test_no_thread_of_gloo_is_left_when_python_ends(end, code, tmp_path):
     result = run("tests/runtime/leaving.py", end, cwd=tmp_path, processes=2)
     assert result.returncode == code, result.stderr
-    assert set(re.findall("threads: .*", result.stdout)) == {"threads: 0"}
+    assert set(re.findall(r"threads: (\d+)", result.stdout)) == {"0"}  # two ranks may print on one line
 
 
 @pytest.mark.parametrize(
