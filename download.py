@@ -50,15 +50,9 @@ def main(args):
     elif args.check:
         check_all(files)
     else:
-        faults = []
-        for name in args.names:
-            try:
-                print(f"{name}: {released.fetch(name, args.mirror)}", flush=True)
-            except UserError as error:
-                faults.append(str(error))
-                print(f"{name}: not downloaded", flush=True)
-        if faults:
-            raise UserError("; ".join(faults))
+        print_each(
+            {name: name for name in args.names}, lambda name: released.fetch(name, args.mirror), "not downloaded"
+        )
 
 
 def print_list(files):
@@ -73,17 +67,28 @@ def print_list(files):
 
 def check_all(files):
     """Hash the files that exist, one line each; after all of them raise UserError if any is wrong."""
-    faults = []
-    for file in files:
+
+    def verdict(file):
         if not file.exists():
-            print(f"{file.path}: missing")
-            continue
+            return "missing"
+        found = "right" if file.expected_sha256() else "no SHA-256 known to compare with until now"
+        return f"{found}, SHA-256 {released.check(file, force=True)}"
+
+    print_each({file.path: file for file in files}, verdict, "wrong")
+
+
+def print_each(items, text_of, fault):
+    """Print "NAME: text_of(item)" for each item of {NAME: item}, or `fault` instead if that raises UserError.
+
+    After all of them raise one UserError with the texts of those that were raised.
+    """
+    faults = []
+    for name, item in items.items():
         try:
-            verdict = "right" if file.expected_sha256() else "no SHA-256 known to compare with until now"
-            print(f"{file.path}: {verdict}, SHA-256 {released.check(file, force=True)}", flush=True)
+            print(f"{name}: {text_of(item)}", flush=True)
         except UserError as error:
             faults.append(str(error))
-            print(f"{file.path}: wrong", flush=True)
+            print(f"{name}: {fault}", flush=True)
     if faults:
         raise UserError("; ".join(faults))
 

@@ -38,8 +38,9 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, usage=usage, **kwargs)
 
     def error(self, message):
-        alone = _rank() == 0 or "TORCHELASTIC_RUN_ID" not in os.environ  # then nobody else prints it, or prints here
-        prints = alone or _outlives_main(WAIT_FOR_MAIN, BETWEEN_RANKS)
+        # Without torchrun each rank may have a terminal of its own.
+        shown = _rank() == 0 or "TORCHELASTIC_RUN_ID" not in os.environ
+        prints = shown or _outlives_main(WAIT_FOR_MAIN, BETWEEN_RANKS)
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n" if prints else None)
 
 
