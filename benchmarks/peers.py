@@ -8,11 +8,11 @@
 
 The peers come with `pip install -r requirements-peers.txt`; rows of those that are missing are left out. Each row
 becomes results/peers/ROW.json: the layer calls that ran, as counted by hooks in a run of its own; the error of the
-latents against the run that skips nothing, from the same noise; metrics of 5,000 images (2,000 with 50 steps) by the
-judge of `benchmarks.table`, from the noise of its seed 0; and the lines that a user writes (`benchmarks.peer_setups`).
+latents against the run that skips nothing, from the same noise; metrics of 5,000 images by the judge of
+`benchmarks.table`, from the noise of its seed 0; and the lines that a user writes (`benchmarks.peer_setups`).
 results/peers/noise.json has how much noise they remove at late steps, of what the full model would, and
-results/peers/timing.json the seconds of the denoising loop of all rows, run in turn. `--timing --rows` measures
-some, with plain diffusers among them, and keeps the other figures; each ratio is of its own run.
+results/peers/timing.json the seconds of the denoising loop of all rows, run in turn. `--timing --rows` measures some,
+with plain diffusers among them, and keeps the other figures; each ratio is of its own run.
 
 All rows run DDIM with the timesteps of diffusers (0, 50, ... 950 for 20 steps) and guidance on three channels.
 """
@@ -27,7 +27,6 @@ from benchmarks import common, peer_setups, table
 from runtime import cli, signals
 
 FOLDER = "samples/peers"
-SAMPLES = {20: table.SAMPLES, 50: 2000}  # images of a row, by its steps
 SAVED = 500  # images after which those of a row are saved
 AT_ONCE = 50  # images of a batch; peers with a threshold decide for a whole batch
 COMPARED = 64  # images whose latents are compared, and of a timed batch
@@ -128,16 +127,15 @@ def parse_args(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     rows = partial(table.row_list, rows=ROWS)
     parser.add_argument("--rows", type=rows, metavar="ROW,ROW", help="only these, as dbcache-0.15-20; default: all")
-    samples = " and ".join(f"{count} with {steps} steps" for steps, count in SAMPLES.items())
-    trial = f"images of a row, for a trial that is kept in {FOLDER}-SAMPLES; default: {samples}"
-    parser.add_argument("--samples", type=cli.positive, help=trial)
+    trial = f"images of a row; any number but {table.SAMPLES} is a trial, kept in {FOLDER}-SAMPLES"
+    parser.add_argument("--samples", type=cli.positive, default=table.SAMPLES, help=trial)
     parser.add_argument("--quality", action="store_true", help="make all but the times")
     parser.add_argument("--timing", action="store_true", help="measure only the times, again if they are there")
     parser.add_argument("--table", action="store_true", help="make nothing, print the tables of the records")
     args = parser.parse_args(argv)
     args.folder, args.results = common.ROOT / FOLDER, common.RESULTS / "peers"
     args.picture = common.ROOT / "assets" / "peers.png"
-    if args.samples:
+    if args.samples != table.SAMPLES:
         args.folder = common.ROOT / f"{FOLDER}-{args.samples}"
         args.results, args.picture = args.folder / "results", args.folder / "peers.png"
     return args
@@ -337,8 +335,8 @@ def fill(args):
     judges = {name: sha256_of_file(common.ROOT / path) for name, path in table.JUDGES.items()}
     versions = {name: version(name) for name in ("torch", "diffusers")}
     for row in rows if not args.timing else []:
-        path, samples = args.results / f"{row.name}.json", args.samples or SAMPLES[row.steps]
-        flags = {"row": row.name, "samples": samples}
+        path = args.results / f"{row.name}.json"
+        flags = {"row": row.name, "samples": args.samples}
         made_by = {"setup": row.setup, "settings": row.settings, "plan": row.plan, "steps": row.steps}
         made_by |= {"guidance": list(row.guidance), "noise": list(row.noise)}
         known = made_by | {"judges": judges}
@@ -351,7 +349,7 @@ def fill(args):
             figures["quality"] = quality_of(row.same, row.steps, args)
         else:
             npz = args.folder / f"{row.name}.npz"
-            bench.save_images(row, samples, npz, made_by)
+            bench.save_images(row, args.samples, npz, made_by)
             figures["quality"] = table.judge(npz)
         peer = {package: found[package] for package in [PACKAGES.get(row.setup)] if package}
         figures["versions"] = versions | peer
