@@ -37,6 +37,8 @@ Environment, for all programs:
     parser.add_argument("--mirror", metavar="URL", type=mirror, help="download URL/NAME instead; not for the VAEs")
     args = parser.parse_args(argv)
     args.names = names() if args.names == "all" else list(dict.fromkeys(args.names))
+    if args.mirror and (args.list or args.check):
+        parser.error("--mirror is for downloads: leave it out")
     unknown = [name for name in args.names if name not in names()]
     if unknown:
         parser.error(f"unknown NAME {', '.join(unknown)}: choose from {', '.join(names())}")

@@ -72,6 +72,10 @@ def parse_args(argv=None):
         parser.error(f"--save-stats {args.save_stats} does not end in .npz")
     if (args.kid_subsets or args.kid_subset_size) and "kid" not in args.metrics:
         parser.error("--kid-subsets and --kid-subset-size are about KID: add --metrics kid")
+    if args.distance != parser.get_default("distance") and not {"precision", "recall"} & {*args.metrics}:
+        parser.error("--distance is about precision and recall: add one of them to --metrics")
+    if args.metrics != PUBLISHED and not args.sample:
+        parser.error("--metrics is about SAMPLES: name them, or leave it out")
     if args.record and not args.sample:
         parser.error("--record writes the metrics of SAMPLES: name them, or leave it out")
     if args.keep_features and not args.save_stats:
@@ -101,6 +105,8 @@ def needed_arrays(sets, metrics, save_stats):
     if "is" in metrics and "sample" in sets:
         needed["sample"].add("pool")
     if save_stats:
+        if (last := list(sets.values())[-1]).features:
+            raise UserError(f"--save-stats writes statistics of images, and {last} holds features: use it as it is")
         needed[list(sets)[-1]] = {*STATISTICS, "pool"}
     of_features = [name for name, (_, arrays) in METRICS.items() if arrays and {*arrays} <= {"pool", *MOMENTS}]
     for role, images in sets.items():
@@ -229,7 +235,7 @@ def main(args):
         for doubt in find_doubts(sets, args.metrics, network):
             warnings.warn(doubt, RuntimeWarning, stacklevel=1)
 
-        arrays, seconds, values = {}, {}, {}
+        arrays, seconds = {}, {}
         for role, images in sets.items():
             start = time.perf_counter()
             arrays[role] = collect(images, needed[role], network, role)

@@ -81,8 +81,8 @@ def remember(slot: Slot, compute: Compute, output: Tensor | None) -> None:
     if isinstance(compute, Tensor):
         slot.clear()  # training blends only in the last call with a cache, so the memory is freed
     elif output is not None:
-        # A new slot is filled: one graph of torch.compile serves slots of any age, but not one tensor in two places.
-        slot.extendleft(output.view_as(output) for _ in range(0 if slot else (slot.maxlen or 1) - 1))
+        if not slot:  # filled: one graph of torch.compile serves slots of any age, but not one tensor in two places
+            slot.extend(output.view_as(output) for _ in range((slot.maxlen or 1) - 1))
         slot.appendleft(output)
 
 
@@ -238,11 +238,8 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-def _check_arguments(
-    frequency_shift: int, mlp_norm_eps: float, *, depth: int, hidden_size: int, num_heads: int, **sizes: int
-) -> None:
-    """Raises ValueError if a DiT cannot have these settings. sizes: all other arguments that must be positive ints."""
-    sizes |= dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads)
+def _check_arguments(sizes: dict[str, int], frequency_shift: int, mlp_norm_eps: float) -> None:
+    """Raises ValueError if a DiT cannot have these settings. sizes: all arguments that must be positive ints."""
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} {size!r} is not a positive whole number")
@@ -250,6 +247,7 @@ def _check_arguments(
         raise ValueError(f"frequency_shift {frequency_shift!r} is neither 0 nor 1")
     if not isinstance(mlp_norm_eps, float | int) or not 0 < mlp_norm_eps < math.inf:
         raise ValueError(f"mlp_norm_eps {mlp_norm_eps!r} is not a positive number")
+    depth, hidden_size, num_heads = (sizes[name] for name in ("depth", "hidden_size", "num_heads"))
     if depth > 500:  # making a block takes time even on the device "meta"
         raise ValueError(f"depth {depth} is more than 500 blocks")
     if sizes["input_size"] % sizes["patch_size"]:
@@ -285,7 +283,7 @@ class DiT(nn.Module):
         super().__init__()
         sizes = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size)
         sizes |= dict(depth=depth, num_heads=num_heads, num_classes=num_classes)
-        _check_arguments(frequency_shift, mlp_norm_eps, **sizes)
+        _check_arguments(sizes, frequency_shift, mlp_norm_eps)
         self.in_channels = in_channels
         self.input_size = input_size
         self.out_channels = in_channels * 2 if learn_sigma else in_channels

@@ -10,18 +10,16 @@ import re
 from collections import OrderedDict
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion, Process
+from models import DiT
 from runtime.errors import UserError
 from runtime.files import atomic_write, load_tensors
 from schedule import Schedule, forecast_weights
-
-if TYPE_CHECKING:  # the model's libraries take seconds to import, and scores do without
-    from models import DiT
 
 # Where others keep the rows of a router, from the outside to the inside, and what they call them.
 NESTED = ("routers", "router", "state_dict", "model_state_dict", "model", "module", "routers")
@@ -150,13 +148,9 @@ class Router(nn.Module):
         router.routers.load_state_dict(rows)
         return router
 
-    def check_fits(self, path: str | Path, steps: int, depth: int, process: str = GaussianDiffusion.name) -> None:
-        """Raises UserError as `Schedule.check_fits` if this router, loaded from `path`, does not fit."""
-        self.schedule(0.0).check_fits(path, steps, depth, process)
-
 
 def router_loss(
-    dit: "DiT",
+    dit: DiT,
     diffusion: Process,
     scores: Tensor,
     i: int,

@@ -221,7 +221,7 @@ def print_times(args, times, capturing):
 
 def print_picture(args, spec, labels, out, name):
     if spec.class_names:
-        print("Classes: " + ", ".join(spec.class_names[label] for label in labels[: picture_columns(args, labels)]))
+        print("Classes: " + ", ".join(spec.class_names[label] for label in labels))
     rows = f" (above without the {name}, below with it)" if args.compare else ""
     print(f"Picture: {out}{rows}")
 

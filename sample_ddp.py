@@ -86,6 +86,7 @@ def describe(args, spec, dit, vae, schedule_entries, device, dtype):
 
     # Kernels that were chosen by their times change only last bits, as --compile does.
     experimental = [name for name in args.experimental if name != "autotune"]
+    cfg_scale, machine = guidance(args, spec), devices.device_model(device)
     scale, shift = scale_and_shift(vae)
     vae_config = {"scaling_factor": scale} | ({"shift_factor": shift} if shift else {})
     return {
@@ -97,8 +98,8 @@ def describe(args, spec, dit, vae, schedule_entries, device, dtype):
         "images": args.num_fid_samples,
         "image_size": spec.image_size,
         "num_classes": spec.num_classes,
-        "cfg_scale": float(guidance(args, spec)),
-        **guidance(args, spec).entries(),
+        "cfg_scale": float(cfg_scale),
+        **cfg_scale.entries(),
         **({"noise_scale": list(args.noise_scale)} if args.noise_scale[0] != 1 else {}),
         "sampler": spec.sampler(args.sampler),
         "steps": args.num_sampling_steps,
@@ -107,7 +108,7 @@ def describe(args, spec, dit, vae, schedule_entries, device, dtype):
         "tf32": args.dtype != "fp32",
         "dtype": dtype if dtype in ("bf16", "fp16") else None,
         **({"experimental": experimental} if experimental else {}),
-        "deterministic": args.deterministic and devices.device_model(device) + ", compiled" * args.compile,
+        "deterministic": args.deterministic and (f"{machine}, compiled" if args.compile else machine),
     }
 
 

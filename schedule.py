@@ -183,7 +183,7 @@ class Schedule:
         path = Path(path)
         try:
             content = path.read_bytes()
-            if content.lstrip()[:1] in (b"{", b"["):
+            if path.suffix == ".json" or content.lstrip()[:1] in (b"{", b"["):
                 return cls._from_json(json.loads(content), depth)
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is not a schedule file: {error}") from error

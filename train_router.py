@@ -21,11 +21,12 @@ from runtime.ranks import number_or
 from training.presets import PRESETS, describe_presets
 
 # The flags that determine a router, beside the model and the data: --resume auto continues a run with the same.
-DETERMINING = "num_sampling_steps global_batch_size draws_per_step global_seed l1 lr ste_threshold target_cached dtype"
-DETERMINING += " forecast"
-DETERMINING_TARGET = DETERMINING + " max_steps epochs thres"  # with --target-cached
-NOT_WITH_PLANS = "preset data_path latents extract_latents target_cached ste_threshold epochs keep wandb compile"
-NOT_WITH_PLANS += " grad_checkpointing"
+DETERMINING = "num_sampling_steps global_batch_size draws_per_step global_seed l1 lr dtype".split()
+DETERMINING += ["ste_threshold", "target_cached", "forecast"]
+DETERMINING_TARGET = [*DETERMINING, "max_steps", "epochs", "thres"]  # with --target-cached
+NOT_WITH_PLANS = "preset data_path latents extract_latents num_workers l1 target_cached thres lr max_steps".split()
+NOT_WITH_PLANS += "epochs global_batch_size draws_per_step ste_threshold ckpt_every keep log_every wandb".split()
+NOT_WITH_PLANS += ["compile", "grad_checkpointing"]
 # Processes must be given the same flags. Of these, places on a machine, it only matters whether they are given.
 PLACES = "data_path latents extract_latents ckpt vae results_dir resume".split()
 OWN = "preset device num_workers".split()  # and these may differ
@@ -104,11 +105,11 @@ def check_plan_arguments(parser, args):
     """Refuse what does not go with --target-speedup or needs it; return whether plans are to be learned."""
 
     def flags(names):
-        given = [name for name in names.split() if getattr(args, name) not in (None, False)]
+        given = [name for name in names if getattr(args, name) != parser.get_default(name)]
         return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
     if not args.target_speedup:
-        if given := flags("cfg_scale cfg_channels cfg_interval"):
+        if given := flags(["cfg_scale", "cfg_channels", "cfg_interval"]):
             parser.error(f"{given} is for plans: add --target-speedup, or leave it out")
         args.forecast = args.forecast or None  # 0 is the default of a router, and earlier checkpoints have no entry
         return False
@@ -278,7 +279,7 @@ def open_run_on_main(args, processes, spec, dit, updates, identity):
 
     def accepts(saved):
         names = DETERMINING_TARGET if args.target_cached else DETERMINING
-        same_flags = all(saved["args"].get(name) == getattr(args, name) for name in names.split())
+        same_flags = all(saved["args"].get(name) == getattr(args, name) for name in names)
         return same_flags and saved["identity"] == identity and saved["step"] <= updates
 
     def check(saved):
@@ -361,7 +362,7 @@ def introduce(args, run, images, processes, trainer, saved, identity):
             print(f"--resume auto: no run in {args.results_dir} has these flags, model and data, so a new one starts")
         return
     print(f"continues at update {trainer.updates_done} of {trainer.config.updates}")
-    for name in DETERMINING.split():
+    for name in DETERMINING:
         before, now = saved["args"].get(name), getattr(args, name)
         if before != now:
             print(f"note: --{name.replace('_', '-')} was {before} in that run, now it is {now}")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.metrics import statistics
 from evaluation.npz import read_arrays, read_header, read_parts, write_npz
 from runtime.errors import UserError, first_line
 from runtime.files import atomic_write
@@ -54,8 +55,6 @@ class EvaluationSet:
         """Those of `names` that are not `missing`, as {name: array}. Raises UserError if a value is not finite."""
         arrays = {name: self.stored[name] for name in {*names} & self.stored.keys()}
         if self.features and {*names} & {*MOMENTS}:
-            from evaluation.metrics import statistics  # imports torch
-
             try:
                 arrays |= zip(MOMENTS, statistics(self.stored["pool"]))
             except ValueError as error:
@@ -107,6 +106,9 @@ class NpzSet(EvaluationSet):
         with self._explained():
             self.stored, names = read_arrays(path, (*STATISTICS, "pool", "about"))
             self.about = dict(json.loads(str(self.stored.pop("about", "{}"))))
+            for name, array in self.stored.items():
+                if array.dtype.kind not in "fiu":
+                    raise ValueError(f"its {name} is {array.dtype}, not numbers")
             for name, rule in ABOUT.items():
                 if self.about.get(name) is not None and not rule(self.about[name]):
                     raise ValueError(f"its {name} is {self.about[name]!r}")
@@ -156,6 +158,8 @@ class NpzSet(EvaluationSet):
 
     def _read(self, count):
         with self._explained():
+            if read_header(self.path, "arr_0") != ((self.count, *self.size, 3), self.dtype):
+                raise ValueError("it has changed since it was opened")
             yield from read_parts(self.path, "arr_0", count)
 
 
@@ -221,9 +225,8 @@ def save_statistics(path, arrays, about, keep=None):
     pool = arrays["pool"]
     if keep and keep < len(pool):
         pool = pool[np.linspace(0, len(pool) - 1, keep).round().astype(int)]
-    statistics = {name: arrays[name] for name in STATISTICS}
     with atomic_write(path) as part:
-        write_npz(part, **statistics, pool=pool, about=np.array(json.dumps(about)))
+        write_npz(part, **{name: arrays[name] for name in STATISTICS}, pool=pool, about=np.array(json.dumps(about)))
 
 
 class ImageChecks:

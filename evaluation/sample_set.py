@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.npz import read_arrays, read_parts, write_npz
+from runtime.cli import METHODS
 from runtime.errors import UserError
 from runtime.files import atomic_write, lock_file
 
-SETTINGS = ("interval", "alpha", "cached")  # of the policies that need no file, in a manifest
 ROWS = 64  # images read at a time: 12.6 MB at 256 pixels
 
 
@@ -53,7 +53,8 @@ def set_name(spec, manifest, ckpt, path):
         parts += ["dynamiclayer" if router else "schedule", Path(path).stem, (router or schedule)[:8]]
         parts += [f"thres-{manifest['threshold']}"] if router else []
     elif method := manifest.get("method"):
-        parts += [method, *(f"{name}-{manifest[name]}" for name in SETTINGS if name in manifest)]
+        setting, _ = METHODS[method]
+        parts += [method, f"{setting}-{manifest[setting]}"]
     parts += [f"forecast-{manifest['forecast']}"] if manifest.get("forecast") else []
     parts += ["balanced"] if manifest["labels"] == "balanced" else []
     parts += [manifest["dtype"]] if manifest["dtype"] else []

@@ -323,7 +323,8 @@ def _given_schedule(dit: DiT, policy: Schedule | str | Path, settings: dict[str,
             raise UserError(f"{policy} is neither a policy ({', '.join(METHODS)}) nor a file")
         file = released.find(path)
         if not method:
-            is_plan = file.suffix == ".json" or "compute" in load_tensors(file, allow=[argparse.Namespace])
+            saved = {} if file.suffix == ".json" else load_tensors(file, allow=[argparse.Namespace])
+            is_plan = file.suffix == ".json" or isinstance(saved, dict) and "compute" in saved
             method = "schedule" if is_plan else "dynamiclayer"
         if method == "schedule":
             schedule = Schedule.load(file, dit.depth)

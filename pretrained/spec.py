@@ -214,7 +214,10 @@ def _process_settings(config: dict[str, Any], channels: int) -> dict[str, Any]:
             lambda value: type(value) is int and 1 <= value <= channels,
             f"a whole number from 1 to {channels}, the channels of the model",
         ),
-        "cfg_interval": (lambda value: 0 <= value[0] < value[1] <= 1 == len(value) - 1, "two numbers from 0 to 1"),
+        "cfg_interval": (
+            lambda value: len(value) == 2 and 0 <= value[0] < value[1] <= 1,
+            "two rising numbers from 0 to 1",
+        ),
     }
     for name, (accepts, rule) in rules.items():
         if name in config and not accepts(config[name]):

@@ -45,7 +45,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, accepts, rule):
-    """Make an argparse type: an int or float (`kind`) for which `accepts` is true; `rule` says so in words."""
+    """Make an argparse type: kind(text), if `accepts` is true of it; rule: what must be true, in words."""
 
     def convert(text):
         try:
@@ -143,14 +143,14 @@ def add_sampling_arguments(parser, cfg_scale):
     return group
 
 
-def add_guidance_arguments(group, cfg_scale, only=""):
-    """Add the flags of guidance. cfg_scale: the published one of the program; only: text about when they apply."""
+def add_guidance_arguments(group, cfg_scale):
+    """Add the flags of guidance. cfg_scale: the published one of the program."""
     recommended = "or what a model folder recommends"
-    scale = f"{only}guidance, 1 is none; default: {cfg_scale}, {recommended}"
+    scale = f"guidance, 1 is none; default: {cfg_scale}, {recommended}"
     group.add_argument("--cfg-scale", metavar="SCALE", type=finite, help=scale)
-    channels = f"{only}channels that are guided, a number or all; default: the first 3, {recommended}"
+    channels = f"channels that are guided, a number or all; default: the first 3, {recommended}"
     group.add_argument("--cfg-channels", metavar="N", type=all_or_positive, help=channels)
-    interval = f"{only}guide only at times from LOW to HIGH, 0 is data and 1 noise; default: 0 1, {recommended}"
+    interval = f"guide only at times from LOW to HIGH, 0 is data and 1 noise; default: 0 1, {recommended}"
     group.add_argument("--cfg-interval", metavar=("LOW", "HIGH"), type=fraction, nargs=2, help=interval)
 
 
@@ -265,11 +265,12 @@ def check_guidance_arguments(parser, args):
 
 
 def check_noise_scale(parser, args):
-    """Make the pair of --noise-scale complete; refuse one that is none, and factors that are surely typing errors."""
-    factor, highest, *more = [*(args.noise_scale or [1.0]), 1.0]
-    if more[1:] or highest > 1 or not 0.5 <= factor <= 2:
-        given = " ".join(f"{number:g}" for number in args.noise_scale)
-        parser.error(f"--noise-scale {given}: pass a factor from 0.5 to 2, and at most one time, up to 1")
+    """Make --noise-scale a pair (factor, highest time); refuse more values, and factors that must be typing errors."""
+    given = args.noise_scale or [1.0]
+    factor, highest = given[0], given[1] if len(given) > 1 else 1.0
+    if len(given) > 2 or highest > 1 or not 0.5 <= factor <= 2:
+        text = " ".join(f"{number:g}" for number in given)
+        parser.error(f"--noise-scale {text}: pass a factor from 0.5 to 2, and at most one time, up to 1")
     args.noise_scale = factor, highest
 
 
@@ -288,6 +289,9 @@ def check_method_arguments(parser, args, alone=None):
             if not method:
                 parser.error(f"--{flag} needs its method: add --accelerate-method {users}")
             parser.error(f"--{flag} is no setting of {method}: leave it out, or pass --accelerate-method {users}")
+    has_scores = method == "dynamiclayer" or alone and not method
+    if args.thres != parser.get_default("thres") and not has_scores:
+        parser.error("--thres is about the scores of a router: leave it out, or pass --accelerate-method dynamiclayer")
 
 
 def check_sampling_arguments(parser, args):

@@ -118,6 +118,8 @@ def load_tensors(path, allow=()):
     from safetensors.torch import load
 
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     try:

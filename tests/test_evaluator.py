@@ -234,6 +234,7 @@ def test_features_of_any_network_replace_images(folder, tmp_path, evaluate, refu
     assert evaluate(folder / "a.npz", tmp_path / "b.npz", *metrics)[0] == direct  # of the same network
     for others in ("fid,sfid", "is", "fid,is,sfid,precision,recall"):
         refused(tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", others, words=["a.npz", "features", "fid,kid"])
+    refused(tmp_path / "a.npz", "--save-stats", tmp_path / "s.npz", words=["--save-stats", "a.npz holds features"])
     np.savez(tmp_path / "few.npz", np.eye(30, 64))
     flags = tmp_path / "a.npz", tmp_path / "few.npz", "--metrics", "fid", "--device", "cpu"
     assert "30 samples for 64 features" in call("evaluator.py", *flags, capfd=capfd).stderr
@@ -272,6 +273,8 @@ def test_unusable_input_is_refused_in_one_line(folder, tmp_path, images, refused
     refused(a, mine, *graph, "--save-stats", mine, words=["--save-stats", "mine.npz is the file of SAMPLES too"])
     assert mine.read_bytes() == before
     refused(a, a, *graph, "--kid-subsets", 3, words=["--metrics kid"])
+    refused(a, a, *graph, "--metrics", "fid", "--distance", "fp32", words=["--distance", "precision and recall"])
+    refused(a, *graph, "--metrics", "fid", "--save-stats", tmp_path / "x.npz", words=["--metrics is about SAMPLES"])
     refused(a, a, *graph, "--metrics", "kid", "--kid-subset-size", 1, words=["at least 2"])
     refused(a, a, *graph, "--record", "/proc/none/out.json", words=["cannot write"])
     np.savez(tmp_path / "one.npz", arr_0=images[:1])

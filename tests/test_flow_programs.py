@@ -308,7 +308,7 @@ def test_the_steps_of_the_plan_table_are_those_of_sampling(flow_folder):
         ({"time_scale": True}, "time_scale True is not a number above 0"),
         ({"cfg_channels": "all"}, "cfg_channels 'all' is not a whole number from 1 to 4"),
         ({"cfg_channels": 5}, "cfg_channels 5 is not a whole number from 1 to 4, the channels of the model"),
-        ({"cfg_interval": [0.7, 0.2]}, "cfg_interval [0.7, 0.2] is not two numbers"),
+        ({"cfg_interval": [0.7, 0.2]}, "cfg_interval [0.7, 0.2] is not two rising numbers"),
         ({"cfg_interval": 1}, "TypeError"),
     ],
 )

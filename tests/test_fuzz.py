@@ -93,8 +93,7 @@ def routers(folder):
 
     def read():
         router = Router.load(path)
-        router.schedule(0.1)
-        router.check_fits(path, 4, 3)
+        router.schedule(0.1).check_fits(path, 4, 3)
 
     Router(4, 3).save(path)
     whole = path.read_bytes()

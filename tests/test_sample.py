@@ -312,6 +312,8 @@ def test_a_run_imports_no_library_that_it_does_not_need(program, flags, more, mo
             "--cached 0.43 is too much: 3 of 7 steps can reuse, so at most 0.428",
         ),
         (["--record", "x.json"], "--record"),
+        (["--thres", "0.5"], "--thres is about the scores of a router: leave it out, or pass --accelerate-method dyn"),
+        ([*FORA, "2", "--thres", "0.5"], "--thres is about the scores of a router"),
         (
             ["--noise-scale", "0.9", "2"],
             "--noise-scale 0.9 2: pass a factor from 0.5 to 2, and at most one",
@@ -357,6 +359,8 @@ def test_wrong_files_are_refused_in_one_line(model_folder, tmp_path, monkeypatch
         ([*METHOD, "--path", "long.pt"], ["6 steps", "--num-sampling-steps 6"]),
         ([*METHOD, "--path", "cut.pt"], ["cut.pt"]),
         ([*METHOD, "--path", "none.pt"], ["no such file: none.pt"]),
+        ([*METHOD, "--path", "empty"], ["empty is a folder: name a file in it"]),
+        ([*SCHEDULE, "--path", "empty"], ["empty is a folder: name a file in it"]),
         ([*METHOD, "--path", "pickle.pt"], ["pickle.pt", "was not loaded"]),
         ([*METHOD, "--path", "deep-plan.pt"], ["deep-plan.pt is not a router file"]),
         ([*SCHEDULE, "--path", "deep-plan.pt"], ["7 blocks", "has 3"]),

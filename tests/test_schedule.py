@@ -130,6 +130,14 @@ def test_a_written_schedule_reads_back(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["s.pt"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_schedule_in_another_encoding_of_json_is_read(tmp_path, encoding):
+    schedule = Schedule.every_nth(4, 3, 2)
+    schedule.save(tmp_path / "s.json")
+    (tmp_path / "other.json").write_text((tmp_path / "s.json").read_text(), encoding)
+    assert torch.equal(Schedule.load(tmp_path / "other.json").compute, schedule.compute)
+
+
 @pytest.mark.parametrize(
     "content, words",
     [

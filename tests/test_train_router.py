@@ -335,6 +335,25 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_good_router_is_saved(train
     assert last_update() == 5 and logits().isfinite().all()
 
 
+def test_an_update_that_is_interrupted_half_made_is_not_saved(train, monkeypatch):
+    train("--max-steps", 8, "--ckpt-every", 4)
+    whole, calls, clamp_ = logits(), [], trainer.Router.clamp_
+
+    def interrupted(router):
+        calls.append(router)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        clamp_(router)
+
+    monkeypatch.setattr(trainer.Router, "clamp_", interrupted)
+    train("--max-steps", 8, "--ckpt-every", 4, code=130)
+    again = Path("results/001-tiny")
+    assert last_update(again) == 4
+    monkeypatch.setattr(trainer.Router, "clamp_", clamp_)
+    train("--max-steps", 8, "--resume", again)
+    assert torch.equal(logits(again), whole)
+
+
 @pytest.mark.parametrize(
     "more, words",
     [

@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import os
+import zipfile
 from math import prod
 from pathlib import Path
 
@@ -52,8 +53,9 @@ def prepare_latents(images, spec, folder, vae_fingerprint):
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{folder} holds other files: pass a new folder with --extract-latents") from error
         if different:
-            different = ", ".join(different)
-            raise UserError(f"{folder} holds other latents, different in {different}: pass another --extract-latents")
+            raise UserError(
+                f"{folder} holds other latents, different in {', '.join(different)}: pass another --extract-latents"
+            )
     else:
         with atomic_write(manifest) as part:
             part.write_text(json.dumps(about | {"complete": False}, indent=2) + "\n")
@@ -76,10 +78,10 @@ def extract_latents(images, vae, spec, folder, rank=0, world_size=1, workers=0, 
         for s in shards
         for start in range(s * SHARD, min((s + 1) * SHARD, len(images)), batch_size)
     ]
-    moments, skipped = [], []
+    moments, skipped = [], set()  # a bad file is skipped again for each image that looks for a substitute
     with tqdm(total=sum(map(len, batches)), unit="images", disable=None if rank == 0 else True) as bar:
         for batch, (x, _, skipped_texts) in zip(batches, load_batches(make_loader(images, batches, workers))):
-            skipped += skipped_names(skipped_texts)
+            skipped |= set(skipped_names(skipped_texts))
             check_skipped(skipped, len(images))
             x = x.to(device)
             views = [encode(vae, view) for view in ((x, x.flip(-1)) if spec.horizontal_flip else (x,))]
@@ -90,11 +92,12 @@ def extract_latents(images, vae, spec, folder, rank=0, world_size=1, workers=0, 
                 raise UserError(f"the VAE encodes {path} to values that are not finite in float16: check its weights")
             bar.update(len(batch))
             if batch.stop % SHARD == 0 or batch.stop == len(images):
-                _write_shard(shard_path(folder, batch.start // SHARD), np.concatenate(moments), skipped)
-                moments, skipped = [], []
+                _write_shard(shard_path(folder, batch.start // SHARD), np.concatenate(moments), sorted(skipped))
+                moments, skipped = [], set()
 
 
 def _write_shard(path, moments, skipped):
+    path.with_suffix(".skipped.json").unlink(missing_ok=True)  # of a shard that was removed
     if skipped:
         with atomic_write(path.with_suffix(".skipped.json")) as part:
             part.write_text(json.dumps(skipped))
@@ -137,7 +140,7 @@ class LatentSource:
                 raise ValueError("its labels or their number are no integers")
             if labels.min(initial=0) < 0 or labels.max(initial=0) >= about["num_classes"]:
                 raise ValueError(f"it has labels outside 0 to {about['num_classes'] - 1}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{folder} is no folder of latents ({error}): write one with --extract-latents {folder}"
             ) from error

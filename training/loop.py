@@ -86,7 +86,8 @@ def run_updates(trainer, loader, output, log_every, ckpt_every):
         except (UserError, RuntimeError, OSError, KeyboardInterrupt):
             # If saving fails too, for example on a full disk, the first error is the one to report.
             with contextlib.suppress(UserError):
-                output.save(trainer)
+                if trainer.between_updates:  # else the last checkpoint stays
+                    output.save(trainer)
             raise
     return stopped
 

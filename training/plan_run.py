@@ -119,11 +119,13 @@ class Search:
         steps = max(1, math.ceil(math.log(max(1.0, target / self.speedup(plan))) / math.log(LARGEST_STEP)))
         aims = [target * (self.speedup(plan) / target) ** (1 - k / steps) for k in range(1, steps)] + [target] * 2
         candidates = [self.faster_uniform(target)]
+        self.error(candidates[0])  # before the tables, since it refuses a full run that is not finite
         for number, aim in enumerate(aims):
             name = f"{target:g}x, round {number + 1} of {len(aims)}"
             plan = self.round(plan, aim, number, name)
             print(f"{name}: speed-up at most {self.speedup(plan):.3f}, error {self.error(plan):.2e}", flush=True)
-            candidates += [plan] * (aim == target)
+            if aim == target:
+                candidates.append(plan)
         return min(candidates, key=self.error)
 
     def speedup(self, plan):
@@ -153,6 +155,11 @@ class Search:
             table, before = self.table(plan, number, key), self.state["before"]
             if before and before["aim"] == aim:
                 table = table + before["table"]
+            if not table.isfinite().all():
+                raise UserError(
+                    f"{key}: gradients of the latents are not finite: check the weights, or pass --dtype fp32 or a "
+                    "lower --cfg-scale"
+                )
             found = [plan_for(table.numpy(), plan.order, self.costs, aim, gap) for gap in GAPS]
             best = min(filter(None, found), key=self.error)
             self.state["plans"][key] = best.compute
@@ -254,11 +261,11 @@ def open_search(args, name, determining):
         for flag in saved["determining"] | determining:
             before = saved["determining"].get(flag)
             if before != determining.get(flag):
-                name = "--" + flag.replace("_", "-")
-                what = f"without {name}" if before is None else f"with {name} {before}"
+                given = "--" + flag.replace("_", "-")
+                what = f"without {given}" if before is None else f"with {given} {before}"
                 what = "with another model" if flag == "model" else what
                 raise UserError(f"--resume {folder} searched {what}: pass the same, or leave out --resume")
-        return RunFolder(folder), read_search(folder)["state"]
+        return RunFolder(folder), read_search(folder)["state"]  # again: the process that held the lock may have saved
     if args.resume == "auto":
         folders = [path.parent.parent for path in Path(args.results_dir).glob("*-*/checkpoints/search.pt")]
         for folder in sorted(folders, key=lambda f: (f.name.index("-"), f.name), reverse=True):  # the newest first

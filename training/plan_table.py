@@ -63,13 +63,13 @@ def sources(schedule):
     """Per step e and layer n of a schedule: None if it runs, else its forecast as pairs (step that ran, weight)."""
     table, computed = [], [deque(maxlen=schedule.order + 1) for _ in range(2 * schedule.depth)]
     for e, row in enumerate(reversed(schedule.rows())):
-        decisions = [decision for block in row for decision in block]
         table.append([])
-        for n, decision in enumerate(decisions):
+        for ran, decision in zip(computed, (decision for block in row for decision in block)):
             if decision is True:
-                computed[n].appendleft(e)
-            weights = (1.0,) if decision is False else decision
-            table[e].append(None if decision is True else list(zip(computed[n], weights)))
+                ran.appendleft(e)
+                table[e].append(None)
+            else:
+                table[e].append(list(zip(ran, decision or (1.0,))))  # False reuses the last output
     return table
 
 

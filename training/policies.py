@@ -7,6 +7,7 @@ make_schedule("smoothcache", steps=50, depth=dit.depth, alpha=0.18, dit=dit, cfg
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +78,16 @@ def _smoothcache(
     return Schedule.by_change(layer_changes(dit, steps, cfg_scale, diffusion), depth, alpha)
 
 
-def _random_layers(steps: int, depth: int, cached: float) -> Schedule:
-    return Schedule.random_layers(steps, depth, Router.trained_steps(steps), _calls(steps, depth, cached), RANDOM_SEED)
+def _share(policy: Callable[..., Schedule]) -> Callable[..., Schedule]:
+    """A policy for a share `cached` of all layer calls, at the steps that a router decides.
 
+    policy: function (steps, depth, where, number of layer calls).
+    """
 
-def _first_blocks(steps: int, depth: int, cached: float) -> Schedule:
-    return Schedule.first_blocks(steps, depth, Router.trained_steps(steps), _calls(steps, depth, cached))
+    def make(steps: int, depth: int, cached: float) -> Schedule:
+        return policy(steps, depth, Router.trained_steps(steps), round(cached * steps * depth * 2))
 
-
-def _last_blocks(steps: int, depth: int, cached: float) -> Schedule:
-    return Schedule.last_blocks(steps, depth, Router.trained_steps(steps), _calls(steps, depth, cached))
-
-
-def _calls(steps: int, depth: int, cached: float) -> int:
-    """The number of layer calls that is nearest to a share of all."""
-    return round(cached * steps * depth * 2)
+    return make
 
 
 POLICIES: dict[str, Callable[..., Schedule]] = {
@@ -99,9 +95,9 @@ POLICIES: dict[str, Callable[..., Schedule]] = {
     "schedule": _schedule_file,
     "fora": Schedule.every_nth,
     "smoothcache": _smoothcache,
-    "random": _random_layers,
-    "first": _first_blocks,
-    "last": _last_blocks,
+    "random": _share(partial(Schedule.random_layers, seed=RANDOM_SEED)),
+    "first": _share(Schedule.first_blocks),
+    "last": _share(Schedule.last_blocks),
 }
 
 

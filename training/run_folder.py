@@ -49,9 +49,14 @@ class RunFolder:
         try:
             Path(results_dir).mkdir(parents=True, exist_ok=True)
             number = max(map(_number, Path(results_dir).iterdir()), default=-1) + 1
-            while (folder := Path(results_dir) / f"{number:03d}-{name.replace('/', '-')}").exists():
-                number += 1  # another launch has just made it
-            (folder / "checkpoints").mkdir(parents=True)
+            while True:
+                folder = Path(results_dir) / f"{number:03d}-{name.replace('/', '-')}"
+                try:
+                    folder.mkdir()
+                    break
+                except FileExistsError:  # another launch has just made it
+                    number += 1
+            (folder / "checkpoints").mkdir()
         except OSError as error:
             raise UserError(f"cannot write into {results_dir}: {error.strerror}; pass another --results-dir") from error
         return cls(folder)
@@ -140,7 +145,10 @@ def _open_named(results_dir, name, path, check):
     check(saved)
     folder, last = path.parent.parent, path.parent / "last.pt"
     in_run = path.parent.name == "checkpoints" and last.is_file()
-    if in_run and saved["step"] >= _update_of(last):
+    newest = _update_of(last)
+    if newest < 0:  # damaged
+        newest = max((int(p.stem) for p in path.parent.glob("*.pt") if p.stem.isdecimal()), default=-1)
+    if in_run and saved["step"] >= newest:
         run = RunFolder(folder)
         if _update_of(run.last) > saved["step"]:  # the process that held the lock has just saved again
             saved = read_checkpoint(run.last)
@@ -163,13 +171,14 @@ def read_checkpoint(path):
 
 
 def read_log(folder, last_update=math.inf):
-    """Return the lines of a run's metrics.jsonl up to `last_update`, as dicts, without a half-written one."""
+    """Return the lines of a run's metrics.jsonl up to `last_update`, as dicts, without damaged ones."""
     metrics, lines = Path(folder) / "metrics.jsonl", []
-    for text in metrics.read_text().splitlines() if metrics.exists() else []:
+    for text in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
         try:
             lines.append(json.loads(text))
         except ValueError:
             continue
+    lines = [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
     return [line for line in lines if line["step"] <= last_update]
 
 

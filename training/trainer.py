@@ -77,6 +77,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=config.lr, weight_decay=0)
         self.l1_weight = config.l1_weight
         self.updates_done = 0
+        self.between_updates = True  # False if an interrupted update has moved the scores
         self.skipped = set()  # images that could not be read
         self.reduced_bytes = 0
         self.start_window()
@@ -134,6 +135,7 @@ class Trainer:
         norm = torch.stack([self.router.routers[i].prob.grad.norm() for i in drawn]).sum()
         *errors, l1, stops, norm = torch.cat([values, norm[None]]).tolist()  # waits for the device
         self._check_finite(errors, norm, rows)
+        self.between_updates = False
         self.optimizer.step()
         self.router.clamp_()
         self.updates_done += 1
@@ -144,6 +146,7 @@ class Trainer:
             self.window["draws"][row] += 1
         self.window["l1"] += l1
         self.window["updates"] += 1
+        self.between_updates = True
         return stops > 0
 
     def _check_finite(self, errors, norm, rows):

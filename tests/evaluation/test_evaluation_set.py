@@ -104,6 +104,21 @@ def test_a_cut_or_changed_npz_is_refused(tmp_path):
     assert_refused(path, "cut off")
 
 
+@pytest.mark.parametrize("count, side", [(3, 6), (9, 6), (5, 8)])
+def test_an_npz_that_is_replaced_while_it_is_open_is_refused(tmp_path, count, side):
+    np.savez(tmp_path / "a.npz", arr_0=pixels(5))
+    images = open_evaluation_set(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", arr_0=pixels(count, height=side))
+    with pytest.raises(UserError, match="a.npz cannot be read .it has changed since it was opened"):
+        list(images.batches(2))
+
+
+@pytest.mark.parametrize("values", [np.array([["a", "b"]]), np.ones((4, 2), complex), np.ones((4, 2), bool)])
+def test_statistics_that_are_no_numbers_are_refused(tmp_path, values):
+    np.savez(tmp_path / "a.npz", pool=values)
+    assert_refused(tmp_path / "a.npz", "its pool is", "not numbers")
+
+
 def test_damaged_pngs_and_other_sizes_are_named(tmp_path):
     write_pngs(tmp_path / "set", pixels(4))
     path = tmp_path / "set" / "class3" / "003.png"

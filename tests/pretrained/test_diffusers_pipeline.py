@@ -248,12 +248,14 @@ def test_the_summary_says_what_was_skipped_the_bound_and_the_time(pipe, capsys):
 def test_what_does_not_fit_is_refused_in_one_line(pipe, tmp_path):
     router = tmp_path / "router.pt"
     Router(20, 3).save(router)
+    torch.save(torch.ones(4), tmp_path / "bare.pt")
     flow = tmp_path / "flow.json"
     Schedule(torch.ones(20, 3, 2, dtype=torch.bool), process="flow-euler").save(flow)
     for policy, words in {
         Schedule.full(20, 12): "12 blocks, the pipeline's model has 3",
         "forra": "forra is neither a policy (dynamiclayer, schedule, fora,",
         str(tmp_path / "none.json"): "no such file",
+        str(tmp_path / "bare.pt"): "bare.pt is not a router file",
         flow: "flow-euler, and a DiTPipeline runs diffusion",
     }.items():
         assert words in refusal(accelerate, pipe, policy)

@@ -215,6 +215,7 @@ def test_list_and_check_show_the_state_of_each_file(server, monkeypatch, tmp_pat
     assert_refused(checked, tmp_path / "wrong", tmp_path / "short")
     assert checked.returncode == 1 and server.asked == []
     assert call("download.py", "nothing.pt", "right", capfd=capfd).returncode == 2
+    assert_refused(call("download.py", "--list", "--mirror", "http://host/", capfd=capfd), "--mirror is for downloads")
 
 
 def test_a_mirror_has_the_files_by_their_names_and_the_flag_wins(server, table, monkeypatch, capfd):

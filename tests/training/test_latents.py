@@ -61,6 +61,28 @@ def test_an_unreadable_image_is_replaced_as_in_a_folder_of_images(spec, make, tm
     assert torch.equal(source.load(7)[0], source.load(8)[0]) and source.load(7)[1] == images.load(7)[1]
 
 
+def test_each_unreadable_image_counts_once_and_a_mended_one_no_more(spec, make, tmp_path):
+    plain_images(tmp_path / "damaged", 200)
+    paths = sorted((tmp_path / "damaged" / "class0").iterdir())[3:5]  # one after another, 1 % of all
+    whole = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.write_bytes(b"")
+    *_, skipped, folder = make(tmp_path / "damaged")
+    assert len(skipped) == 2
+    for path, content in zip(paths, whole):
+        path.write_bytes(content)
+    (folder / "000000.npy").unlink()
+    assert make(tmp_path / "damaged")[2] == []
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4"])
+def test_damaged_labels_of_latents_are_refused(spec, make, content):
+    *_, folder = make()
+    (folder / "labels.npy").write_bytes(content)
+    with pytest.raises(UserError, match="is no folder of latents"):
+        LatentSource(folder, spec, "name")
+
+
 def test_a_stopped_extraction_continues_and_keeps_its_shards(spec, make, monkeypatch):
     monkeypatch.setattr(latents, "SHARD", 6)
     *_, folder = make()

@@ -117,6 +117,17 @@ def test_a_model_that_diverges_is_refused_in_one_line(dit):
         problem.errors("choice", 2, Schedule.every_nth(4, 3, 2))
 
 
+def test_a_search_that_diverges_ends_in_one_line(learn, monkeypatch):
+    assert_refused(learn("--target-speedup", 1.5, "--cfg-scale", 1e38, code=1), "not finite")
+
+    def diverging(*arguments):
+        return compute(*arguments) * float("nan")
+
+    compute = plan_run.error_table
+    monkeypatch.setattr(plan_run, "error_table", diverging)
+    assert_refused(learn("--target-speedup", 1.5, code=1), "gradients", "not finite", "--cfg-scale")
+
+
 @pytest.mark.parametrize("resume", [RUN, "auto"])
 def test_an_interrupted_search_continues_and_ends_as_an_uninterrupted_one(learn, monkeypatch, resume):
     flags = ["--target-speedup", 1.5]
@@ -172,6 +183,7 @@ def test_a_search_with_other_flags_is_refused_or_begins_anew(learn):
         (["--target-speedup", 2, "--data-path", "x", "--wandb"], ["leave out --data-path, --wandb"]),
         (["--target-speedup", 2, "--preset", "fashion-20"], ["leave out --preset"]),
         (["--target-speedup", 2, "--compile"], ["leave out --compile"]),
+        (["--target-speedup", 2, "--max-steps", 9, "--lr", 0.1, "--thres", 0.5], ["leave out --thres, --lr, --max-"]),
         (["--cfg-scale", 1, "--data-path", "x"], ["--cfg-scale is for plans: add --target-speedup"]),
     ],
 )

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -71,6 +73,34 @@ def test_the_newest_checkpoint_continues_in_place_and_an_older_one_in_a_new_fold
         run, saved = open_any(tmp_path, resume)
         assert run.folder.name == name and saved["step"] == update
         assert [line["step"] for line in read_log(run.folder)] == log
+
+
+def test_two_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def after_another(self, *args, **kwargs):
+        if self.name == "000-x" and not self.exists():
+            mkdir(self)
+        mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", after_another)
+    assert RunFolder.new(tmp_path, "x").folder.name == "001-x"
+
+
+def test_an_old_checkpoint_continues_elsewhere_even_if_the_last_is_damaged(tmp_path):
+    run = RunFolder.new(tmp_path, "x")
+    old, new, folder = save(run, 10), save(run, 20), run.folder
+    run.last.write_bytes(new.read_bytes()[:500])
+    del run
+    run, saved = open_any(tmp_path, old)
+    assert run.folder.name == "001-x" and saved["step"] == 10
+    assert open_any(tmp_path, new)[0].folder == folder
+
+
+def test_a_damaged_log_does_not_stop_a_run(tmp_path):
+    run = RunFolder.new(tmp_path, "x")
+    run.metrics.write_bytes(b'{"step": 10}\n\xff\xfe\n12\n{"step": "x"}\n{}\n{"step": 20}\n')
+    assert read_log(run.folder) == [{"step": 10}, {"step": 20}]
 
 
 def test_auto_finds_the_newest_free_run_that_fits(tmp_path):
