@@ -62,6 +62,7 @@ def test_the_baseline_writes_its_picture_and_time(sample, tmp_path):
     assert result.returncode == 0, result.stderr
     assert re.search(r"^Sampling time: \d+\.\d{3}±0\.000$", result.stdout, re.M)
     assert [p.name for p in tmp_path.iterdir()] == ["Sample_NFE4_Method_full.png"]
+    assert "Classes: a, b, c, d, e\n" in result.stdout
     # five classes of 8 pixels, enlarged to 96, in rows of four, two pixels between
     assert pixels(tmp_path / "Sample_NFE4_Method_full.png").shape == (2 * 98 + 2, 4 * 98 + 2, 3)
 
