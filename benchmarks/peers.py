@@ -172,6 +172,8 @@ class Bench:
 
     def sampler(self, row):
         """(model, function (noise, progress=None) -> latents) of a row. progress: as in `sample_latents`."""
+        import torch
+
         from models import Guidance
 
         scale, low, high = row.guidance or (self.spec.cfg_scale, 0, 1)
@@ -187,6 +189,7 @@ class Bench:
             settings["schedule"] = dict(zip(("attn1", "ff"), computed))
         elif plan is not None:
             settings["schedule"] = plan
+        torch.manual_seed(0)  # MagCache calibrates with noise of its own
         context = setup(pipe, row.steps, **settings) or peer_setups.nullcontext
 
         def sample(noise, **extra):

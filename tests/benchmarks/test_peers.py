@@ -108,6 +108,18 @@ def test_caches_of_diffusers_skip_layers_at_each_call(bench):
     assert figures["ran"] == ["11 11 11"] * 2 + ["00 00 00", "11 11 11"] and figures["error"] > 0
 
 
+def test_a_row_that_calibrates_is_the_same_each_time(bench, monkeypatch):
+    drawn = []
+
+    def calibrating(pipe, steps):
+        drawn.append(torch.randn(4).tolist())
+
+    monkeypatch.setattr(peer_setups, "plain", calibrating)
+    for _ in range(2):
+        bench.sampler(Row("x", "plain", STEPS))
+    assert drawn[0] == drawn[1]
+
+
 def test_dbcache_gets_its_settings(bench, monkeypatch):
     made: list = []
     fake = ModuleType("cache_dit")
