@@ -182,6 +182,7 @@ class Bench:
         if row.setup == "our_sampler":
             settings = {"cfg_scale": scale, "schedule": plan, "noise_scale": row.noise}
             return self.dit, lambda noise, **extra: setup(self.dit, row.steps, noise.z, noise.y, **settings, **extra)
+        torch.manual_seed(0)  # MagCache calibrates with noise of its own
         pipe = peer_setups.make_pipeline(self.dit, self.vae)
         settings = dict(row.settings)
         if row.setup == "smoothcache":
@@ -189,7 +190,6 @@ class Bench:
             settings["schedule"] = dict(zip(("attn1", "ff"), computed))
         elif plan is not None:
             settings["schedule"] = plan
-        torch.manual_seed(0)  # MagCache calibrates with noise of its own
         context = setup(pipe, row.steps, **settings) or peer_setups.nullcontext
 
         def sample(noise, **extra):
