@@ -1,6 +1,6 @@
 """Train the judge of the shipped model's samples: a small convolutional classifier of Fashion-MNIST images.
 
-    python -m demo.train_classifier            # writes demo/work/fashion_mnist/classifier.pb; minutes on a laptop
+    python -m demo.train_classifier            # writes demo/output/fashion_mnist/classifier.pb; minutes on a laptop
 
 It writes a graph file, which `evaluation/inception.py` runs like the network of FID. It never sees a generated image.
 If it is stopped, the same command continues.

@@ -1,7 +1,7 @@
 """Train the class-conditional DiT of the shipped model on the latents of its autoencoder.
 
-    python -m demo.train_dit            # writes demo/work/fashion_mnist/{config.json,dit.safetensors}
-    python -m demo.train_dit --flow --steps 3000    # a flow model, in demo/work/fashion_mnist_flow/
+    python -m demo.train_dit            # writes demo/output/fashion_mnist/{config.json,dit.safetensors}
+    python -m demo.train_dit --flow --steps 3000    # a flow model, in demo/output/fashion_mnist_flow/
 
 A flow model starts from the weights of the shipped DiT. If it is stopped, the same command continues. The model folder
 gets the weights averaged over the updates.

@@ -13,13 +13,13 @@ from runtime.errors import UserError
 from runtime.files import atomic_write, load_tensors
 
 HERE = Path(__file__).resolve().parent
-MODEL_FOLDER = HERE / "work" / "fashion_mnist"  # not ckpt/: a trial does not replace the shipped model
+MODEL_FOLDER = HERE / "output" / "fashion_mnist"  # not ckpt/: a trial does not replace the shipped model
 
 
 def parser(description, name, updates, batch_size):
     """A parser with the flags that the three programs have in common."""
     result = cli.ArgumentParser(description=description)
-    work = HERE / "work" / f"{name}.pt"
+    work = HERE / "output" / f"{name}.pt"
     result.add_argument("--data", type=Path, default=HERE / "data", help="folder that demo/fashion_mnist.py wrote")
     result.add_argument("--steps", type=cli.positive, default=updates, help="updates in all, earlier launches included")
     result.add_argument("--batch-size", type=cli.positive, default=batch_size, help="images an update")

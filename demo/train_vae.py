@@ -1,6 +1,6 @@
 """Train the autoencoder of the shipped model: 32x32 RGB <-> 8x8 latents of 4 channels, as diffusers' AutoencoderKL.
 
-    python -m demo.train_vae            # writes demo/work/fashion_mnist/vae; minutes on a laptop
+    python -m demo.train_vae            # writes demo/output/fashion_mnist/vae; minutes on a laptop
 
 If it is stopped, the same command continues.
 """
