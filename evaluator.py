@@ -105,9 +105,10 @@ def needed_arrays(sets, metrics, save_stats):
     if "is" in metrics and "sample" in sets:
         needed["sample"].add("pool")
     if save_stats:
-        if (last := list(sets.values())[-1]).features:
-            raise UserError(f"--save-stats writes statistics of images, and {last} holds features: use it as it is")
-        needed[list(sets)[-1]] = {*STATISTICS, "pool"}
+        role, images = list(sets.items())[-1]
+        if images.features:
+            raise UserError(f"--save-stats writes statistics of images, and {images} holds features: use it as it is")
+        needed[role] = {*STATISTICS, "pool"}
     of_features = [name for name, (_, arrays) in METRICS.items() if arrays and {*arrays} <= {"pool", *MOMENTS}]
     for role, images in sets.items():
         if images.features and not {*metrics} <= {*of_features}:

@@ -81,7 +81,8 @@ def remember(slot: Slot, compute: Compute, output: Tensor | None) -> None:
     if isinstance(compute, Tensor):
         slot.clear()  # training blends only in the last call with a cache, so the memory is freed
     elif output is not None:
-        if not slot:  # filled: one graph of torch.compile serves slots of any age, but not one tensor in two places
+        # A new slot is filled: one graph of torch.compile serves slots of any age, but not one tensor in two places.
+        if not slot:
             slot.extend(output.view_as(output) for _ in range((slot.maxlen or 1) - 1))
         slot.appendleft(output)
 

@@ -323,8 +323,10 @@ def _given_schedule(dit: DiT, policy: Schedule | str | Path, settings: dict[str,
             raise UserError(f"{policy} is neither a policy ({', '.join(METHODS)}) nor a file")
         file = released.find(path)
         if not method:
-            saved = {} if file.suffix == ".json" else load_tensors(file, allow=[argparse.Namespace])
-            is_plan = file.suffix == ".json" or isinstance(saved, dict) and "compute" in saved
+            is_plan = file.suffix == ".json"
+            if not is_plan:
+                saved = load_tensors(file, allow=[argparse.Namespace])
+                is_plan = isinstance(saved, dict) and "compute" in saved
             method = "schedule" if is_plan else "dynamiclayer"
         if method == "schedule":
             schedule = Schedule.load(file, dit.depth)

@@ -78,7 +78,7 @@ def extract_latents(images, vae, spec, folder, rank=0, world_size=1, workers=0, 
         for s in shards
         for start in range(s * SHARD, min((s + 1) * SHARD, len(images)), batch_size)
     ]
-    moments, skipped = [], set()  # a bad file is skipped again for each image that looks for a substitute
+    moments, skipped = [], set()  # a set, since a bad file is reported for each image that skips it
     with tqdm(total=sum(map(len, batches)), unit="images", disable=None if rank == 0 else True) as bar:
         for batch, (x, _, skipped_texts) in zip(batches, load_batches(make_loader(images, batches, workers))):
             skipped |= set(skipped_names(skipped_texts))

@@ -93,7 +93,7 @@ class RunFolder:
 
     def numbered(self):
         """Return the paths of the numbered checkpoints, the newest last."""
-        return sorted(p for p in self.checkpoints.glob("*.pt") if p.stem.isdecimal())
+        return _numbered(self.checkpoints)
 
     def save_pictures(self, router, threshold):
         """Write router.png, the scores of `router`, and router.gif, the scores in the log."""
@@ -145,10 +145,7 @@ def _open_named(results_dir, name, path, check):
     check(saved)
     folder, last = path.parent.parent, path.parent / "last.pt"
     in_run = path.parent.name == "checkpoints" and last.is_file()
-    newest = _update_of(last)
-    if newest < 0:  # damaged
-        newest = max((int(p.stem) for p in path.parent.glob("*.pt") if p.stem.isdecimal()), default=-1)
-    if in_run and saved["step"] >= newest:
+    if in_run and saved["step"] >= _update_of(last):
         run = RunFolder(folder)
         if _update_of(run.last) > saved["step"]:  # the process that held the lock has just saved again
             saved = read_checkpoint(run.last)
@@ -193,12 +190,16 @@ def frames(lines, steps):
     return pairs
 
 
-def _update_of(path):
-    """Return the number of updates of a checkpoint; -1 if it is damaged."""
+def _numbered(checkpoints):
+    return sorted(p for p in checkpoints.glob("*.pt") if p.stem.isdecimal())
+
+
+def _update_of(last):
+    """Return the number of updates of a last.pt; if it is damaged, that of the newest checkpoint beside it, or -1."""
     try:
-        return read_checkpoint(path)["step"]
+        return read_checkpoint(last)["step"]
     except UserError:
-        return -1
+        return max((int(p.stem) for p in _numbered(last.parent)), default=-1)
 
 
 def _number(folder):
