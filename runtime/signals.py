@@ -85,11 +85,22 @@ def caught_signals():
 
 
 def end_with_parent(*_):
-    """Make this child process, a daemon, ignore Ctrl-C and SIGTERM, and end when the process that started it does.
+    """Make this child process, a daemon, ignore Ctrl-C and SIGTERM, and end in silence when its parent does.
 
     Ctrl-C, `timeout` and Slurm reach all processes of a program, and the parent decides when its children end.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _print_unless_parent_left
     if sys.platform == "linux":  # elsewhere a killed parent is noticed between two tasks
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _print_unless_parent_left(kind, error, traceback):
+    """Print an error as Python does, unless a connection was closed.
+
+    A parent that is interrupted while it fetches a tensor closes its connection to the thread of the child that hands
+    the tensor over (`multiprocessing.resource_sharer`), and that thread would print a traceback.
+    """
+    if not isinstance(error, (EOFError, OSError)):
+        sys.__excepthook__(kind, error, traceback)

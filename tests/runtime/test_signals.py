@@ -104,6 +104,29 @@ with signals.second_signal_ends():
     assert result.returncode == 130
 
 
+def test_a_child_says_nothing_when_its_parent_leaves_while_it_fetches_a_tensor():
+    program = """
+import multiprocessing.connection, sys
+from multiprocessing import resource_sharer
+from runtime.signals import end_with_parent
+end_with_parent()
+address, key = resource_sharer.DupFd(0)._id
+connection = multiprocessing.connection.SocketClient(address)
+connection.recv_bytes()  # the challenge
+connection.close()
+resource_sharer.stop()  # waits for the thread
+try:
+    raise ValueError("another")  # is printed
+except ValueError:
+    sys.excepthook(*sys.exc_info())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    assert result.stderr.count("Traceback") == result.stderr.count("ValueError: another") == 1, result.stderr
+
+
 def test_signals_at_the_same_time_count_as_one_and_a_later_one_interrupts():
     """`timeout` sends SIGTERM to its child and to the group of processes."""
     with pytest.raises(KeyboardInterrupt), caught_signals() as signals:
