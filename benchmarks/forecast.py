@@ -6,7 +6,8 @@
     python -m benchmarks.forecast --table
 
 All rows run in turn in one process from the same noise, with guidance. The plans are that of the shipped router, every
-2nd, 3rd and 4th step, and the shipped learned plans for this number of steps. "Error" is the mean squared error of the
+2nd, 3rd and 4th step, and the shipped learned plans for this number of steps; where none are shipped, those for 50 steps
+are moved to the nearest timesteps (`Schedule.with_steps`). "Error" is the mean squared error of the
 latents against the full run. --sums times one step that reuses all layers of the shipped model, beside a full one.
 """
 
@@ -21,7 +22,7 @@ THRESHOLD = 0.1
 
 def parse_args(argv=None):
     parser = common.parser(__doc__)
-    parser.add_argument("--num-sampling-steps", type=int, choices=[20, 50], default=50, help="denoising steps")
+    parser.add_argument("--num-sampling-steps", type=cli.sampling_steps, default=50, help="denoising steps")
     parser.add_argument("--images", type=cli.positive, default=64, help="images of a batch; guidance doubles it")
     parser.add_argument("--orders", type=int, nargs="+", choices=[0, 1, 2], default=[0, 1, 2], help="of the forecasts")
     parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds, after a warm-up")
@@ -36,11 +37,16 @@ def plans(steps, depth, orders):
     from router import Router
     from schedule import Schedule
 
-    found = {"router": Router.load(common.SHIPPED / f"DDIM{steps}_router.pt").schedule(THRESHOLD)}
+    router = common.SHIPPED / f"DDIM{steps}_router.pt"
+    found = {"router": Router.load(router).schedule(THRESHOLD)} if router.exists() else {}
     found |= {f"every {n}": Schedule.every_nth(steps, depth, n) for n in (2, 3, 4)}
     found = {f"{name}, order {order}": plan.with_order(order) for name, plan in found.items() for order in orders}
     learned = sorted(common.SHIPPED.glob(f"DDIM{steps}_*x.json"))
-    return found | {f"learned {path.stem.partition('_')[2]}": Schedule.load(path) for path in learned}
+    moved = "" if learned else "for 50 at "
+    for path in learned or sorted(common.SHIPPED.glob("DDIM50_*x.json")):
+        plan = Schedule.load(path)
+        found[f"learned {moved}{path.stem.partition('_')[2]}"] = plan.with_steps(steps) if moved else plan
+    return found
 
 
 def measure(args):
