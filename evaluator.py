@@ -228,7 +228,9 @@ def main(args):
     needed = needed_arrays(sets, args.metrics, args.save_stats)
     with cli.one_line_warnings() as warned:
         network = None
-        if any(images.missing(needed[role]) for role, images in sets.items()) or "is" in args.metrics and args.sample:
+        computes = any(images.missing(needed[role]) for role, images in sets.items())
+        # A graph that is named is at least compared with that of stored statistics.
+        if computes or "is" in args.metrics and args.sample or args.graph:
             from evaluation.features import Network
 
             network = Network(args.graph, args.backend, device, args.batch_size)

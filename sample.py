@@ -46,8 +46,6 @@ def parse_args(argv=None):
             parser.error(f"--{flag.replace('_', '-')} needs a router or schedule: add --accelerate-method")
     if args.record and not args.compare:
         parser.error("--record writes the figures of --compare: add --compare")
-    if args.random_weights and args.ckpt and args.ckpt.endswith((".pt", ".safetensors")):
-        parser.error("--random-weights draws the weights: leave out --ckpt, or name a model folder")
     return args
 
 
@@ -55,15 +53,18 @@ def main(args):
     """Check what can be refused early, load, sample, save the picture, report."""
     from pretrained.spec import check_labels, model_spec
     from runtime import devices
+    from runtime.errors import UserError
     from runtime.files import check_outputs
     from runtime.pictures import picture_format
     from runtime.records import write_record
-    from sampling import rows_per_step
+    from sampling import check_interval, rows_per_step
     from training.policies import schedule_of_flags
 
     device = devices.pick_device(args.device, cuda_graphs=args.cuda_graphs, experimental=args.experimental)
     dtype = devices.pick_dtype(args.dtype, device)
     spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
+    if args.random_weights and args.ckpt and spec.registered:  # a file of weights
+        raise UserError("--random-weights draws the weights: leave out --ckpt, or name a model folder")
     diffusion = spec.make_process(args.num_sampling_steps, args.sampler, args.noise_scale)
     labels = args.class_labels or spec.default_labels
     check_labels(labels, spec.num_classes)
@@ -75,6 +76,7 @@ def main(args):
     schedule = schedule_of_flags(args, spec, diffusion=diffusion)
 
     cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE, args.cfg_channels, args.cfg_interval)
+    check_interval(diffusion, cfg_scale)
     dit, vae, schedule = load_models(args, spec, diffusion, schedule, cfg_scale, device, dtype)
     name = {None: "full", "dynamiclayer": "router"}.get(args.accelerate_method, "schedule")
     schedules = {name: schedule}

@@ -9,6 +9,7 @@ Image k depends on --global-seed and k alone. Finished images are kept, so the s
 stopped, with any number of processes and any batch size. Several machines need a shared folder (docs/clusters.md).
 """
 
+import argparse
 import contextlib
 import sys
 
@@ -35,8 +36,7 @@ def parse_args(argv=None):
         f"{DETERMINISTIC_BATCH} images, and on a CPU in one thread per process",
     )
     speed = cli.add_speed_arguments(parser)
-    for flag, dtype in ("--tf32", "tf32"), ("--no-tf32", "fp32"):
-        speed.add_argument(flag, dest="dtype", action="store_const", const=dtype, help=f"the same as --dtype {dtype}")
+    speed.add_argument("--tf32", action=argparse.BooleanOptionalAction, help="--dtype tf32, or with --no-tf32 fp32")
     speed.add_argument(
         "--per-proc-batch-size", metavar="N", type=cli.positive, default=32, help="images per batch of a process"
     )
@@ -47,6 +47,10 @@ def parse_args(argv=None):
     output.add_argument("--name", metavar="TEXT", help="not used: accepted because the original has it")
     cli.add_record_argument(output)
     args = parser.parse_args(argv)
+    if args.tf32 is not None:
+        if args.dtype:
+            parser.error(f"--dtype {args.dtype} says the precision: leave out --tf32 and --no-tf32")
+        args.dtype = "tf32" if args.tf32 else "fp32"
     cli.check_sampling_arguments(parser, args)
     cli.check_speed_arguments(parser, args)
     return args
@@ -62,6 +66,7 @@ def load(args, device, dtype):
 
     spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
     diffusion = spec.make_process(args.num_sampling_steps, args.sampler, args.noise_scale)
+    sampling.check_interval(diffusion, guidance(args, spec))
     schedule = schedule_of_flags(args, spec, diffusion=diffusion)
     dit = load_dit(spec, device)
     sampling.check_sampler(dit, guidance(args, spec), args.sampler == "ddpm")
@@ -112,21 +117,19 @@ def describe(args, spec, dit, vae, schedule_entries, device, dtype):
     }
 
 
-def main(args):
-    """Load, describe, open the set, then sample, assemble and report."""
+def prepare(args, processes):
+    """Check what can be refused, and load, on all ranks.
+
+    Returns the device, the precision, the model's spec, its process, its DiT, its VAE and the schedule or None.
+    """
     from functools import partial
 
     import torch
 
-    from evaluation.sample_set import SampleSet, set_name
-    from pretrained.spec import SAMPLER_NAMES
-    from runtime import devices, records
+    from runtime import devices
     from runtime.files import check_outputs
-    from runtime.processes import Processes
     from training import policies
 
-    processes = Processes()
-    processes.connect()
     # The messages that follow depend on these flags, so they are compared first.
     deciding = {"--record": bool(args.record), "--compile": args.compile, "--accelerate-method": args.accelerate_method}
     processes.check_equal(deciding)
@@ -150,6 +153,20 @@ def main(args):
         schedule = processes.run_on_main(make)
     if args.compile:
         processes.run_everywhere(lambda: devices.compile_blocks(dit.blocks, experimental=args.experimental))
+    return device, dtype, spec, diffusion, dit, vae, schedule
+
+
+def main(args):
+    """Load, describe, open the set, then sample, assemble and report."""
+    from evaluation.sample_set import SampleSet, set_name
+    from pretrained.spec import SAMPLER_NAMES
+    from runtime import records
+    from runtime.processes import Processes
+    from training import policies
+
+    processes = Processes()
+    processes.connect()
+    device, dtype, spec, diffusion, dit, vae, schedule = prepare(args, processes)
     schedule_entries = processes.run_everywhere(lambda: policies.manifest_entries(args, schedule))
     manifest = describe(args, spec, dit, vae, schedule_entries, device, dtype)
     processes.check_equal(manifest)

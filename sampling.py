@@ -31,6 +31,16 @@ def check_sampler(dit: DiT, cfg_scale: float, ancestral: bool) -> None:
         raise UserError("--p-sample needs a model that predicts variances and this one does not: pass --ddim-sample")
 
 
+def check_interval(diffusion: Process, cfg_scale: float) -> None:
+    """Raises UserError if the interval of a `Guidance` has no step, so that it would guide nothing."""
+    low, high = Guidance.of(cfg_scale).interval
+    if cfg_scale != 1.0 and not any(low <= t <= high for t in diffusion.times.tolist()):
+        raise UserError(
+            f"no time of the {diffusion.steps} steps lies in --cfg-interval {low:g} {high:g}, so nothing would be "
+            "guided: pass a wider one, or --cfg-scale 1"
+        )
+
+
 def make_denoiser(
     dit: DiT, diffusion: Process, y: Tensor, cfg_scale: float, schedule: Schedule | None = None
 ) -> Callable[[Tensor, int], Tensor]:

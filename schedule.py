@@ -6,6 +6,7 @@ python sample.py --accelerate-method schedule --path every3.json ...
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,9 +25,9 @@ from runtime.files import atomic_write, load_tensors
 ORDERS = (0, 1, 2)  # of forecasts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
-    """The plan of one sampling run.
+    """The plan of one sampling run. Plans are equal if they run the same layers, of the same process and order.
 
     compute: bool [steps, depth, 2], k = 0 attention, 1 MLP: True runs the layer, False reuses its output.
              Step i counts as in `diffusion`: i = steps-1 runs first, i = 0 last.
@@ -55,6 +56,15 @@ class Schedule:
                 "output that no step computed"
             )
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Schedule):
+            return NotImplemented
+        same = (self.order, self.process) == (other.order, other.process)
+        return same and torch.equal(self.compute, other.compute)
+
+    def __hash__(self) -> int:
+        return hash((self.sha256(), self.process))
+
     @classmethod
     def full(cls, steps: int, depth: int) -> "Schedule":
         """Run every layer at every step."""
@@ -64,8 +74,13 @@ class Schedule:
     def every_nth(cls, steps: int, depth: int, interval: int) -> "Schedule":
         """Run every layer at every `interval`-th step, beginning with the first that runs, and none in between.
 
-        Raises ValueError if the interval is below 1. Source: Selvaraju et al. 2024, arXiv:2407.01425 (FORA).
+        Raises ValueError if the interval is below 1, TypeError if it is no whole number.
+        Source: Selvaraju et al. 2024, arXiv:2407.01425 (FORA).
         """
+        try:
+            interval = operator.index(interval)
+        except TypeError:
+            raise TypeError(f"interval {interval!r} is no whole number") from None
         if interval < 1:
             raise ValueError(f"interval {interval} is below 1")
         executed = steps - 1 - torch.arange(steps)

@@ -26,7 +26,8 @@ DETERMINING += ["ste_threshold", "target_cached", "forecast"]
 DETERMINING_TARGET = [*DETERMINING, "max_steps", "epochs", "thres"]  # with --target-cached
 NOT_WITH_PLANS = "preset data_path latents extract_latents num_workers l1 target_cached thres lr max_steps".split()
 NOT_WITH_PLANS += "epochs global_batch_size draws_per_step ste_threshold ckpt_every keep log_every wandb".split()
-NOT_WITH_PLANS += ["compile", "grad_checkpointing"]
+NOT_WITH_PLANS += ["compile", "grad_checkpointing", "vae"]
+WITH_EXTRACTION = "preset model vae image_size num_classes ckpt data_path extract_latents num_workers device".split()
 # Processes must be given the same flags. Of these, places on a machine, it only matters whether they are given.
 PLACES = "data_path latents extract_latents ckpt vae results_dir resume".split()
 OWN = "preset device num_workers".split()  # and these may differ
@@ -52,6 +53,8 @@ def parse_args(argv=None):
     check_data_arguments(parser, args)
     if not args.extract_latents:
         check_training_arguments(parser, args)
+    elif unused := given_flags(parser, args, [name for name in vars(args) if name not in WITH_EXTRACTION]):
+        parser.error(f"--extract-latents encodes images and trains no router: leave out {unused}")
     return args
 
 
@@ -101,20 +104,21 @@ def add_output_arguments(group):
     add("--wandb", action="store_true", help="log to Weights & Biases, offline if there is no account")
 
 
+def given_flags(parser, args, names):
+    """List, for a message, those of `names` whose values are neither the defaults nor those of the preset."""
+    given = [name for name in names if getattr(args, name) != parser.get_default(name)]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+
+
 def check_plan_arguments(parser, args):
     """Refuse what does not go with --target-speedup or needs it; return whether plans are to be learned."""
-
-    def flags(names):
-        given = [name for name in names if getattr(args, name) != parser.get_default(name)]
-        return ", ".join(f"--{name.replace('_', '-')}" for name in given)
-
     if not args.target_speedup:
-        if given := flags(["cfg_scale", "cfg_channels", "cfg_interval"]):
+        if given := given_flags(parser, args, ["cfg_scale", "cfg_channels", "cfg_interval"]):
             parser.error(f"{given} is for plans: add --target-speedup, or leave it out")
         args.forecast = args.forecast or None  # 0 is the default of a router, and earlier checkpoints have no entry
         return False
     cli.check_guidance_arguments(parser, args)
-    if unused := flags(NOT_WITH_PLANS):
+    if unused := given_flags(parser, args, NOT_WITH_PLANS):
         parser.error(f"--target-speedup learns plans and trains no router: leave out {unused}")
     if (number_or("WORLD_SIZE", 1) or 1) > 1:
         parser.error("--target-speedup runs in one process: start it with python, without torchrun")
@@ -172,16 +176,18 @@ def learn(args, device):
     from pretrained.spec import model_spec
     from runtime import devices
     from runtime.hashes import fingerprint
-    from sampling import check_sampler
+    from sampling import check_interval, check_sampler
     from training.plan_run import learn_plans
 
     spec = model_spec(args.model, args.image_size, args.num_classes, args.vae, args.ckpt)
     dit = load_dit(spec, device)
+    diffusion = spec.make_process(args.num_sampling_steps)
     cfg_scale = spec.guidance(args.cfg_scale, CFG_SCALE, args.cfg_channels, args.cfg_interval)
     check_sampler(dit, cfg_scale, ancestral=False)
+    check_interval(diffusion, cfg_scale)
     identity = fingerprint(dit, spec.settings)
     dit = devices.set_precision(dit, args.dtype)
-    learn_plans(args, spec, dit, spec.make_process(args.num_sampling_steps), cfg_scale, identity)
+    learn_plans(args, spec, dit, diffusion, cfg_scale, identity)
 
 
 def load(args, processes, device):
@@ -345,14 +351,7 @@ def make_trainer(args, processes, spec, dit, vae, images, updates, saved):
 
 def introduce(args, run, images, processes, trainer, saved, identity):
     """Write args.json, and print what is trained and from where it continues."""
-    import json
-    from importlib.metadata import version
-
-    from runtime.files import atomic_write
-
-    with atomic_write(run.folder / "args.json") as part:
-        versions = {name: version(name) for name in ("torch", "diffusers", "numpy")}
-        part.write_text(json.dumps({"args": vars(args), "versions": versions}, indent=2) + "\n")
+    run.save_args(vars(args))
     print(
         f"{run.folder}: {images} images, {len(trainer.trained_steps)} trained steps of {2 * trainer.dit.depth} layers; "
         f"an update draws {args.draws_per_step} steps, each for {trainer.draw_size} images; processes: {processes}"
@@ -375,6 +374,8 @@ def conclude(args, spec, run, trainer):
     """Draw the pictures, and print what to do next."""
     import shlex
 
+    from training.run_folder import sampling_command
+
     path = (run.numbered() or [run.last])[-1]
     if trainer.updates_done < trainer.config.updates:
         print(f"router: {path}; continue with the same command and --resume {shlex.quote(str(run.folder))}")
@@ -384,14 +385,9 @@ def conclude(args, spec, run, trainer):
     if args.target_cached and abs(share - args.target_cached) > 0.01:
         print(f"note: {share:.1%} cached, not the {args.target_cached:.1%} of --target-cached: pass more --max-steps")
     print(f"router: {path}; how it developed: {run.folder / 'router.gif'}")
-    model = ["--ckpt", args.ckpt] if args.ckpt else []
-    if spec.registered:
-        model += ["--model", args.model, "--image-size", args.image_size, "--num-classes", args.num_classes]
-    command = ["python", "sample.py", *model, "--num-sampling-steps", args.num_sampling_steps]
-    command += ["--ddim-sample"] if spec.process == "diffusion" else ["--sampler", spec.sampler()]
-    command += ["--accelerate-method", "dynamiclayer", "--path", path, "--thres", args.thres]
-    command += ["--forecast", args.forecast] if args.forecast else []
-    print(f"sample with it: {shlex.join(map(str, command))}")
+    router = ["--accelerate-method", "dynamiclayer", "--path", path, "--thres", args.thres]
+    router += ["--forecast", args.forecast] if args.forecast else []
+    print(f"sample with it: {sampling_command(args, spec, *router)}")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
     python -m benchmarks.forecast --table
 
 All rows run in turn in one process from the same noise, with guidance. The plans are that of the shipped router, every
-2nd, 3rd and 4th step, and the shipped learned plans for this number of steps; where none are shipped, those for 50 steps
-are moved to the nearest timesteps (`Schedule.with_steps`). "Error" is the mean squared error of the
-latents against the full run. --sums times one step that reuses all layers of the shipped model, beside a full one.
+2nd, 3rd and 4th step, and the shipped learned plans for this number of steps; where none are shipped, those for 50
+steps are moved to the nearest timesteps (`Schedule.with_steps`). "Error" is the mean squared error of the latents
+against the full run. --sums times one step that reuses all layers of the shipped model, beside a full one.
 """
 
 import statistics

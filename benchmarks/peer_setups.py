@@ -1,11 +1,13 @@
 """What a user writes to speed up a `DiTPipeline` of diffusers, for each peer of `benchmarks.peers`, and for ours.
 
 A set-up is a function (pipe, steps, **settings). It changes `pipe`, and may return a function that makes the context
-manager that each later call of the pipeline needs. The lines of its body are the lines that a user writes
-(`lines_of_user_code`), so each does what its library asks for and nothing else.
+manager that each later call of the pipeline needs. Its body is what a user writes (`statements_of_user`), so each
+does what its library asks for and nothing else.
 """
 
+import ast
 import inspect
+import textwrap
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from io import StringIO
@@ -78,8 +80,11 @@ def taylorseer(pipe, steps, interval, order=1):
     return partial(model.cache_context, "both halves")
 
 
-def magcache(pipe, steps, threshold, max_skip_steps=3):
-    """diffusers. It prints the ratios of its calibration and keeps them nowhere."""
+def magcache(pipe, steps, threshold, retention=0.2, in_a_row=3):
+    """diffusers. It prints the ratios of its calibration and keeps them nowhere.
+
+    retention: share of the steps that run first, in full; in_a_row: steps that may be skipped one after another.
+    """
     import json
     import re
 
@@ -93,7 +98,7 @@ def magcache(pipe, steps, threshold, max_skip_steps=3):
         pipe(class_labels=[0, 1, 2, 3], num_inference_steps=steps)
     ratios = json.loads(re.findall(r"\[[\d., e-]+\]", printed.getvalue())[0])
     model.disable_cache()
-    settings = {"threshold": threshold, "max_skip_steps": max_skip_steps}
+    settings = {"threshold": threshold, "retention_ratio": retention, "max_skip_steps": in_a_row}
     model.enable_cache(MagCacheConfig(num_inference_steps=steps, mag_ratios=ratios, **settings))
     return partial(model.cache_context, "both halves")
 
@@ -139,10 +144,13 @@ def our_sampler(dit, steps, z, y, cfg_scale, schedule=None, noise_scale=(1, 1), 
     return sample_latents(dit, diffusion, z, y, cfg_scale, schedule, progress=progress)
 
 
-def lines_of_user_code(function):
-    """Lines of the body of a function, without its docstring, blank lines and lines of comments."""
-    lines = inspect.getsource(function).split('"""')[2].splitlines()
-    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
+def statements_of_user(setup):
+    """Statements in the body of a set-up, without its docstring.
+
+    One that returns what makes the context manager stands for the `with` of later calls.
+    """
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(setup))).body
+    return sum(isinstance(node, ast.stmt) for part in function.body[1:] for node in ast.walk(part))
 
 
 def make_pipeline(dit, vae):

@@ -9,7 +9,7 @@
 The peers come with `pip install -r requirements-peers.txt`; rows of those that are missing are left out. Each row
 becomes results/peers/ROW.json: the layer calls that ran, as counted by hooks in a run of its own; the error of the
 latents against the run that skips nothing, from the same noise; metrics of 5,000 images by the judge of
-`benchmarks.table`, from the noise of its seed 0; and the lines that a user writes (`benchmarks.peer_setups`).
+`benchmarks.table`, from the noise of its seed 0; and the statements that a user writes (`benchmarks.peer_setups`).
 results/peers/noise.json has how much noise they remove at late steps, of what the full model would, and
 results/peers/timing.json the seconds of the denoising loop of all rows, run in turn. `--timing --rows` measures some,
 with plain diffusers among them, and keeps the other figures; each ratio is of its own run.
@@ -20,7 +20,7 @@ All rows run DDIM with the timesteps of diffusers (0, 50, ... 950 for 20 steps) 
 import json
 import statistics
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from benchmarks import common, peer_setups, table
@@ -32,6 +32,15 @@ AT_ONCE = 50  # images of a batch; peers with a threshold decide for a whole bat
 COMPARED = 64  # images whose latents are compared, and of a timed batch
 REPEATS = 3  # timed rounds after the warm-up
 NOISES = ((0.97, 0.5), (0.98, 1))  # factors of the predicted noise in some rows, and up to which t
+# By steps: settings of MagCache that are faster than its thresholds alone make it, and peers with scaled noise.
+EARLY_MAGCACHE = {
+    20: ({"threshold": 1.0, "retention": 0.1}, {"threshold": 1.0, "retention": 0.05, "in_a_row": 4}),
+    50: ({"threshold": 0.3, "retention": 0.1}, {"threshold": 1.0, "retention": 0.1, "in_a_row": 4}),
+}
+SCALED_PEERS = {
+    20: ("taylorseer-3", "firstblock-0.1", "magcache-0.12"),
+    50: ("taylorseer-3", "firstblock-0.1", "firstblock-0.2"),
+}
 GUIDANCES = (1.5, 3.0)  # other scales than that of the model
 PARITY_DB = 90  # at least, for rows that are the same by two ways
 TARGETS = (0.6, 0.5, 0.4, 0.3)  # of the time of plain diffusers
@@ -100,11 +109,13 @@ def make_rows():
             rows += [Row(f"hicache-{interval}", "hicache", steps, {"interval": interval})]
         for x in (0.06, 0.12, 0.3):
             rows += [Row(f"magcache-{x}", "magcache", steps, {"threshold": x})]
+        for settings in EARLY_MAGCACHE[steps]:
+            rows += [Row("magcache-" + "-".join(map(str, settings.values())), "magcache", steps, settings)]
         learned = [f"learned-{target}" for target in table.SETTINGS["learned"][steps]]
         rows += [Row("ours", "our_sampler", steps, same="diffusers")]
         for plan in ("router", "router-f2", "fora2", "fora2-f2", "fora3", "fora3-f2", "fora4-f2", *learned):
             rows += [Row(f"ours-{plan}", "our_sampler", steps, plan=plan)]
-        for plan in ("router-f2", "fora3-f2"):
+        for plan in ("router-f2", "fora3-f2", learned[1]):
             rows += [Row(f"adapter-{plan}", "ours", steps, plan=plan, same=f"ours-{plan}")]
         # What could explain DBCache's FID, and what does (docs/peers.md); the explanation itself with 20 steps alone.
         for scale in GUIDANCES if steps == 20 else ():
@@ -117,6 +128,8 @@ def make_rows():
                 rows += [Row(f"dbcache-{high}-{ending}", "dbcache", steps, {"threshold": high}, **shrunk)]
             for plan in ("fora3-f2", "fora4-f2", learned[1]):
                 rows += [Row(f"ours-{plan}-{ending}", "our_sampler", steps, plan=plan, **shrunk)]
+        peers = [row for row in rows if row.steps == steps and row.label in SCALED_PEERS[steps]]
+        rows += [replace(row, label=f"{row.label}-{ending}", **shrunk) for row in peers]  # the last of NOISES
     return tuple(rows)
 
 
@@ -248,7 +261,7 @@ class Bench:
             if agreement < PARITY_DB:
                 raise UserError(f"{row.name} and {other.name} agree to {agreement:.1f} dB, {PARITY_DB} are expected")
         return {
-            "lines": peer_setups.lines_of_user_code(getattr(peer_setups, row.setup)),
+            "statements": peer_setups.statements_of_user(getattr(peer_setups, row.setup)),
             "skipped": 1 - ran.float().mean().item(),
             "ran": [" ".join(f"{a:d}{m:d}" for a, m in step) for step in ran.tolist()],
             "error": (latents - full).square().mean().item(),
@@ -285,7 +298,7 @@ class Bench:
                     np.savez(file, arr_0=np.concatenate(images), labels=np.concatenate(labels), made_by=made_by)
 
     def times(self, rows):
-        """Seconds of the denoising loop of COMPARED images, and the ratio to plain diffusers: {row: {...}}.
+        """Seconds of the denoising loop of COMPARED images, of plain diffusers too, and their ratio: {row: {...}}.
 
         All rows of as many steps run in turn.
         """
@@ -295,7 +308,7 @@ class Bench:
             seconds = common.time_in_turn(samplers, REPEATS, self.device)
             plain = seconds[f"diffusers-{steps}"]
             for name, some in seconds.items():
-                result[name] = {"seconds": some, "ratio": common.median_ratio(some, plain)}
+                result[name] = {"seconds": some, "plain": plain, "ratio": common.median_ratio(some, plain)}
         return result
 
 
@@ -380,7 +393,7 @@ def cells(row, record, timing):
     metrics, decibels = quality["metrics"], record["psnr_db"]
     return {
         "row": row.title,
-        "lines": record["lines"],
+        "statements": record["statements"],
         "skipped": f"{record['skipped']:.1%}",
         "seconds": f"{statistics.median(measured['seconds']):.2f}" if measured else "",
         "of diffusers": f"{measured['ratio']:.2f}" if measured else "",
@@ -415,11 +428,13 @@ def at_equal_time(records, timing):
     rows = []
     for steps in sorted({row.steps for row in records}):
         for target in TARGETS:
-            for whose, kind in {"peer": (False,), "ours": (True,), "ours, noise scaled": (True, True)}.items():
-                if row := best(records, timing, steps, target, *kind):
-                    short = cells(row, records[row], timing)
-                    kept = {name: short[name] for name in ("row", "of diffusers", "seconds", "FID", "error")}
-                    rows.append({"steps": steps, "at most": target, "whose": whose} | kept)
+            for scaled in (False, True):
+                for whose, ours in {"peer": False, "ours": True}.items():
+                    if row := best(records, timing, steps, target, ours, scaled):
+                        short = cells(row, records[row], timing)
+                        kept = {name: short[name] for name in ("row", "of diffusers", "seconds", "FID", "error")}
+                        whose += ", noise scaled" if scaled else ""
+                        rows.append({"steps": steps, "at most": target, "whose": whose} | kept)
     return rows
 
 

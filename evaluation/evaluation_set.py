@@ -98,6 +98,13 @@ ABOUT = {
 }
 
 
+def _native(name, array):
+    """An array of numbers that torch has, in the byte order of this machine. Raises ValueError if it holds others."""
+    if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
+        raise ValueError(f"its {name} is {array.dtype}, not numbers of up to 64 bits")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
 class NpzSet(EvaluationSet):
     """An .npz file. Raises UserError if it is damaged or holds neither images nor statistics."""
 
@@ -106,9 +113,7 @@ class NpzSet(EvaluationSet):
         with self._explained():
             self.stored, names = read_arrays(path, (*STATISTICS, "pool", "about"))
             self.about = dict(json.loads(str(self.stored.pop("about", "{}"))))
-            for name, array in self.stored.items():
-                if array.dtype.kind not in "fiu":
-                    raise ValueError(f"its {name} is {array.dtype}, not numbers")
+            self.stored = {name: _native(name, array) for name, array in self.stored.items()}
             for name, rule in ABOUT.items():
                 if self.about.get(name) is not None and not rule(self.about[name]):
                     raise ValueError(f"its {name} is {self.about[name]!r}")
@@ -132,13 +137,14 @@ class NpzSet(EvaluationSet):
 
     def _read_features(self, shape, dtype):
         """Read arr_0 as features. Raises UserError if there is no distribution of them, or statistics beside them."""
-        if dtype.kind != "f" or shape[0] < 2 or not shape[1]:
+        if dtype.kind != "f" or dtype.itemsize > 8 or shape[0] < 2 or not shape[1]:
             raise UserError(
-                f"{self.path}: arr_0 is {dtype} {shape}: features are floats (N, D), at least two, images (N, H, W, 3)"
+                f"{self.path}: arr_0 is {dtype} {shape}: features are floats (N, D) of up to 64 bits, at least two, "
+                "images (N, H, W, 3)"
             )
         if self.stored:
             raise UserError(f"{self.path} holds features and {', '.join(sorted(self.stored))}: keep either")
-        self.stored = {"pool": read_arrays(self.path, ["arr_0"])[0]["arr_0"]}
+        self.stored = {"pool": _native("arr_0", read_arrays(self.path, ["arr_0"])[0]["arr_0"])}
         self.about, self.features = {"images": shape[0]}, True
 
     @contextlib.contextmanager

@@ -229,12 +229,17 @@ def as_trained(transformer: Any, cfg_channels: int | None = None) -> Any:
 
 
 def check_channels(channels: int, cfg_channels: int | None, default: int | None = None) -> int:
-    """How many of a model's channels to guide: `cfg_channels`, else `default`, else all. ValueError if it has fewer."""
+    """How many of a model's channels to guide: `cfg_channels`, else `default`, else all.
+
+    Raises ValueError if that is no whole number, or if the model has fewer.
+    """
     if cfg_channels is None:
         return min(default or channels, channels)
-    if not 1 <= cfg_channels <= channels:
-        raise ValueError(f"cfg_channels {cfg_channels} is no number from 1 to {channels}, the channels of the model")
-    return cfg_channels
+    if cfg_channels not in range(1, channels + 1):
+        raise ValueError(
+            f"cfg_channels {cfg_channels!r} is no whole number from 1 to {channels}, the channels of the model"
+        )
+    return int(cfg_channels)
 
 
 def _own_null_class(transformer: Any, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

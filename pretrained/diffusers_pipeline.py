@@ -18,12 +18,13 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion, Process, noise_factors
@@ -42,21 +43,24 @@ from pretrained.spec import model_spec
 from pretrained.weights import find_model_folder
 from router import Router
 from runtime import devices, released
-from runtime.cli import METHODS
+from runtime.cli import METHODS, noise_scale_pair
 from runtime.errors import UserError
 from runtime.files import load_tensors
 from sampling import make_denoiser, scale_and_shift
 from schedule import Schedule
 
+# What messages recommend. Euler's works too, but not in a DiTPipeline: see `check_scheduler`.
+SCHEDULERS = "a DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"
+
 
 class SchedulerSteps:
     """The calls of the model that a scheduler of diffusers asks for, as `make_denoiser` takes a process.
 
-    Raises UserError if the scheduler calls the model more than once per step.
+    Raises UserError and warns as `check_scheduler`.
     """
 
     def __init__(self, scheduler: Any) -> None:
-        check_scheduler_calls(scheduler)
+        check_scheduler(scheduler)
         self._timesteps = torch.as_tensor(scheduler.timesteps).flip(0)  # index 0 runs last
         self.steps = len(self._timesteps)
         if getattr(scheduler, "num_inference_steps", None) not in (None, self.steps):
@@ -68,26 +72,35 @@ class SchedulerSteps:
         return self._timesteps.to(device)
 
 
-def check_scheduler_calls(scheduler: Any) -> None:
-    """Raises UserError if a scheduler calls the model more than once per step."""
+def check_scheduler(scheduler: Any) -> None:
+    """Warn of a scheduler whose images are wrong in any DiTPipeline.
+
+    Raises UserError if it calls the model more than once per step.
+    """
     if (order := getattr(scheduler, "order", 1)) != 1:
         raise _several_calls(scheduler, f"{order} times a step")
+    if getattr(scheduler, "init_noise_sigma", 1) != 1:
+        warnings.warn(
+            f"{type(scheduler).__name__} needs its first noise scaled by init_noise_sigma, which DiTPipeline leaves "
+            f"out, so images are wrong with and without a policy: set pipe.scheduler to {SCHEDULERS}",
+            stacklevel=1,  # always the same place, so Python shows it once
+        )
 
 
 def _several_calls(scheduler: Any, calls: str) -> UserError:
     return UserError(
         f"{type(scheduler).__name__} calls the model {calls}, and a plan needs one call a step: set pipe.scheduler to "
-        "a DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler or UniPCMultistepScheduler"
+        + SCHEDULERS
     )
 
 
-class ScheduledTransformer(nn.Module):
+class ScheduledTransformer(ModelMixin):  # of diffusers, or a pipeline would be saved without it
     """A DiT in place of a pipeline's transformer; its layers run or are reused as a `Schedule` decides.
 
     It counts its calls to know the step, so it reads nothing from the device. The count restarts when the scheduler has
     new timesteps, which each call of the pipeline sets first.
-    original: the transformer that it replaces. plan: a function, number of steps -> `Schedule`; schedule: the only one
-    that it returns, None if there are several.
+    original: the transformer that it replaces; kind: its library and class, as the pipeline's configuration names them.
+    plan: a function, number of steps -> `Schedule`; schedule: the only one that it returns, None if there are several.
     cfg_channels: how many channels the pipeline guides. noise_scale: as for `GaussianDiffusion`.
     """
 
@@ -95,15 +108,16 @@ class ScheduledTransformer(nn.Module):
         self,
         dit: DiT,
         original: Any,
+        kind: tuple[str, str],
         pipe: Any,
         plan: Callable[[int], Schedule],
         schedule: Schedule | None,
         cfg_channels: int,
-        noise_scale: tuple[float, float] = (1.0, 1.0),
+        noise_scale: tuple[float, float],
     ) -> None:
         super().__init__()
         self.dit, self.config, self.cfg_channels = dit, original.config, cfg_channels
-        self.noise_scale = noise_scale
+        self.kind, self.noise_scale = kind, noise_scale
         self._original = (original,)  # in a tuple, or it would be a submodule
         self._pipe, self._plan = pipe, plan
         # Of the last trajectory: its plan, and the seconds that it took, if it came to its end.
@@ -131,6 +145,12 @@ class ScheduledTransformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.dit.pos_embed.device
+
+    @wraps(ModelMixin.save_pretrained)  # a pipeline passes the arguments that it finds in the signature
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the transformer that this replaces; a pipeline that is being saved names the class of that one."""
+        self._pipe.register_to_config(transformer=self.kind)  # which the pipeline saves last
+        moved_to(self, self.original).save_pretrained(*args, **kwargs)
 
     @torch.compiler.disable  # the count would need a graph per step: the blocks are compiled instead
     def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True) -> Any:
@@ -172,10 +192,18 @@ class ScheduledTransformer(nn.Module):
         self._timesteps, self._left = self._pipe.scheduler.timesteps, steps.steps
 
 
+def moved_to(current: Any, transformer: Any) -> Any:
+    """The transformer, with the device and dtype of the current one, if the pipeline was moved meanwhile."""
+    if (transformer.device, transformer.dtype) != (current.device, current.dtype):
+        transformer.to(device=current.device, dtype=current.dtype)
+    return transformer
+
+
 class Acceleration:
     """A pipeline that follows a policy, from `accelerate` to `disable`, or to the end of a `with` block.
 
-    A `with` block leaves the pipeline as it found it; `disable` leaves it without any policy.
+    A `with` block leaves the pipeline as it found it; `disable` leaves it without any policy. A later `with` block
+    follows the policy again.
     """
 
     def __init__(self, pipe: Any, model: ScheduledTransformer, name: str) -> None:
@@ -184,20 +212,21 @@ class Acceleration:
         pipe.transformer = model
 
     def __enter__(self) -> "Acceleration":
+        current = self._pipe.transformer
+        if _not_compiled(current) is not self._model:  # after `disable`, or after another block
+            self._before = current
+            self._put(self._model)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._put_back(self._before)
+        self._put(self._before)
 
     def disable(self) -> None:
         """Put the pipeline's own transformer back, which was never changed."""
-        self._put_back(self._model.original)
+        self._put(self._model.original)
 
-    def _put_back(self, transformer: Any) -> None:
-        model = self._model
-        if (transformer.device, transformer.dtype) != (model.device, model.dtype):  # the pipeline was moved meanwhile
-            transformer.to(device=model.device, dtype=model.dtype)
-        self._pipe.transformer = transformer
+    def _put(self, transformer: Any) -> None:
+        self._pipe.transformer = moved_to(self._pipe.transformer, transformer)
 
     @property
     def schedule(self) -> Schedule | None:
@@ -229,7 +258,7 @@ def accelerate(
     policy: Schedule | str | Path,
     forecast: int | None = None,
     cfg_channels: int | None = None,
-    noise_scale: tuple[float, float] = (1.0, 1.0),
+    noise_scale: float | tuple[float, float] = 1.0,
     **settings: Any,
 ) -> Acceleration:
     """Make every later call of a `DiTPipeline` follow a policy; call again to follow another.
@@ -239,27 +268,40 @@ def accelerate(
     first call of each.
     forecast: order of the forecast; None is that of the schedule, else 0.
     cfg_channels: how many channels the pipeline guides; None leaves it as it is.
-    noise_scale: a factor of the predicted noise, and the highest t at which it applies, as --noise-scale of sample.py.
+    noise_scale: a factor of the predicted noise, or a pair of it and the highest t at which it applies, as for
+    --noise-scale of sample.py.
     Works with every scheduler that calls the model once per step, and under torch.compile, which then compiles the
     blocks. `pipe.transformer` is replaced by a model that shares its weights; see `Acceleration` for the way back.
     Raises UserError if policy, scheduler and model do not fit; so does a call of the pipeline with another number of
-    steps than the plan has. Raises ValueError and TypeError for wrong settings, as `make_schedule`.
+    steps than the plan has. Raises ValueError and TypeError for wrong settings, as `make_schedule`. Warns of a plan
+    that skips nothing, and of a scheduler whose images are wrong in any DiTPipeline.
     """
-    check_scheduler_calls(pipe.scheduler)
-    current = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # without torch.compile around it
+    check_scheduler(pipe.scheduler)
+    try:
+        scale = noise_scale_pair(np.asarray(noise_scale, dtype=float).ravel().tolist())
+    except ValueError as error:
+        raise ValueError(f"noise_scale {error}") from None
+    current = _not_compiled(pipe.transformer)
     if isinstance(current, ScheduledTransformer):
-        dit, original, channels = current.dit, current.original, current.cfg_channels
+        dit, original, kind, channels = current.dit, current.original, current.kind, current.cfg_channels
     else:
         if hasattr(current, "_hf_hook"):
             raise UserError("the pipeline moves its parts to the GPU and back: accelerate it before it is offloaded")
-        dit, original, channels = dit_from_transformer(current), pipe.transformer, current.config.get("cfg_channels")
+        dit, original, kind = dit_from_transformer(current), pipe.transformer, pipe.config["transformer"]
+        channels = current.config.get("cfg_channels")
         if _is_compiled(original):
             devices.compile_blocks(cast(nn.ModuleList, dit.blocks))
-    plan, schedule = _make_plan(dit, policy, forecast, settings)
     channels = check_channels(dit.in_channels, cfg_channels, channels)
-    words = [f"{name} {value}" for name, value in settings.items()]
+    plan, schedule = _make_plan(dit, policy, forecast, settings)
+    shown = settings | ({"noise_scale": scale} if scale[0] != 1 else {})
+    words = [f"{name} {value}" for name, value in shown.items()]
     name = ", ".join([type(policy).__name__ if isinstance(policy, Schedule) else str(policy), *words])
-    return Acceleration(pipe, ScheduledTransformer(dit, original, pipe, plan, schedule, channels, noise_scale), name)
+    return Acceleration(pipe, ScheduledTransformer(dit, original, kind, pipe, plan, schedule, channels, scale), name)
+
+
+def _not_compiled(model: Any) -> Any:
+    """A module without torch.compile(module) around it."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _is_compiled(model: Any) -> bool:
@@ -284,8 +326,7 @@ def _make_plan(
             if (interval := settings.get("interval", 1)) > steps:
                 raise UserError(f"interval {interval} is more than the {steps} steps: pass at most {steps}")
             schedule = make_schedule(policy, steps, dit.depth, forecast, **settings)
-            if not schedule.cached_share():
-                warnings.warn(f"{policy} skips nothing in {steps} steps: change its setting", stacklevel=2)
+            _warn_if_full(policy, schedule)
             return schedule
 
         return plan, None
@@ -297,6 +338,7 @@ def _make_plan(
         raise UserError(f"{name} is for {schedule.depth} blocks, the pipeline's model has {dit.depth}")
     if forecast is not None:
         schedule = schedule.with_order(forecast)
+    _warn_if_full(name, schedule)
 
     def fitting(steps: int) -> Schedule:
         if steps != schedule.steps:
@@ -307,6 +349,12 @@ def _make_plan(
         return schedule
 
     return fitting, schedule
+
+
+def _warn_if_full(name: str, schedule: Schedule) -> None:
+    if not schedule.cached_share():
+        text = f"{name} skips nothing in {schedule.steps} steps: change its setting, or pass another policy"
+        warnings.warn(text, stacklevel=2)
 
 
 def _given_schedule(dit: DiT, policy: Schedule | str | Path, settings: dict[str, Any]) -> tuple[Schedule, str]:

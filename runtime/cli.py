@@ -258,20 +258,34 @@ def check_speed_arguments(parser, args):
 
 
 def check_guidance_arguments(parser, args):
-    """Refuse an interval that is empty."""
+    """Refuse an interval that is empty, and settings of guidance that is none."""
+    for flag in ("cfg_channels", "cfg_interval"):
+        if args.cfg_scale == 1 and getattr(args, flag):
+            flag = "--" + flag.replace("_", "-")
+            parser.error(f"{flag} is about guidance, and --cfg-scale 1 is none: leave one of them out")
     if args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
         low, high = args.cfg_interval
         parser.error(f"--cfg-interval {low:g} {high:g} is empty: pass the lower time first")
 
 
-def check_noise_scale(parser, args):
-    """Make --noise-scale a pair (factor, highest time); refuse more values, and factors that must be typing errors."""
-    given = args.noise_scale or [1.0]
-    factor, highest = given[0], given[1] if len(given) > 1 else 1.0
-    if len(given) > 2 or highest > 1 or not 0.5 <= factor <= 2:
+def noise_scale_pair(given):
+    """The pair (factor, highest time) of a list of one or two numbers.
+
+    Raises ValueError if there are more, and for factors that must be typing errors.
+    """
+    factor, highest = [*given, 1.0, 1.0][:2]
+    if not (1 <= len(given) <= 2 and 0.5 <= factor <= 2 and 0 < highest <= 1):
         text = " ".join(f"{number:g}" for number in given)
-        parser.error(f"--noise-scale {text}: pass a factor from 0.5 to 2, and at most one time, up to 1")
-    args.noise_scale = factor, highest
+        raise ValueError(f"{text}: pass a factor from 0.5 to 2, and at most one time above 0, up to 1")
+    return factor, highest
+
+
+def check_noise_scale(parser, args):
+    """Make --noise-scale a pair as `noise_scale_pair`."""
+    try:
+        args.noise_scale = noise_scale_pair(args.noise_scale or [1.0])
+    except ValueError as error:
+        parser.error(f"--noise-scale {error}")
 
 
 def check_method_arguments(parser, args, alone=None):
@@ -295,7 +309,7 @@ def check_method_arguments(parser, args, alone=None):
 
 
 def check_sampling_arguments(parser, args):
-    """Refuse what `check_method_arguments` does, guidance that is none, and a method with too few steps for it."""
+    """Refuse flags that do nothing or contradict each other, and a method with too few steps for it."""
     check_guidance_arguments(parser, args)
     check_noise_scale(parser, args)
     check_method_arguments(parser, args)
@@ -352,8 +366,9 @@ def run(main, args, memory_hint=None):
     # takes 0.5 s on two idle cores took 2.2 s beside two busy loops; with few spins it takes 0.5 s and 1.15 s.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if sys.stdout is None:  # the shell closed it
-        sys.stdout = open(os.devnull, "w")
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # the shell closed it
+            setattr(sys, stream, open(os.devnull, "w"))
     # Print what the terminal cannot show as escapes: file names that are not UTF-8, and most texts in an ASCII locale.
     sys.stdout.reconfigure(errors="backslashreplace")
     with second_signal_ends():

@@ -17,17 +17,26 @@ from runtime.memory import out_of_memory
 def _temporary_beside(path):
     """Make an empty temporary file in the folder of `path`, and that folder; return its path.
 
-    It is called .NAME.NUMBER.part. NAME is cut off if that would have more than 255 bytes.
+    It is called .NAME.NUMBER.part. NAME is cut off if that would have more than 255 bytes. The file can be read and
+    written by those who could read and write the one at `path`, if there is one.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = None
         with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(path.stat().st_mode):  # also raises OSError if the name is too long
+            mode = path.stat().st_mode  # also raises OSError if the name is too long
+            if not stat.S_ISREG(mode):
                 raise FileExistsError(errno.EEXIST, "it exists and is not a file", str(path))
+            if not os.access(path, os.W_OK):  # a rename would replace it
+                raise PermissionError(errno.EACCES, "it is write-protected", str(path))
         ending = f".{secrets.token_hex(4)}.part"
         name = os.fsdecode(os.fsencode(path.name)[: 255 - 1 - len(ending)])
         part = path.with_name(f".{name}{ending}")
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the user's umask
+        file = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # less the user's umask
+        if mode is not None:
+            with contextlib.suppress(OSError):  # a file system without permissions
+                os.fchmod(file, mode & 0o777 | 0o600)
+        os.close(file)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; name another place") from error
     return part
@@ -41,12 +50,14 @@ def check_writable(path):
 def check_outputs(outputs, inputs):
     """Raise UserError if a file to be written cannot be, or is also read, or written by another flag; before the work.
 
-    outputs, inputs: {flag: its path, or None}.
+    Nor may it replace the config.json of a model. outputs, inputs: {flag: its path, or None}.
     """
     flags = {os.path.realpath(path): flag for flag, path in inputs.items() if path}
     for flag, path in outputs.items():
         if path:
             check_writable(path)
+            if os.path.basename(path) == "config.json" and os.path.exists(path):
+                raise UserError(f"{flag} {path} would replace a file that describes a model: name another one")
             other = flags.setdefault(os.path.realpath(path), flag)
             if other != flag:
                 raise UserError(f"{flag} {path} is the file of {other} too: name another one")

@@ -55,11 +55,11 @@ def _end_at_second_signal(reader):
                 break
         else:
             return
-    time.sleep(GRACE)
-    program = os.path.basename(sys.argv[0])
-    with contextlib.suppress(OSError):  # whoever reads standard error has gone
-        os.write(2, f"\n{program}: ended by a second signal\n".encode(errors="replace"))
-    os._exit(130)
+        time.sleep(GRACE)  # Python would print an error about a third signal if nobody held the pipe open
+        program = os.path.basename(sys.argv[0])
+        with contextlib.suppress(OSError):  # whoever reads standard error has gone
+            os.write(2, f"\n{program}: ended by a second signal\n".encode(errors="replace"))
+        os._exit(130)
 
 
 @contextlib.contextmanager

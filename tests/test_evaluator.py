@@ -244,6 +244,7 @@ def test_features_of_any_network_replace_images(folder, tmp_path, evaluate, refu
     "arrays, words",
     [
         (dict(arr_0=np.zeros((9, 3), int)), ["int64 (9, 3)", "floats (N, D)"]),
+        (dict(arr_0=np.zeros((9, 3), np.longdouble)), ["(9, 3)", "of up to 64 bits"]),
         (dict(arr_0=np.zeros((1, 3))), ["(1, 3)", "at least two"]),
         (dict(arr_0=np.zeros((9, 3)), mu=np.zeros(3)), ["features and mu"]),
         (dict(arr_0=np.full((9, 3), np.nan)), ["not finite"]),
@@ -291,6 +292,8 @@ def test_statistics_of_another_graph_are_refused(folder, stored, tmp_path, image
     words = "other.npz", "another graph", "--graph"
     refused(tmp_path / "other.npz", folder / "b.npz", "--graph", GRAPH, words=words)
     refused(tmp_path / "other.npz", stored / "a.npz", "--metrics", "fid", words=["different graphs"])
+    # Two of this kind need no network, but are not those of a graph that is named.
+    refused(tmp_path / "other.npz", tmp_path / "other.npz", "--metrics", "fid", "--graph", GRAPH, words=words)
     # Published statistics do not name their graph, but have its sizes.
     np.savez(tmp_path / "sizes.npz", mu=np.zeros(2048), sigma=np.eye(2048), arr_0=images)
     words = "sizes.npz", "another graph", "mu (2048,)"

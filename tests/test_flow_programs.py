@@ -163,6 +163,9 @@ def test_sample_py_runs_every_sampler_and_policy(program, tmp_path):
         (["--ddim-sample"], "cannot be sampled with ddim"),
         (["--sampler", "heun", "--num-sampling-steps", 5], "cannot make 5 calls: pass an even number"),
         (["--cfg-interval", 0.7, 0.2], "--cfg-interval 0.7 0.2 is empty"),
+        (["--cfg-interval", 0.01, 0.02], "no time of the 4 steps lies in --cfg-interval 0.01 0.02"),
+        (["--cfg-interval", 0.2, 0.7, "--cfg-scale", 1], "--cfg-interval is about guidance, and --cfg-scale 1 is none"),
+        (["--cfg-channels", 2, "--cfg-scale", 1], "--cfg-channels is about guidance, and --cfg-scale 1 is none"),
         (["--noise-scale", 0.9], "flow is a flow model, which predicts no noise: leave out --noise-scale"),
         (["--cfg-channels", 0], "0 is not a whole number of at least 1"),
         (

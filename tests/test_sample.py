@@ -230,6 +230,7 @@ def test_random_weights_time_a_model_without_its_files(sample, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["r.pt"]
     result = sample(*flags, "--thres", 0.5, "--out", "/proc/none/x.png", ckpt=None)
     assert result.returncode == 0, result.stderr  # what is not written may have any name
+    assert_refused(sample(*flags, ckpt="none.pt"), "--random-weights draws the weights: leave out --ckpt")
 
 
 def test_a_plan_is_not_replaced_by_a_record(sample, model_folder, tmp_path):

@@ -67,6 +67,13 @@ def test_every_nth_below_1_is_refused():
         Schedule.every_nth(4, 2, 0)
 
 
+def test_every_nth_takes_whole_numbers_only():
+    assert Schedule.every_nth(7, 2, np.int64(3)) == Schedule.every_nth(7, 2, 3)
+    for interval in (2.5, 3.0, "3", None):
+        with pytest.raises(TypeError, match=f"^interval {interval!r} is no whole number$"):
+            Schedule.every_nth(7, 2, interval)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("steps, depth, reused", [(20, 12, 186), (50, 12, 555), (7, 3, 0), (7, 3, 11), (7, 3, 18)])
 def test_policies_reuse_exactly_as_many_layers_as_asked_at_the_steps_that_a_router_decides(name, steps, depth, reused):
@@ -211,3 +218,12 @@ def test_a_schedule_by_change_by_hand():
     for alpha in (0, -1, math.nan):
         with pytest.raises(ValueError, match="above 0"):
             Schedule.by_change(changes, 2, alpha)
+
+
+def test_plans_are_equal_if_all_of_them_is():
+    plan = Schedule.every_nth(6, 2, 3)
+    same = Schedule(plan.compute.clone())
+    others = [Schedule.every_nth(6, 2, 2), Schedule.every_nth(6, 3, 3), plan.with_order(1)]
+    others += [Schedule(plan.compute, process="flow-euler"), "plan"]
+    assert plan == same and len({plan, same}) == 1
+    assert not any(plan == other for other in others) and len({plan, *others}) == 6

@@ -22,6 +22,7 @@ from train_router import parse_args
 from training import trainer
 from training.batches import draw_steps
 from training.presets import PRESETS
+from training.run_folder import RunFolder
 
 RUN = Path("results/000-tiny")
 
@@ -32,6 +33,12 @@ def flags(model_folder, image_folder):
     common = ["--ckpt", model_folder, "--data-path", image_folder, "--num-sampling-steps", 6, "--num-workers", 0]
     common += ["--global-batch-size", 4, "--draws-per-step", 2, "--device", "cpu", "--lr", 0.05, "--log-every", 2]
     return [*common, "--l1", 1e-3]
+
+
+@pytest.fixture
+def extraction(model_folder, image_folder):
+    """Flags that encode the images and stop."""
+    return ["--ckpt", model_folder, "--data-path", image_folder, "--device", "cpu", "--extract-latents", "latents"]
 
 
 @pytest.fixture
@@ -153,7 +160,6 @@ def test_any_number_of_processes_trains_the_same_router(train, by, processes):
     [
         (["--lr", 0.01, "--num-workers", 1], "--lr"),
         (["--wandb"], "--wandb"),
-        (["--extract-latents", "latents"], "--extract-latents"),
         (["--data-path", "other"], "data"),
     ],
 )
@@ -165,6 +171,13 @@ def test_processes_with_different_flags_or_files_are_refused(flags, tmp_path, mo
     line = f"process 1 differs from process 0 in {different}: pass the same flags and files"
     assert outputs == [("", f"train_router.py: error: {line}\n"), ("", "")]
     assert os.listdir(tmp_path) == ["other"]
+
+
+def test_an_extraction_beside_a_training_is_refused(flags, extraction, tmp_path):
+    processes = start_ranks("train_router.py", flags, extraction, cwd=tmp_path)
+    outputs = [process.communicate(600) for process in processes]
+    assert "process 1 differs from process 0 in" in outputs[0][1] and "--extract-latents" in outputs[0][1]
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.slow
@@ -218,6 +231,49 @@ def test_a_stopped_training_saves_first_and_continues_in_its_folder(number, laun
     assert last_update() == update + 2
 
 
+def test_auto_does_not_train_a_second_time_what_another_process_trains(train, monkeypatch):
+    monkeypatch.setattr(RunFolder, "PATIENCE", 0.1)
+    train("--max-steps", 1)
+    lock = RunFolder(RUN)
+    more = ["--max-steps", 1, "--resume", "auto"]
+    assert_refused(train(*more, code=1), f"{RUN} is in use: wait for that training")
+    assert os.listdir("results") == ["000-tiny"]
+    assert "so a new one starts" in train(*more, "--lr", 0.01).stdout  # another training is none of its business
+    del lock
+
+
+def test_auto_continues_the_last_readable_checkpoint_to_the_same_router(train):
+    more = ["--max-steps", 4, "--ckpt-every", 2, "--target-cached", 0.3]
+    train(*more)
+    whole, last = logits(), RUN / "checkpoints" / "last.pt"
+    incomplete = {"window": {}, "opt": {}, "identity": {}, "step": -5, "skipped": 3}
+    for name, value in incomplete.items():
+        torch.save(read() | {name: value}, last)
+        (RUN / "checkpoints" / "0000004.pt").unlink()
+        assert_refused(train(*more, "--resume", last, code=1), f"{last} is no checkpoint", "incomplete: pass another")
+        assert "continues at update 2 of 4" in train(*more, "--resume", "auto").stdout
+        assert torch.equal(logits(), whole)
+    for path in last.parent.glob("*.pt"):
+        path.write_bytes(b"")
+    out = train(*more, "--resume", "auto").stdout
+    assert out.startswith(f"note: {RUN} is skipped: {last} is empty") and os.listdir("results") != ["000-tiny"]
+
+
+def test_a_log_with_incomplete_lines_ends_in_an_animation_of_the_others(train):
+    train("--max-steps", 2)
+    with (RUN / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1}\n{"step": 2, "scores": [[1, 2], [3]]}\n')
+    assert "how it developed" in train("--max-steps", 4, "--resume", "auto").stdout
+    assert [line["step"] for line in metrics()] == [2, 1, 2, 4]
+    assert Image.open(RUN / "router.gif").n_frames == 2
+
+
+@pytest.mark.parametrize("lr", ["1000", "1e308"])
+def test_a_target_with_a_huge_learning_rate_ends_with_a_finite_l1_weight(train, lr):
+    train("--target-cached", 0.3, "--lr", lr, "--max-steps", 4)
+    assert all(0 < line["l1_weight"] < 1e16 for line in metrics())
+
+
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_and_the_router_is_that_of_an_uninterrupted_run(train, flags, tmp_path):
     more = ["--max-steps", 60, "--ckpt-every", 4]
@@ -247,8 +303,8 @@ def test_a_gpu_trains_the_router_of_a_cpu(processes, train):
     assert (on_gpu - on_cpu).norm() < 1e-3 * on_cpu.norm()
 
 
-def test_latents_extracted_by_two_processes_train_the_router_that_images_train(train, flags, capfd):
-    extracted = train("--extract-latents", "latents", by=fork, processes=2)
+def test_latents_extracted_by_two_processes_train_the_router_that_images_train(train, flags, extraction, tmp_path):
+    extracted = fork("train_router.py", *extraction, cwd=tmp_path, processes=2)
     assert "train with --latents latents" in extracted.stdout and not Path("results").exists()
     train("--max-steps", 6)
     at = flags.index("--data-path")
@@ -295,15 +351,17 @@ def test_a_damaged_image_is_named_and_more_than_one_percent_are_refused(train, f
     assert_refused(train(*more, code=1), "has 4 classes, the model 5")
 
 
-@pytest.mark.parametrize("more", [[], ["--extract-latents", "latents"]])
-def test_more_damaged_images_than_allowed_end_the_program_and_its_workers(more, train):
+@pytest.mark.parametrize("program_flags", ["flags", "extraction"])
+def test_more_damaged_images_than_allowed_end_the_program_and_its_workers(program_flags, request, tmp_path):
     """Two ranks, whose workers ignore signals: each of them must end."""
-    folder = Path("images").resolve()
+    folder = tmp_path / "images"
     plain_images(folder, 60)
     for path in folder.glob("class?/00*.png"):
         path.write_bytes(b"no picture")
-    err = train("--data-path", folder, "--num-workers", 2, *more, by=fork, processes=2, code=1).stderr
-    assert "cannot be read, more than 1 %" in err and "Traceback" not in err
+    more = [*request.getfixturevalue(program_flags), "--data-path", folder, "--num-workers", 2]
+    result = fork("train_router.py", *more, cwd=tmp_path, processes=2)
+    assert result.returncode == 1 and "cannot be read, more than 1 %" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_name_that_is_not_utf_8_can_be_printed_logged_and_resumed(train, model_folder):
@@ -375,14 +433,37 @@ def test_an_update_that_is_interrupted_half_made_is_not_saved(train, monkeypatch
         ("--extract-latents here --latents there", ["--extract-latents needs --data-path"]),
         ("--ckpt no.pt --num-classes 5", ["no.pt"]),
         ("--results-dir /proc/results", ["/proc/results", "--results-dir"]),
-        ("--extract-latents /proc/latents", ["/proc/latents"]),
-        ("--extract-latents /proc/version", ["/proc/version is no folder"]),
         ("--l2 1", ["--l2"]),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line(more, words, train, flags, capfd):
     assert_refused(call("train_router.py", *flags, *more.split(), capfd=capfd), *words)
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ("--extract-latents /proc/latents", ["/proc/latents"]),
+        ("--extract-latents /proc/version", ["/proc/version is no folder"]),
+        ("--resume auto --wandb --target-cached 0.3", ["leave out --target-cached, --resume, --wandb"]),
+        ("--lr 5 --compile --max-steps 3 --results-dir x", ["leave out --lr, --max-steps, --compile, --results-dir"]),
+        ("--preset fashion-20 --lr 5", ["--extract-latents encodes images and trains no router: leave out --lr ("]),
+        ("--ste-threshold 0.1 --forecast 1 --keep 1 --epochs 2", ["--epochs, --ste-threshold, --forecast, --keep"]),
+        ("--dtype bf16 --global-seed 1 --thres 0.5 --l1 0", ["leave out --l1, --thres, --global-seed, --dtype"]),
+    ],
+)
+def test_flags_that_an_extraction_does_not_use_are_refused(more, words, extraction, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(call("train_router.py", *extraction, *more.split(), capfd=capfd), *words)
+    assert not list(Path().iterdir())
+
+
+def test_an_extraction_takes_the_values_of_a_preset():
+    more = ["--data-path", "x", "--extract-latents", "latents", "--num-workers", "2", "--vae", "mse"]
+    for preset in PRESETS:
+        args = parse_args(["--preset", preset, *more])
+        assert args.extract_latents == "latents" and args.max_steps == PRESETS[preset][0]["max_steps"]
 
 
 def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(flags, monkeypatch, capfd):

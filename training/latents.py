@@ -135,7 +135,9 @@ class LatentSource:
         try:
             self.about = json.loads((self.folder / "latents.json").read_text())
             labels = np.load(self.folder / "labels.npy", allow_pickle=False)
-            about = {name: self.about[name] for name in ("vae", "image_size", "num_classes", "flips", "images")}
+            about = {
+                name: self.about[name] for name in ("vae", "image_size", "num_classes", "flips", "images", "files")
+            }
             if labels.ndim != 1 or labels.dtype.kind != "i" or not isinstance(about["images"], int):
                 raise ValueError("its labels or their number are no integers")
             if labels.min(initial=0) < 0 or labels.max(initial=0) >= about["num_classes"]:
@@ -156,6 +158,8 @@ class LatentSource:
                 "extract them for this one"
             )
         self.labels = labels
+        size = spec.config.get("input_size", 32)  # these defaults are those of `DiT`
+        self.shape = (2 * spec.config.get("in_channels", 4), size, size)
 
     def __len__(self):
         return len(self.labels)
@@ -192,6 +196,6 @@ def _open_shard(source, shard):
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another version of .npy")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if fortran_order or dtype != np.float16 or len(shape) != 5 or shape[1] != 1 + source.about["flips"]:
-        raise ValueError(f"{dtype} {shape}")
+    if fortran_order or dtype != np.float16 or shape[1:] != (1 + bool(source.about["flips"]), *source.shape):
+        raise ValueError(f"it has {dtype} {shape}, the model's moments are {source.shape}")
     return file, file.tell(), shape

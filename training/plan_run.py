@@ -6,11 +6,9 @@ NNN-MODEL/DDIMn_Xx.json            the plan for n steps and a speed-up of X, a s
                                    Eulern_Xx.json for a flow model
 """
 
-import json
 import math
 import shlex
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,7 +24,7 @@ from schedule import Schedule
 from training.plan_search import LARGEST_GAP, WINDOW, largest_speedup, plan_for
 from training.plan_table import error_table, samples_at_once
 from training.plots import save_plans
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, sampling_command
 
 # Samples for a table, for the choice among the plans found, and for the error that is reported.
 TABLE, CHOICE, HELD_OUT = 64, 64, 64
@@ -220,11 +218,12 @@ def learn_plans(args, spec, dit, diffusion, cfg_scale, identity):
         with atomic_write(run.checkpoints / "search.pt") as part, part.open("wb") as file:
             torch.save({"determining": determining, "state": state}, file)
 
-    with atomic_write(folder / "args.json") as part:
-        versions = {name: version(name) for name in ("torch", "numpy")}
-        part.write_text(json.dumps({"args": vars(args), "versions": versions}, indent=2) + "\n")
+    run.save_args(vars(args))
     print(f"{folder}: plans of order {order} for {diffusion.steps} steps, guidance {cfg_scale:g}")
     search = Search(Problem(dit, diffusion, cfg_scale, order, args.global_seed), state, save)
+    guidance = ["--cfg-scale", f"{cfg_scale:g}"]
+    guidance += ["--cfg-channels", args.cfg_channels] if args.cfg_channels else []
+    guidance += ["--cfg-interval", *args.cfg_interval] if args.cfg_interval else []
     save()
     last = None
     try:
@@ -235,7 +234,8 @@ def learn_plans(args, spec, dit, diffusion, cfg_scale, identity):
                 replace(last, process=diffusion.name).save(path)
                 save_plans({path.stem: last}, path.with_suffix(".png"))
                 report(search, target, last, path)
-                print(f"sample with it: {sampling_command(args, spec, cfg_scale, path)}", flush=True)
+                plan = ["--accelerate-method", "schedule", "--path", path]
+                print(f"sample with it: {sampling_command(args, spec, *guidance, *plan)}", flush=True)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with the same command and --resume {shlex.quote(str(folder))}") from None
 
@@ -267,35 +267,19 @@ def open_search(args, name, determining):
                 raise UserError(f"--resume {folder} searched {what}: pass the same, or leave out --resume")
         return RunFolder(folder), read_search(folder)["state"]  # again: the process that held the lock may have saved
     if args.resume == "auto":
-        folders = [path.parent.parent for path in Path(args.results_dir).glob("*-*/checkpoints/search.pt")]
-        for folder in sorted(folders, key=lambda f: (f.name.index("-"), f.name), reverse=True):  # the newest first
-            try:
-                if read_search(folder)["determining"] == determining:
-                    return RunFolder(folder), read_search(folder)["state"]
-            except UserError:
-                continue
+        run, saved = RunFolder.newest(
+            args.results_dir, "search.pt", read_search, lambda saved: saved["determining"] == determining
+        )
+        if run is not None:
+            return run, saved["state"]
         print(f"--resume auto: no search in {args.results_dir} has these flags and model, so a new one starts")
     return RunFolder.new(args.results_dir, name), {}
 
 
 def read_search(folder):
-    """Load search.pt of a folder. Raises UserError if it is missing or no search."""
+    """Load search.pt of a folder. Raises UserError if it is missing, damaged, or no search."""
     path = folder / "checkpoints" / "search.pt"
     saved = load_tensors(path)
-    if not isinstance(saved, dict) or not {"determining", "state"} <= saved.keys():
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), dict) for name in ("determining", "state")):
         raise UserError(f"{path} is no search to continue: name a folder of --target-speedup")
     return saved
-
-
-def sampling_command(args, spec, cfg_scale, path):
-    """The command to sample with a plan."""
-    model = ["--ckpt", args.ckpt] if args.ckpt else []
-    if spec.registered:
-        model += ["--model", args.model, "--image-size", args.image_size, "--num-classes", args.num_classes]
-    command = ["python", "sample.py", *model, "--num-sampling-steps", args.num_sampling_steps]
-    command += ["--ddim-sample"] if spec.process == "diffusion" else ["--sampler", spec.sampler()]
-    command += ["--cfg-scale", f"{cfg_scale:g}"]
-    command += ["--cfg-channels", args.cfg_channels] if args.cfg_channels else []
-    command += ["--cfg-interval", *args.cfg_interval] if args.cfg_interval else []
-    command += ["--accelerate-method", "schedule", "--path", path]
-    return shlex.join(map(str, command))

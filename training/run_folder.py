@@ -8,8 +8,11 @@ NNN-MODEL/router.png, router.gif    the final scores, and how they developed
 """
 
 import argparse
+import contextlib
 import json
 import math
+import shlex
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ from router import Router
 from runtime.errors import UserError
 from runtime.files import atomic_write, load_tensors, lock_file
 from training.plots import save_animation, save_heatmap
+from training.trainer import is_state
 
 
 class RunFolder:
@@ -62,17 +66,31 @@ class RunFolder:
         return cls(folder)
 
     @classmethod
-    def newest(cls, results_dir, accepts):
-        """Return the newest unused run whose last checkpoint `accepts`, and that checkpoint; None, None if none."""
-        folders = [p for p in Path(results_dir).glob("*-*/") if _number(p) >= 0]
-        for folder in sorted(folders, key=_number, reverse=True):
+    def newest(cls, results_dir, file, read, accepts, quiet=False):
+        """Return the newest run whose checkpoint `accepts`, and that checkpoint; None, None if there is none.
+
+        Only folders with checkpoints/`file` count. read: loads the checkpoint of a folder; if it raises UserError, the
+        folder is skipped, with a note unless `quiet`. Raises UserError if another process holds the lock of the run: a
+        new run would train the same twice.
+        """
+        folders = [path.parent.parent for path in Path(results_dir).glob(f"*-*/checkpoints/{file}")]
+        for folder in sorted((f for f in folders if _number(f) >= 0), key=_number, reverse=True):
             try:
-                if accepts(read_checkpoint(folder / "checkpoints" / "last.pt")):
-                    run = cls(folder)
-                    return run, read_checkpoint(run.last)
-            except UserError:
+                saved = read(folder)
+            except UserError as error:
+                if not quiet:
+                    print(f"note: {folder} is skipped: {error}")
                 continue
+            if accepts(saved):  # before the lock is tried: runs of other flags may be in use
+                run = cls(folder)
+                return run, read(folder)  # again: the process that held the lock may have saved
         return None, None
+
+    def save_args(self, args):
+        """Write args.json: the flags of this launch, a dict, and the versions of the libraries."""
+        versions = {name: version(name) for name in ("torch", "diffusers", "numpy")}
+        with atomic_write(self.folder / "args.json") as part:
+            part.write_text(json.dumps({"args": args, "versions": versions}, indent=2) + "\n")
 
     def save(self, router, state, threshold, keep=None):
         """Write a checkpoint of `router` and `state`, and last.pt; delete all but the newest `keep`; return its path.
@@ -123,11 +141,15 @@ def open_run(results_dir, name, resume, accepts, check, launch=None):
     nothing is overwritten. check: raises UserError if the named checkpoint does not fit.
     launch: of `Processes`; a run that this launch began is continued after a restart, whatever `resume` is.
     """
+
+    def is_own(saved):
+        return saved["launch"] == launch and accepts(saved)
+
     run = saved = None
     if launch:
-        run, saved = RunFolder.newest(results_dir, lambda saved: saved["launch"] == launch and accepts(saved))
+        run, saved = RunFolder.newest(results_dir, "last.pt", read_newest, is_own, quiet=True)
     if run is None and resume == "auto":
-        run, saved = RunFolder.newest(results_dir, accepts)
+        run, saved = RunFolder.newest(results_dir, "last.pt", read_newest, accepts)
     if run is not None:
         lines = read_log(run.folder, saved["step"])
     elif resume in (None, "auto"):
@@ -140,15 +162,16 @@ def open_run(results_dir, name, resume, accepts, check, launch=None):
 
 def _open_named(results_dir, name, path, check):
     if path.is_dir():
-        path = path / "checkpoints" / "last.pt"
-    saved = read_checkpoint(path)
+        saved, path = read_newest(path), path / "checkpoints" / "last.pt"
+    else:
+        saved = read_checkpoint(path)
     check(saved)
     folder, last = path.parent.parent, path.parent / "last.pt"
     in_run = path.parent.name == "checkpoints" and last.is_file()
-    if in_run and saved["step"] >= _update_of(last):
+    if in_run and saved["step"] >= _update_of(folder):
         run = RunFolder(folder)
-        if _update_of(run.last) > saved["step"]:  # the process that held the lock has just saved again
-            saved = read_checkpoint(run.last)
+        if _update_of(folder) > saved["step"]:  # the process that held the lock has just saved again
+            saved = read_newest(folder)
         return run, saved, read_log(folder, saved["step"])
     run = RunFolder.new(results_dir, name)
     # A branch is a separate run for Weights & Biases too.
@@ -156,19 +179,40 @@ def _open_named(results_dir, name, path, check):
 
 
 def read_checkpoint(path):
-    """Load what `RunFolder.save` wrote. Raises UserError if the file is missing, damaged, or a bare router file."""
+    """Load what `RunFolder.save` wrote.
+
+    Raises UserError if the file is missing, damaged, incomplete, or a bare router file.
+    """
     saved = load_tensors(path, allow=[argparse.Namespace])
     needed = {"routers", "opt", "step", "l1_weight", "window", "skipped", "args", "identity", "launch", "wandb"}
     dicts = ("routers", "opt", "window", "args", "identity")
     fits = isinstance(saved, dict) and needed <= saved.keys() and all(isinstance(saved[name], dict) for name in dicts)
-    if not (fits and isinstance(saved["step"], int)):
-        raise UserError(f"{path} is no checkpoint to continue from: pass one of train_router.py, or a run's folder")
+    if not (fits and is_state(saved) and {"vae", "model", "data"} <= saved["identity"].keys()):
+        raise UserError(
+            f"{path} is no checkpoint to continue from, or incomplete: pass another one of train_router.py, or a run's "
+            "folder"
+        )
     Router.from_state(path, saved["routers"])
     return saved
 
 
+def read_newest(folder):
+    """Load last.pt of a run's folder, or the newest readable of the numbered checkpoints if last.pt is not readable.
+
+    Raises the UserError about last.pt if there is none.
+    """
+    checkpoints = Path(folder) / "checkpoints"
+    try:
+        return read_checkpoint(checkpoints / "last.pt")
+    except UserError:
+        for path in reversed(_numbered(checkpoints)):
+            with contextlib.suppress(UserError):
+                return read_checkpoint(path)
+        raise
+
+
 def read_log(folder, last_update=math.inf):
-    """Return the lines of a run's metrics.jsonl up to `last_update`, as dicts, without damaged ones."""
+    """Return the lines of a run's metrics.jsonl up to `last_update`, as dicts with at least a "step"."""
     metrics, lines = Path(folder) / "metrics.jsonl", []
     for text in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
         try:
@@ -180,26 +224,40 @@ def read_log(folder, last_update=math.inf):
 
 
 def frames(lines, steps):
-    """Turn lines of a log into frames for `save_animation`: titles and scores [steps, depth, 2]."""
+    """Turn lines of a log into frames for `save_animation`: titles and scores [steps, depth, 2].
+
+    A line without such scores, of a damaged or edited log, gives no frame.
+    """
     pairs = []
     for line in lines:
-        trained = torch.tensor(line["scores"]).unflatten(1, (-1, 2))
-        scores = torch.ones(steps, *trained.shape[1:])
-        scores[list(Router.trained_steps(steps))] = trained
-        pairs.append((f"update {line['step']}: {line['cached_share']:.1%} of all layers cached", scores))
+        with contextlib.suppress(LookupError, TypeError, ValueError, RuntimeError):
+            trained = torch.tensor(line["scores"]).unflatten(1, (-1, 2))
+            scores = torch.ones(steps, *trained.shape[1:])
+            scores[list(Router.trained_steps(steps))] = trained
+            pairs.append((f"update {line['step']}: {line['cached_share']:.1%} of all layers cached", scores))
     return pairs
+
+
+def sampling_command(args, spec, *more):
+    """Return the command that samples with the model and the steps of a run; more: its other words."""
+    model = ["--ckpt", args.ckpt] if args.ckpt else []
+    if spec.registered:
+        model += ["--model", args.model, "--image-size", args.image_size, "--num-classes", args.num_classes]
+    command = ["python", "sample.py", *model, "--num-sampling-steps", args.num_sampling_steps]
+    command += ["--ddim-sample"] if spec.process == "diffusion" else ["--sampler", spec.sampler()]
+    return shlex.join(map(str, [*command, *more]))
 
 
 def _numbered(checkpoints):
     return sorted(p for p in checkpoints.glob("*.pt") if p.stem.isdecimal())
 
 
-def _update_of(last):
-    """Return the number of updates of a last.pt; if it is damaged, that of the newest checkpoint beside it, or -1."""
+def _update_of(folder):
+    """Return the number of updates that the newest readable checkpoint of a run's folder has made, -1 without one."""
     try:
-        return read_checkpoint(last)["step"]
+        return read_newest(folder)["step"]
     except UserError:
-        return max((int(p.stem) for p in _numbered(last.parent)), default=-1)
+        return -1
 
 
 def _number(folder):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,30 @@ def response_time(lr, draws, rows):
     return 2 / lr / (1 - (1 - 1 / rows) ** draws)
 
 
+# Bounds of an adjusted L1 weight: Adam squares gradients of its size in float32, and 0 could not grow again.
+L1_WEIGHTS = 1e-30, 1e15
+
+
+def is_state(state):
+    """Whether a `Trainer` can continue from `state`, which has the entries of `Trainer.state_dict` and "routers"."""
+    rows, window = state["routers"], state["window"]
+    try:
+        for i, moments in state["opt"]["state"].items():
+            shapes = {rows[f"{i:d}.prob"].shape, moments["exp_avg"].shape, moments["exp_avg_sq"].shape}
+            if len(shapes) > 1 or not moments["step"] >= 0:
+                return False
+        per_step = window["mse"], window["draws"]
+        numbers = [state["step"], state["l1_weight"], window["l1"], window["updates"], *chain(*per_step)]
+        return (
+            isinstance(state["step"], int)
+            and all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers)
+            and all(isinstance(values, list) and len(values) == len(rows) for values in per_step)
+            and all(isinstance(name, str) for name in state["skipped"])
+        )
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+
+
 class Trainer:
     """A router in training: scores, Adam's moments, the L1 weight, and the figures collected for the next report.
 
@@ -98,11 +123,12 @@ class Trainer:
         }
 
     def load_state_dict(self, state):
-        """Continue from a checkpoint, with the learning rate of the config, and its L1 weight if that is fixed."""
+        """Continue from a checkpoint, with the learning rate of the config, and its L1 weight if that is fixed.
+
+        state: `is_state` must hold.
+        """
         self.router.routers.load_state_dict(state["routers"])
-        self.optimizer.load_state_dict(state["opt"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["opt"]["state"]})
         self.updates_done, self.window, self.skipped = state["step"], state["window"], set(state["skipped"])
         if self.config.target_cached:
             self.l1_weight = state["l1_weight"]
@@ -162,7 +188,8 @@ class Trainer:
         """Move the L1 weight towards the wanted share of cached layers: an integral controller of its logarithm.
 
         It looks at the scores some time ahead: they follow the weight so slowly that their present share would make it
-        oscillate. A missing share counts up to 0.1, so the logarithm moves by at most 6 per response time.
+        oscillate. A missing share counts up to 0.1, so the logarithm moves by at most 6 per response time, and per
+        update if the response is faster than that (a learning rate above 2).
         """
         config = self.config
         response = response_time(config.lr, config.draws, len(self.trained_steps))
@@ -170,7 +197,8 @@ class Trainer:
         layers = self.diffusion.steps * 2 * self.dit.depth
         share = (self.predict_scores(ahead) <= config.threshold).sum().item() / layers
         missing = min(0.1, max(-0.1, config.target_cached - share))
-        self.l1_weight *= math.exp(60.0 / response * missing)
+        lowest, highest = L1_WEIGHTS
+        self.l1_weight = min(highest, max(lowest, self.l1_weight * math.exp(min(60.0, 60.0 / response) * missing)))
 
     @torch.no_grad()
     def predict_scores(self, ahead):

@@ -176,7 +176,7 @@ def test_hicache_forecasts_what_it_decides_to(bench, monkeypatch):
         assert ran.all(2).all(1).tolist() == [True, True, False, True]
 
 
-def test_lines_of_user_code_leave_out_docstrings_comments_and_blank_lines():
+def test_what_a_user_writes_is_counted_in_statements():
     def setup(pipe):
         """A docstring.
 
@@ -185,11 +185,17 @@ def test_lines_of_user_code_leave_out_docstrings_comments_and_blank_lines():
         # A comment.
         import json
 
-        return json  # counts
+        def inner():
+            return dict(
+                a=1,
+                b=2,
+            )
 
-    assert peer_setups.lines_of_user_code(setup) == 2
-    assert peer_setups.lines_of_user_code(peer_setups.plain) == 0
-    assert peer_setups.lines_of_user_code(peer_setups.ours) == 2
+        return inner, json
+
+    assert peer_setups.statements_of_user(setup) == 4
+    assert peer_setups.statements_of_user(peer_setups.plain) == 0
+    assert peer_setups.statements_of_user(peer_setups.ours) == 2
 
 
 @pytest.fixture

@@ -113,10 +113,22 @@ def test_an_npz_that_is_replaced_while_it_is_open_is_refused(tmp_path, count, si
         list(images.batches(2))
 
 
-@pytest.mark.parametrize("values", [np.array([["a", "b"]]), np.ones((4, 2), complex), np.ones((4, 2), bool)])
+@pytest.mark.parametrize(
+    "values", [np.array([["a", "b"]]), np.ones((4, 2), complex), np.ones((4, 2), bool), np.ones((4, 2), np.longdouble)]
+)
 def test_statistics_that_are_no_numbers_are_refused(tmp_path, values):
     np.savez(tmp_path / "a.npz", pool=values)
-    assert_refused(tmp_path / "a.npz", "its pool is", "not numbers")
+    assert_refused(tmp_path / "a.npz", "its pool is", "not numbers of up to 64 bits")
+
+
+def test_statistics_and_features_may_have_any_byte_order(tmp_path):
+    values = np.random.default_rng(0).random((4, 3))
+    for dtype in (">f4", "<f8"):
+        np.savez(tmp_path / "statistics.npz", pool=values.astype(dtype))
+        np.savez(tmp_path / "features.npz", values.astype(dtype))
+        for name in ("statistics.npz", "features.npz"):
+            pool = open_evaluation_set(tmp_path / name).stored["pool"]
+            assert pool.dtype.isnative and np.allclose(pool, values, atol=1e-7)
 
 
 def test_damaged_pngs_and_other_sizes_are_named(tmp_path):

@@ -3,6 +3,9 @@
 import functools
 import gc
 import json
+import math
+import re
+import warnings
 import weakref
 
 import diffusers
@@ -11,7 +14,7 @@ import torch
 from conftest import assert_refused, call, random_vae
 from diffusers import DDIMScheduler, DiTPipeline
 from safetensors.torch import save_file
-from small_models import difference, fixed_dit, load, random_transformer, refusal
+from small_models import difference, fixed_dit, load, random_transformer, refusal, same
 
 import sampling
 from diffusion import create_diffusion
@@ -23,7 +26,10 @@ from runtime import devices
 from schedule import Schedule
 from training.policies import make_schedule
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array")  # of diffusers, with NumPy 2
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array"),  # of diffusers, with NumPy 2
+    pytest.mark.filterwarnings("ignore:the schedule skips nothing"),
+]
 LABELS = [1, 999]
 SINGLE = ["DDIM", "DPMSolverMultistep", "EulerDiscrete", "UniPCMultistep"]  # that call the model once a step
 
@@ -103,6 +109,11 @@ def test_a_pipeline_samples_the_same_as_our_sampler_from_its_folder(tmp_path, ch
     scaled = sampling.sample_latents(dit, diffusion, *inputs[2:], random_schedule(steps))
     assert difference(latents_of(pipe, guidance_scale, steps), scaled) < 1e-5
     assert difference(scaled, routed) > 1e-3
+    scaled = latents_of(pipe, guidance_scale, steps)
+    accelerate(pipe, random_schedule(steps), noise_scale=0.9)
+    everywhere = latents_of(pipe, guidance_scale, steps)
+    accelerate(pipe, random_schedule(steps), noise_scale=(0.9, 1))
+    assert torch.equal(latents_of(pipe, guidance_scale, steps), everywhere) and not torch.equal(scaled, everywhere)
 
 
 @pytest.mark.parametrize("cfg_channels", [3, 4, None])
@@ -142,10 +153,27 @@ def test_an_odd_batch_without_guidance_runs_whatever_channels_are_guided(labels)
     assert difference(latents_of(pipe, 1.0, labels=labels), plain) < 1e-5
 
 
-@pytest.mark.parametrize("channels", [0, 5])
+@pytest.mark.parametrize("channels", [0, 5, 2.5, "3"])
 def test_channels_that_the_model_has_not_are_refused(pipe, channels):
-    with pytest.raises(ValueError, match=f"cfg_channels {channels} is no number from 1 to 4"):
+    with pytest.raises(ValueError, match=f"^cfg_channels {channels!r} is no whole number from 1 to 4, [^\n]*$"):
         accelerate(pipe, random_schedule(), cfg_channels=channels)
+
+
+def test_noise_scales_that_the_command_line_refuses_are_refused(pipe):
+    for scale, text in {
+        (3, 1): "3 1",
+        (-0.98, 1): "-0.98 1",
+        (0.98, 2): "0.98 2",
+        (0.98, 0): "0.98 0",
+        (0.98, 0.5, 1): "0.98 0.5 1",
+        (math.nan, 1): "nan 1",
+        (0.98, math.nan): "0.98 nan",
+        (): "",
+        0.4: "0.4",
+    }.items():
+        with pytest.raises(ValueError, match=f"^noise_scale {text}: pass a factor from 0.5 to 2[^\n]*$"):
+            accelerate(pipe, random_schedule(), noise_scale=scale)
+    assert type(pipe.transformer).__name__ == "DiTTransformer2DModel"
 
 
 def test_each_call_caches_as_the_first_did(pipe):
@@ -194,6 +222,49 @@ def test_nothing_is_left_after_disable_or_a_with_block(pipe):
     assert state_of(pipe) == before
 
 
+def test_a_block_can_be_entered_again(pipe):
+    before, plain = state_of(pipe), latents_of(pipe)
+    acceleration = accelerate(pipe, random_schedule())
+    with acceleration:
+        routed = latents_of(pipe)
+    assert difference(routed, plain) > 1e-2
+    pipe.to(torch.bfloat16)
+    with acceleration:
+        assert latents_of(pipe).dtype == pipe.transformer.dtype == torch.bfloat16
+    pipe.to(torch.float32)
+    with acceleration:  # the weights were rounded
+        assert difference(latents_of(pipe), plain) > 1e-2
+    acceleration.disable()
+    with accelerate(pipe, "fora", interval=2) as other:
+        model = pipe.transformer
+        with acceleration:
+            assert pipe.transformer is not model
+        assert pipe.transformer is model
+    with other:
+        assert pipe.transformer is model
+    assert state_of(pipe)[:3] == before[:3]  # moved weights lie elsewhere
+
+
+def test_a_pipeline_is_saved_with_its_own_transformer(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "plain", variant="fp16")
+    with accelerate(pipe, "fora", interval=2), accelerate(pipe, "fora", interval=3):
+        for folder in ("first", "again"):
+            pipe.save_pretrained(tmp_path / folder, variant="fp16")
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+        pipe.save_pretrained(tmp_path / "compiled", variant="fp16")
+        pipe.to(torch.bfloat16)
+        pipe.save_pretrained(tmp_path / "moved")
+    files = contents(tmp_path / "plain")
+    assert len(files) == 6
+    assert all(contents(tmp_path / folder) == files for folder in ("first", "again", "compiled"))
+    again = DiTPipeline.from_pretrained(tmp_path / "moved").to(torch.bfloat16)
+    assert same(again.transformer.state_dict(), pipe.transformer.state_dict())
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_a_pipeline_that_was_moved_meanwhile_works_after_disable(pipe):
     acceleration = accelerate(pipe, random_schedule())
     pipe.to(torch.bfloat16)
@@ -240,9 +311,31 @@ def test_the_summary_says_what_was_skipped_the_bound_and_the_time(pipe, capsys):
         and f"took {acceleration.seconds:.3f} s" in acceleration.summary()
     )
     assert acceleration.seconds > 0
-    with pytest.warns(UserWarning, match="^fora skips nothing in 20 steps: change its setting$"):
-        accelerate(pipe, "fora", interval=1)
-        latents_of(pipe)
+    for scale, words in {
+        (0.97, 0.5): ", noise_scale (0.97, 0.5)",
+        0.97: ", noise_scale (0.97, 1.0)",
+        (1, 0.5): "",
+    }.items():
+        acceleration = accelerate(pipe, "fora", interval=3, noise_scale=scale)
+        assert acceleration.summary().startswith(f"fora, interval 3{words}: ")
+
+
+def test_a_plan_that_skips_nothing_is_warned_of(pipe, tmp_path):
+    Router(20, 3).save(router := tmp_path / "router.pt")
+    full = Schedule.full(20, 3)
+    full.save(plan := tmp_path / "plan.json")
+    for policy, name, settings in (
+        ("fora", "fora", {"interval": 1}),
+        ("dynamiclayer", router, {"path": router, "threshold": 0}),
+        (router, router, {"threshold": 0}),
+        ("schedule", plan, {"path": plan}),
+        (plan, plan, {}),
+        (full, "the schedule", {}),
+    ):
+        text = re.escape(f"{name} skips nothing in 20 steps: change its setting, or pass another policy")
+        with pytest.warns(UserWarning, match=f"^{text}$"):
+            accelerate(pipe, policy, **settings)
+            latents_of(pipe)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(pipe, tmp_path):
@@ -271,6 +364,8 @@ def test_what_does_not_fit_is_refused_in_one_line(pipe, tmp_path):
     for settings in ({"interval": 0}, {"interval": 3, "forecast": 3}):
         with pytest.raises(ValueError):
             accelerate(pipe, "fora", **settings)
+    with pytest.raises(TypeError, match="^interval 2.5 is no whole number$"):
+        accelerate(pipe, "fora", interval=2.5)
     assert type(pipe.transformer).__name__ == "DiTTransformer2DModel"  # a refusal changes nothing
 
     with pytest.MonkeyPatch.context() as patch:
@@ -288,6 +383,7 @@ def test_what_does_not_fit_is_refused_in_one_line(pipe, tmp_path):
         assert "all steps" in refusal(pipe.transformer, latents, torch.zeros(2), torch.tensor(LABELS))
 
 
+@pytest.mark.filterwarnings("ignore:EulerDiscreteScheduler")
 @pytest.mark.parametrize("scheduler", SINGLE)
 def test_schedulers_with_one_call_a_step_work_as_without_a_plan(pipe, scheduler):
     use(pipe, scheduler)
@@ -327,9 +423,28 @@ def test_schedulers_with_several_calls_a_step_are_refused(pipe, scheduler):
     use(pipe, scheduler)  # after accelerating
     calls = "29 times in 20 steps" if scheduler == "PNDM" else "2 times a step"
     text = f"{scheduler}Scheduler calls the model {calls}, and a plan needs one call a step: set pipe.scheduler to"
-    assert text in refusal(latents_of, pipe)
+    assert text in (message := refusal(latents_of, pipe)) and "Euler" not in message
     if scheduler != "PNDM":  # its timesteps must be set to show it
         assert text in refusal(accelerate, pipe, random_schedule())
+
+
+@pytest.mark.parametrize("scheduler", SINGLE)
+def test_a_scheduler_whose_first_noise_the_pipeline_does_not_scale_is_warned_of(pipe, scheduler):
+    acceleration = accelerate(pipe, random_schedule())
+    use(pipe, scheduler)
+    found = []
+    for do in (lambda: latents_of(pipe), acceleration.disable, lambda: accelerate(pipe, random_schedule())):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            do()
+        found.append([str(warning.message) for warning in caught if "init_noise_sigma" in str(warning.message)])
+    # diffusers' own picture is wrong: its first noise should have the deviation init_noise_sigma, and has 1.
+    wrong = pipe.scheduler.init_noise_sigma != 1
+    assert wrong == (scheduler == "EulerDiscrete")
+    assert [len(texts) for texts in found] == [wrong, 0, wrong]
+    assert all(
+        text.startswith("EulerDiscreteScheduler needs") and "\n" not in text for texts in found for text in texts
+    )
 
 
 @pytest.mark.parametrize("when", ["before", "after", "before, in place", "after, in place"])

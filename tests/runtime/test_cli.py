@@ -126,7 +126,8 @@ def test_what_the_terminal_cannot_show_is_printed_as_escapes(encoding, printed, 
 
 def test_an_output_that_the_shell_has_closed_is_no_fault(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    cli.run(lambda _: print("text"), None)
+    monkeypatch.setattr(sys, "stderr", None)
+    cli.run(lambda _: print("text", sys.stderr.isatty()), None)
 
 
 def test_help_is_ascii(parser_of):

@@ -48,6 +48,30 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
             check_writable(tmp_path / name)
 
 
+def test_a_write_protected_file_is_not_replaced_and_a_private_one_stays_private(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(0o600)
+    with atomic_write(path) as part:
+        assert part.stat().st_mode & 0o777 == 0o600  # before anything is written
+        part.write_text("new")
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o444)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write all files
+    for write in (check_writable, lambda path: atomic_write(path).__enter__()):
+        with pytest.raises(UserError, match="cannot write .*file: it is write-protected; name another place"):
+            write(path)
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+    check_writable(tmp_path / "other")
+
+
+def test_no_output_replaces_the_description_of_a_model(tmp_path):
+    check_outputs({"--record": tmp_path / "config.json"}, {})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="--record .*config.json would replace a file that describes a model"):
+        check_outputs({"--record": tmp_path / "config.json"}, {"--ckpt": tmp_path})
+
+
 def test_an_output_that_is_another_file_of_the_command_is_refused(tmp_path):
     (tmp_path / "in").write_text("in")
     (tmp_path / "link").symlink_to("in")

@@ -104,6 +104,23 @@ with signals.second_signal_ends():
     assert result.returncode == 130
 
 
+def test_more_signals_than_two_print_nothing_more():
+    program = """
+import os, signal, sys, time
+from runtime import signals
+signals.GRACE = 1
+signal.signal(signal.SIGINT, lambda *_: None)
+with signals.second_signal_ends():
+    for _ in range(4):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.2 * signals.SAME)
+    time.sleep(60)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "\n-c: ended by a second signal\n")
+
+
 def test_a_child_says_nothing_when_its_parent_leaves_while_it_fetches_a_tensor():
     program = """
 import multiprocessing.connection, sys

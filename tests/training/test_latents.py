@@ -2,6 +2,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import plain_images
@@ -73,6 +74,24 @@ def test_each_unreadable_image_counts_once_and_a_mended_one_no_more(spec, make, 
         path.write_bytes(content)
     (folder / "000000.npy").unlink()
     assert make(tmp_path / "damaged")[2] == []
+
+
+@pytest.mark.parametrize("name", ["vae", "image_size", "num_classes", "flips", "images", "files"])
+def test_a_manifest_without_an_entry_is_refused(spec, make, name):
+    *_, folder = make()
+    about = json.loads((folder / "latents.json").read_text())
+    del about[name]
+    (folder / "latents.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=f"is no folder of latents \\('{name}'\\): write one with --extract-latents"):
+        LatentSource(folder, spec, "name")
+
+
+@pytest.mark.parametrize("shape", [(16, 2, 8, 2, 2), (16, 2, 4, 4, 4), (16, 2, 8, 4), (16, 1, 8, 4, 4), ()])
+def test_a_shard_of_another_shape_is_named(spec, make, shape):
+    *_, folder = make()
+    np.save(folder / "000000.npy", np.zeros(shape, np.float16))
+    with pytest.raises(UserError, match="000000.npy cannot be read .*remove it and extract"):
+        LatentSource(folder, spec, "name").load(3)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4"])

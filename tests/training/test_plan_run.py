@@ -17,6 +17,7 @@ from runtime.errors import UserError
 from sampling import sample_latents
 from schedule import Schedule
 from training import plan_run, plan_table
+from training.run_folder import RunFolder
 
 STEPS = 8
 RUN = "results/000-tiny"
@@ -174,6 +175,27 @@ def test_a_search_with_other_flags_is_refused_or_begins_anew(learn):
     assert_refused(learn("--target-speedup", 1.3, "--resume", "nowhere", code=1), "nowhere")
 
 
+def test_auto_refuses_a_search_in_use_and_skips_those_of_others(learn, monkeypatch):
+    monkeypatch.setattr(RunFolder, "PATIENCE", 0.1)
+    for seed in (0, 1):
+        learn("--target-speedup", 1.3, "--global-seed", seed)
+    flags, locks = ["--target-speedup", 1.3, "--resume", "auto"], [RunFolder("results/001-tiny")]
+    assert "000-tiny" in learn(*flags).stdout
+    assert_refused(learn(*flags, "--global-seed", 1, code=1), "results/001-tiny is in use")
+    del locks
+
+
+@pytest.mark.parametrize("change", [{"determining": 3}, {"state": 5}])
+def test_a_damaged_search_is_refused_by_its_name_and_skipped_by_auto(learn, change):
+    learn("--target-speedup", 1.3)
+    path = f"{RUN}/checkpoints/search.pt"
+    torch.save(torch.load(path) | change, path)
+    flags = ["--target-speedup", 1.3, "--resume"]
+    assert_refused(learn(*flags, RUN, code=1), f"{path} is no search to continue: name a folder")
+    out = learn(*flags, "auto").stdout
+    assert out.startswith(f"note: {RUN} is skipped: {path} is no search") and "001-tiny" in out
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -182,7 +204,7 @@ def test_a_search_with_other_flags_is_refused_or_begins_anew(learn):
         (["--target-speedup", 2, 50], ["--target-speedup 50 is beyond", "pass at most"]),
         (["--target-speedup", 2, "--data-path", "x", "--wandb"], ["leave out --data-path, --wandb"]),
         (["--target-speedup", 2, "--preset", "fashion-20"], ["leave out --preset"]),
-        (["--target-speedup", 2, "--compile"], ["leave out --compile"]),
+        (["--target-speedup", 2, "--compile", "--vae", "mse"], ["leave out --compile, --vae"]),
         (["--target-speedup", 2, "--max-steps", 9, "--lr", 0.1, "--thres", 0.5], ["leave out --thres, --lr, --max-"]),
         (["--cfg-scale", 1, "--data-path", "x"], ["--cfg-scale is for plans: add --target-speedup"]),
     ],

@@ -5,10 +5,12 @@ import torch
 
 from router import Router
 from runtime.errors import UserError
-from training.run_folder import RunFolder, open_run, read_log
+from training.run_folder import RunFolder, frames, open_run, read_checkpoint, read_log
 
-STATE = dict.fromkeys(["l1_weight", "skipped", "launch", "wandb"])
-STATE |= dict.fromkeys(["opt", "window", "args", "identity"], {})
+MOMENTS = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(6), "exp_avg_sq": torch.zeros(6)}
+WINDOW = {"mse": [0.0] * 4, "draws": [0] * 4, "l1": 0.0, "updates": 0}
+STATE = {"opt": {"state": {0: MOMENTS}}, "window": WINDOW, "l1_weight": 1e-3, "skipped": [], "args": {}}
+STATE |= {"identity": dict.fromkeys(["vae", "model", "data"]), "launch": None, "wandb": None}
 
 
 @pytest.fixture(autouse=True)
@@ -103,17 +105,59 @@ def test_a_damaged_log_does_not_stop_a_run(tmp_path):
     assert read_log(run.folder) == [{"step": 10}, {"step": 20}]
 
 
-def test_auto_finds_the_newest_free_run_that_fits(tmp_path):
+def test_auto_finds_the_newest_run_that_fits_though_others_are_in_use(tmp_path):
     for kind in ("a", "b", "a", "b"):
         save(RunFolder.new(tmp_path, "x"), 3, kind=kind, launch=kind)
-    (RunFolder.new(tmp_path, "x").checkpoints / "last.pt").write_bytes(b"cut off")
-    runs = []
-    for name in ("002-x", "000-x", "005-x"):
-        run, saved = open_any(tmp_path, "auto", lambda saved: saved["kind"] == "a")
-        assert run.folder.name == name and bool(saved) == (name != "005-x")
-        runs.append(run)
+    others = RunFolder(tmp_path / "001-x"), RunFolder(tmp_path / "003-x"), RunFolder.new(tmp_path, "x")
+    run, saved = open_any(tmp_path, "auto", lambda saved: saved["kind"] == "a")
+    assert run.folder.name == "002-x" and saved["step"] == 3
+    run, saved = open_any(tmp_path, "auto", lambda saved: saved["kind"] == "c")
+    assert run.folder.name == "005-x" and saved is None
+    del others
     # After a restart by torchrun, the run of this launch continues, whatever --resume is.
     assert open_any(tmp_path, None, lambda saved: True, launch="b")[0].folder.name == "003-x"
+
+
+@pytest.mark.parametrize("resume, launch", [("auto", None), (None, "a")])
+def test_the_newest_run_that_fits_is_refused_while_it_is_in_use(tmp_path, resume, launch):
+    """Neither an older run nor a new one would be right: it would train the same twice."""
+    older, newer = (RunFolder.new(tmp_path, "x") for _ in range(2))
+    for run in (older, newer):
+        save(run, 3, launch=launch)
+    del run, older
+    with pytest.raises(UserError, match="001-x is in use"):
+        open_any(tmp_path, resume, lambda saved: True, launch)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000-x", "001-x"]
+
+
+def test_of_a_damaged_last_checkpoint_the_newest_readable_numbered_one_continues(tmp_path, capsys):
+    run = RunFolder.new(tmp_path, "x")
+    for update in (9, 10, 11):
+        path = save(run, update)
+        run.log({"step": update})
+    folder = run.folder
+    del run
+    for damaged in (path, folder / "checkpoints" / "last.pt"):
+        damaged.write_bytes(damaged.read_bytes()[:500])
+    for resume in ("auto", folder):
+        run, saved = open_any(tmp_path, resume, lambda saved: saved["step"] > 9)
+        assert run.folder == folder and saved["step"] == 10
+        assert [line["step"] for line in read_log(folder)] == [9, 10]
+        del run
+    assert "note" not in capsys.readouterr().out
+
+
+def test_auto_names_a_folder_without_readable_checkpoints_once_and_skips_it(tmp_path, capsys):
+    save(RunFolder.new(tmp_path, "x"), 3)
+    last = RunFolder.new(tmp_path, "x").checkpoints / "last.pt"
+    last.write_bytes(b"cut off")
+    (RunFolder.new(tmp_path, "x").checkpoints / "search.pt").touch()  # of plans
+    run, saved = open_any(tmp_path, "auto", lambda saved: True, launch="a")
+    assert run.folder.name == "000-x" and saved["step"] == 3
+    (note,) = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: {last.parent.parent} is skipped: {last} ")
+    open_any(tmp_path, None, launch="a")
+    assert capsys.readouterr().out == ""  # nothing was to be continued
 
 
 def test_a_branch_is_another_run_of_wandb(tmp_path):
@@ -135,3 +179,45 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
         with pytest.raises(UserError, match=words):
             open_any(tmp_path, tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare.pt", "odd.pt"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -5},
+        {"step": "5"},
+        {"l1_weight": "x"},
+        {"skipped": 3},
+        {"skipped": [3]},
+        {"identity": {}},
+        {"window": {}},
+        {"window": WINDOW | {"mse": [0.0] * 3}},
+        {"window": WINDOW | {"draws": dict.fromkeys(range(4), 0)}},
+        {"window": WINDOW | {"l1": None}},
+        {"opt": {}},
+        {"opt": {"state": 3}},
+        {"opt": {"state": {0: {}}}},
+        {"opt": {"state": {"0": MOMENTS}}},
+        {"opt": {"state": {4: MOMENTS}}},
+        {"opt": {"state": {0: MOMENTS | {"exp_avg": torch.zeros(5)}}}},
+        {"opt": {"state": {0: MOMENTS | {"step": "x"}}}},
+        {"routers": {"0.prob": 3}},
+    ],
+    ids=str,
+)
+def test_an_incomplete_checkpoint_is_refused_by_its_name(tmp_path, change):
+    run = RunFolder.new(tmp_path, "x")
+    path = save(run, 3)
+    assert read_checkpoint(path)["step"] == 3
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(UserError, match=f"{path} is no checkpoint .* or incomplete: pass another"):
+        open_any(tmp_path, path)
+
+
+def test_lines_of_a_log_without_scores_give_no_frame():
+    whole = {"step": 2, "cached_share": 0.25, "scores": [[0.5] * 6, [0.75] * 6]}
+    changes = [{"scores": None}, {"scores": []}, {"scores": [[0.5] * 6] * 3}, {"scores": "x"}, {"cached_share": "x"}]
+    lines = [{"step": 1}, *(whole | change for change in changes), whole]
+    ((title, scores),) = frames(lines, 4)
+    assert title == "update 2: 25.0% of all layers cached"
+    assert scores.shape == (4, 3, 2) and scores[:, 0, 0].tolist() == [0.5, 1, 0.75, 1]

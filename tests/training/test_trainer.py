@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from router import router_loss
 from runtime.errors import UserError
 from runtime.processes import Processes
 from training.batches import draw_steps
-from training.trainer import Trainer, TrainingConfig, response_time
+from training.trainer import L1_WEIGHTS, Trainer, TrainingConfig, response_time
 
 VAE = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0))  # moments need no encoding
 
@@ -111,3 +112,24 @@ def test_the_l1_weight_reaches_its_target_though_layers_matter_by_decades(start,
     assert abs(trainer.router.schedule(0.1).cached_share() - target) < 0.01
     assert response_time(0.1, 1, 10) == pytest.approx(200)  # updates
     assert response_time(1e-3, 8, 10) == pytest.approx(2000 / (1 - 0.9**8))
+
+
+@pytest.mark.parametrize("lr", [1000.0, 1e308])
+@pytest.mark.parametrize("target", [0.01, 0.5])
+def test_an_adjusted_l1_weight_stays_finite_and_above_0(lr, target):
+    trainer = make_trainer(lr=lr, target_cached=target)
+    for row in trainer.router.routers:
+        row.prob.data.fill_(-5.0 if target < 0.1 else 5.0)  # all layers are cached, or none
+    for _ in range(200):
+        before = trainer.l1_weight
+        trainer.adjust_l1_weight()
+        assert abs(math.log(trainer.l1_weight / before)) < 6.01
+    assert trainer.l1_weight == L1_WEIGHTS[target == 0.5]
+
+
+def test_an_adjustment_of_a_usual_training_is_not_bounded():
+    trainer = make_trainer(lr=0.05, target_cached=0.5)
+    for row in trainer.router.routers:
+        row.prob.data.fill_(5.0)
+    trainer.adjust_l1_weight()
+    assert trainer.l1_weight == 1e-3 * math.exp(60.0 / response_time(0.05, 2, 3) * 0.1)
