@@ -44,17 +44,20 @@ class Programs:
 
     def __init__(self, folder, capfd):
         self.folder, self.capfd = folder, capfd
-        common = "--ckpt FOLDER/model --device cpu --num-sampling-steps 4"
-        training = "--global-batch-size 4 --draws-per-step 2 --num-workers 0 --log-every 1 --max-steps 3"
+        model = "--ckpt FOLDER/model --device cpu"
+        common = f"{model} --num-sampling-steps 4"
+        training = "--global-batch-size 4 --draws-per-step 2 --log-every 1 --max-steps 3 --results-dir FOLDER/results"
         self.flags = {
             "sample.py": f"{common} --repeats 1 --out FOLDER/out.png",
             "sample_ddp.py": f"{common} --num-fid-samples 6 --per-proc-batch-size 2 --sample-dir FOLDER",
-            "train_router.py": f"{common} {training} --results-dir FOLDER/results",
+            "train_router.py": f"{common} --num-workers 0 {training}",
+            "extraction": f"{model} --num-workers 0",
             "evaluator.py": "FOLDER/a.npz FOLDER/b.npz --graph FOLDER/g.pb --device cpu",
         }
 
     def command(self, program, more=""):
-        return [ROOT / program, *f"{self.flags[program]} {more}".replace("FOLDER", str(self.folder)).split()]
+        flags = self.flags["extraction" if "--extract-latents" in more else program]
+        return [ROOT / program, *f"{flags} {more}".replace("FOLDER", str(self.folder)).split()]
 
     def run(self, program, more="", place=None, harm=None):
         """Run a program here. harm(folder) comes before it, or before the first call of `place`, a function's name."""

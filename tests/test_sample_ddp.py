@@ -277,7 +277,7 @@ def test_a_complete_set_is_not_made_again_but_gets_its_pngs(make, sample):
     before = npz.stat().st_mtime_ns, npz.stat().st_ino
     assert f"{npz} is there already and complete" in make("--per-proc-batch-size 3 --save-to-disk")[1]
     assert_refused(sample("--no-tf32"), "tf32 was true, now it is false", "--sample-dir")
-    assert_refused(sample("--no-tf32", "--dtype", "bf16"), "--dtype bf16 says the precision: leave out --tf32")
+    assert_refused(sample("--no-tf32 --dtype bf16"), "--dtype bf16 says the precision: leave out --tf32")
     assert (npz.stat().st_mtime_ns, npz.stat().st_ino) == before
     for k, image in enumerate(made["arr_0"]):
         assert np.array_equal(np.asarray(Image.open(npz.with_suffix("") / f"{k:06d}.png")), image)

@@ -210,7 +210,7 @@ def stubbed(bench, tmp_path, monkeypatch):
 
     def figures(self, row):
         made.append(row.name)
-        return {"lines": 3, "skipped": 0.5, "ran": [], "error": 0.25, "psnr_db": None, "variance": 1.0}
+        return {"statements": 3, "skipped": 0.5, "ran": [], "error": 0.25, "psnr_db": None, "variance": 1.0}
 
     def judge(npz):
         metrics = {"inception_score": 5.0, "fid": 4.0 + len(made), "sfid": 2.0, "precision": 0.5, "recall": 0.25}
@@ -342,7 +342,7 @@ def test_a_row_of_no_name_is_refused(capfd):
 def record(fid):
     metrics = {"fid": fid, "sfid": 1, "inception_score": 1, "precision": 1, "recall": 1}
     quality = {"metrics": metrics, "class_accuracy": 1}
-    return {"lines": 1, "skipped": 0, "error": 0.5, "psnr_db": 40.0, "quality": quality}
+    return {"statements": 1, "skipped": 0, "error": 0.5, "psnr_db": 40.0, "quality": quality}
 
 
 def test_the_best_at_equal_time_is_the_lowest_fid_that_is_fast_enough():
@@ -361,9 +361,10 @@ def test_the_best_at_equal_time_is_the_lowest_fid_that_is_fast_enough():
     timing = {"rows": {row.name: {"seconds": [t], "ratio": t} for row, (t, _) in rows.items() if t}}
     records = {row: record(fid) for row, (_, fid) in rows.items()}
     found = [(r["steps"], r["at most"], r["whose"], r["FID"]) for r in peers.at_equal_time(records, timing)]
-    scaled = "ours, noise scaled", "0.200"
-    of_20 = [(20, 0.6, "peer", "1.400"), (20, 0.6, "ours", "1.300"), (20, 0.6, *scaled)]
-    of_20 += [(20, 0.5, "peer", "1.500"), (20, 0.5, "ours", "1.300"), (20, 0.5, *scaled), (20, 0.4, "ours", "1.300")]
+    peer_scaled, scaled = ("peer, noise scaled", "0.100"), ("ours, noise scaled", "0.200")
+    of_20 = [(20, 0.6, "peer", "1.400"), (20, 0.6, "ours", "1.300"), (20, 0.6, *peer_scaled), (20, 0.6, *scaled)]
+    of_20 += [(20, 0.5, "peer", "1.500"), (20, 0.5, "ours", "1.300"), (20, 0.5, *peer_scaled), (20, 0.5, *scaled)]
+    of_20 += [(20, 0.4, "ours", "1.300"), (20, 0.4, *peer_scaled), (20, 0.3, *peer_scaled)]
     assert found == of_20 + [(50, target, "ours", "0.100") for target in (0.6, 0.5, 0.4, 0.3)]
 
 
