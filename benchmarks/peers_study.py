@@ -36,7 +36,7 @@ class Study(peers.Bench):
         super().__init__()
         self.samples = samples
 
-    def pipeline(self, base, steps=STEPS):
+    def pipeline(self, base, steps):
         """A pipeline: "full", "dbcache", "taylorseer" (DBCache with it), "forecast", or with a `Schedule`."""
         from schedule import Schedule
 
@@ -51,12 +51,13 @@ class Study(peers.Bench):
             peer_setups.ours(pipe, steps, base)
         return pipe
 
-    def latents(self, base, steps=STEPS, guidance=one, noise=one, interval=(0, 1)):
+    def latents(self, base, steps=None, guidance=one, noise=one, interval=(0, 1)):
         """Latents (samples, C, H, W). guidance, noise: functions of the timestep, the factors of these two there."""
         import torch
 
         from models import Guidance
 
+        steps = steps or STEPS
         pipe = self.pipeline(base, steps)
         predict = pipe.predict_noise
 
@@ -78,7 +79,7 @@ class Study(peers.Bench):
         """
         from models import guided
 
-        pipe, full, rows = self.pipeline("dbcache"), self.pipeline("full").transformer, []
+        pipe, full, rows = self.pipeline("dbcache", STEPS), self.pipeline("full", STEPS).transformer, []
         noise = self.noise(0, min(peers.AT_ONCE, self.samples))
         scale, signal = self.spec.cfg_scale, pipe.scheduler.alphas_cumprod.tolist()
 

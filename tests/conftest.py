@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -107,6 +108,21 @@ def model_folder(tmp_path_factory):
     for steps in (4, 5):
         torch.manual_seed(steps)
         Router(steps, 3).save(folder / f"router{steps}.pt")
+    return folder
+
+
+@pytest.fixture
+def exportable_folder(model_folder, tmp_path):
+    """A copy of the model folder that diffusers can hold: it has the positions that diffusers computes."""
+    from safetensors.torch import load_file, save_file
+
+    from models import position_table
+
+    folder = tmp_path / "tiny"
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "dit.safetensors")
+    weights["pos_embed"] = position_table(24, 2)
+    save_file(weights, folder / "dit.safetensors")
     return folder
 
 

@@ -13,12 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, call
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from benchmarks import peer_setups, peers, table
 from benchmarks.peers import Row
 from diffusion import create_diffusion
-from models import position_table
 from runtime.errors import UserError
 from sampling import sample_latents
 from schedule import Schedule
@@ -27,15 +25,10 @@ STEPS = 4
 
 
 @pytest.fixture
-def bench(model_folder, tmp_path, monkeypatch):
+def bench(exportable_folder, monkeypatch):
     """A Bench of a tiny model, which runs four steps on three images."""
-    folder = tmp_path / "tiny"
-    shutil.copytree(model_folder, folder)
-    shutil.copy(folder / "router4.pt", folder / "DDIM4_router.pt")
-    weights = load_file(folder / "dit.safetensors")
-    weights["pos_embed"] = position_table(24, 2)  # diffusers has no others
-    save_file(weights, folder / "dit.safetensors")
-    monkeypatch.setattr(table, "MODEL", str(folder))
+    shutil.copy(exportable_folder / "router4.pt", exportable_folder / "DDIM4_router.pt")
+    monkeypatch.setattr(table, "MODEL", str(exportable_folder))
     monkeypatch.setattr(table, "THRESHOLD", 0.5)  # of a router that was not trained
     monkeypatch.setattr(peers, "COMPARED", 3)
     return peers.Bench()
