@@ -383,7 +383,8 @@ def fill(args):
 
         print("times of all rows, in turn:", file=sys.stderr, flush=True)
         known = table.read(path).get("rows", {}) if args.rows else {}
-        timing = {"batch": COMPARED, "threads": torch.get_num_threads(), "rows": known | bench.times(rows)}
+        plain = {name: known[name] for name in known if name.removeprefix("diffusers-").isdecimal()}  # of known rows
+        timing = {"batch": COMPARED, "threads": torch.get_num_threads(), "rows": known | bench.times(rows) | plain}
         write_record(path, {}, bench.device, timing)
 
 

@@ -17,6 +17,7 @@ from runtime.files import check_writable
 from runtime.records import write_record
 
 SHOWN = ["train_step", "assembly", "scaling", "extraction", "metrics_speed", "tutorial", "busy", "flow", "evaluators"]
+SHOWN += ["startup", "peers_study"]
 DOCUMENTS = [ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
 
 
