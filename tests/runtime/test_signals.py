@@ -60,7 +60,7 @@ def is_waiting(pid):
     [
         ("train_router.py", TRAINING),
         ("train_router.py", f"{TRAINING} --num-workers 0"),
-        ("train_router.py", f"{TRAINING} --extract-latents latents"),
+        ("train_router.py", "--data-path images --extract-latents latents"),
         ("evaluator.py", EVALUATION),
     ],
 )
