@@ -32,12 +32,17 @@ AT_ONCE = 50  # images of a batch; peers with a threshold decide for a whole bat
 COMPARED = 64  # images whose latents are compared, and of a timed batch
 REPEATS = 3  # timed rounds after the warm-up
 NOISES = ((0.97, 0.5), (0.98, 1))  # factors of the predicted noise in some rows, and up to which t
-# By steps: settings of MagCache that are faster than its thresholds alone make it, and peers with scaled noise.
+# By steps: settings of MagCache that are faster than its thresholds alone make it; rows that are also made with each of
+# NOISES, and those that are with the last of them.
 EARLY_MAGCACHE = {
     20: ({"threshold": 1.0, "retention": 0.1}, {"threshold": 1.0, "retention": 0.05, "in_a_row": 4}),
     50: ({"threshold": 0.3, "retention": 0.1}, {"threshold": 1.0, "retention": 0.1, "in_a_row": 4}),
 }
-SCALED_PEERS = {
+SCALED = {
+    20: ("diffusers", "dbcache-0.15", "ours-fora3-f2", "ours-fora4-f2", "ours-learned-2x"),
+    50: ("ours-fora3-f2", "ours-fora4-f2", "ours-learned-3x"),
+}
+SCALED_ONCE = {
     20: ("taylorseer-3", "firstblock-0.1", "magcache-0.12"),
     50: ("taylorseer-3", "firstblock-0.1", "firstblock-0.2"),
 }
@@ -121,15 +126,11 @@ def make_rows():
         for scale in GUIDANCES if steps == 20 else ():
             settings = {"plan": "fora3-f2", "guidance": (scale, 0, 1)}
             rows += [Row(f"ours-fora3-f2-guidance-{scale}", "our_sampler", steps, **settings)]
-        for factor, top in NOISES:
-            ending, shrunk = f"noise-{factor}-to-{top}", {"noise": (factor, top)}
-            if steps == 20:
-                rows += [Row(f"diffusers-{ending}", "plain", steps, **shrunk)]
-                rows += [Row(f"dbcache-{high}-{ending}", "dbcache", steps, {"threshold": high}, **shrunk)]
-            for plan in ("fora3-f2", "fora4-f2", learned[1]):
-                rows += [Row(f"ours-{plan}-{ending}", "our_sampler", steps, plan=plan, **shrunk)]
-        peers = [row for row in rows if row.steps == steps and row.label in SCALED_PEERS[steps]]
-        rows += [replace(row, label=f"{row.label}-{ending}", **shrunk) for row in peers]  # the last of NOISES
+        for noise in NOISES:
+            labels = SCALED[steps] + (SCALED_ONCE[steps] if noise == NOISES[-1] else ())
+            ending = "noise-{}-to-{}".format(*noise)
+            unscaled = [row for row in rows if row.steps == steps and row.label in labels]
+            rows += [replace(row, label=f"{row.label}-{ending}", noise=noise) for row in unscaled]
     return tuple(rows)
 
 
