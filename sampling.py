@@ -33,8 +33,9 @@ def check_sampler(dit: DiT, cfg_scale: float, ancestral: bool) -> None:
 
 def check_interval(diffusion: Process, cfg_scale: float) -> None:
     """Raises UserError if the interval of a `Guidance` has no step, so that it would guide nothing."""
-    low, high = Guidance.of(cfg_scale).interval
-    if cfg_scale != 1.0 and not any(low <= t <= high for t in diffusion.times.tolist()):
+    guidance = Guidance.of(cfg_scale)
+    if cfg_scale != 1.0 and not _doubled_steps(diffusion, guidance, None):
+        low, high = guidance.interval
         raise UserError(
             f"no time of the {diffusion.steps} steps lies in --cfg-interval {low:g} {high:g}, so nothing would be "
             "guided: pass a wider one, or --cfg-scale 1"

@@ -122,7 +122,7 @@ def make_rows():
             rows += [Row(f"ours-{plan}", "our_sampler", steps, plan=plan)]
         for plan in ("router-f2", "fora3-f2", learned[1]):
             rows += [Row(f"adapter-{plan}", "ours", steps, plan=plan, same=f"ours-{plan}")]
-        # What could explain DBCache's FID, and what does (docs/peers.md); the explanation itself with 20 steps alone.
+        # Guidance and scaled noise could explain DBCache's FID (docs/peers.md).
         for scale in GUIDANCES if steps == 20 else ():
             settings = {"plan": "fora3-f2", "guidance": (scale, 0, 1)}
             rows += [Row(f"ours-fora3-f2-guidance-{scale}", "our_sampler", steps, **settings)]
@@ -153,6 +153,11 @@ def parse_args(argv=None):
         args.folder = common.ROOT / f"{FOLDER}-{args.samples}"
         args.results, args.picture = args.folder / "results", args.folder / "peers.png"
     return args
+
+
+def projection(tensor, onto):
+    """How often `onto` fits into a tensor that is projected onto it."""
+    return ((tensor * onto).sum() / onto.square().sum()).item()
 
 
 class Bench:
@@ -230,8 +235,7 @@ class Bench:
 
         def compare(x, t, labels, noise):
             if t / 1000 <= LATE:
-                right = full.predict_noise(x, t, labels, self.spec.cfg_scale)
-                ratios.append(((noise * right).sum() / right.square().sum()).item())
+                ratios.append(projection(noise, full.predict_noise(x, t, labels, self.spec.cfg_scale)))
                 sigmas.append((1 / signal[t] - 1) ** 0.5)
 
         self.sampler(row)[1](self.noise(0, COMPARED), observe=compare)
@@ -384,7 +388,7 @@ def fill(args):
 
         print("times of all rows, in turn:", file=sys.stderr, flush=True)
         known = table.read(path).get("rows", {}) if args.rows else {}
-        plain = {name: known[name] for name in known if name.removeprefix("diffusers-").isdecimal()}  # of known rows
+        plain = {row.name: known[row.name] for row in rows if row.label == "diffusers" and row.name in known}
         timing = {"batch": COMPARED, "threads": torch.get_num_threads(), "rows": known | bench.times(rows) | plain}
         write_record(path, {}, bench.device, timing)
 

@@ -1,6 +1,6 @@
 """Why DBCache's FID is below that of the full run: what it changes, and runs that change one of these things alone.
 
-    python -m benchmarks.peers_study --record benchmarks/results/peers-study-cpu.json      # 15 minutes on two cores
+    python -m benchmarks.peers_study --record benchmarks/results/peers-study-cpu.json      # 11 minutes of one core
     python -m benchmarks.peers_study --table
 
 500 samples of each run, the first of the noise of `benchmarks.peers`, whose packages it needs; 20 steps unless a run
@@ -73,18 +73,16 @@ class Study(peers.Bench):
         return torch.cat(parts)
 
     def compare_steps(self):
-        """What DBCache predicts, beside the full model on the same input: a dict for each step that it skips in part.
+        """What DBCache predicts, beside the full model on the same input, and the layers that it ran.
 
-        Ratios are of DBCache's tensor, projected onto the full model's, and of standard deviations.
+        Returns a dict for each step that it skips in part, and bool [steps, depth, 2], the first step first. "guidance"
+        and "noise" are DBCache's tensors projected onto the full model's, "image" is a ratio of standard deviations.
         """
         from models import guided
 
         pipe, full, rows = self.pipeline("dbcache", STEPS), self.pipeline("full", STEPS).transformer, []
         noise = self.noise(0, min(peers.AT_ONCE, self.samples))
         scale, signal = self.spec.cfg_scale, pipe.scheduler.alphas_cumprod.tolist()
-
-        def ratio(theirs, right):
-            return ((theirs * right).sum() / right.square().sum()).item()
 
         def compare(x, t, labels, _):
             how = {"timestep": t.expand(len(x)), "class_labels": labels}
@@ -96,8 +94,8 @@ class Study(peers.Bench):
                 {
                     "timestep": t.item(),
                     "error": ((noises[0] - noises[1]).norm() / noises[1].norm()).item(),
-                    "guidance": ratio(*directions),
-                    "noise": ratio(*noises),
+                    "guidance": peers.projection(*directions),
+                    "noise": peers.projection(*noises),
                     "image": images[0] / images[1],
                 }
             )
@@ -119,7 +117,6 @@ class Study(peers.Bench):
 
         early = {row["timestep"]: row["guidance"] for row in steps if row["timestep"] > 1000 * peers.LATE}
         late = {row["timestep"]: row["noise"] for row in steps if row["timestep"] <= 1000 * peers.LATE}
-        known = {base: self.latents(base) for base in ("full", "dbcache")}
 
         def of(factors, power=1):
             return lambda t: factors.get(t, 1.0) ** power
@@ -134,7 +131,7 @@ class Study(peers.Bench):
             )
             return (latents - mean) / std * other_std + other_mean
 
-        forecast, full, dbcache = partial(self.latents, "forecast"), known["full"], known["dbcache"]
+        full, dbcache, forecast = self.latents("full"), self.latents("dbcache"), partial(self.latents, "forecast")
         reuse = Schedule(ran.flip(0))  # step 0 runs last
         spread = (full.std() / dbcache.std()).item()
         result = {
@@ -164,12 +161,11 @@ class Study(peers.Bench):
     def judge(self, latents):
         """Metrics of the images of latents, the mean and the deviation of their pixels, the variance of the latents."""
         import numpy as np
-        import torch
 
         from sampling import decode
 
         images = np.concatenate([decode(self.vae, part).numpy() for part in latents.split(peers.AT_ONCE)])
-        labels = torch.cat([self.noise(first, 1).labels for first in range(len(images))]).numpy()
+        labels = self.noise(0, len(images)).labels.numpy()
         with tempfile.TemporaryDirectory() as folder:
             npz = Path(folder) / "images.npz"
             np.savez(npz, arr_0=images, labels=labels)
@@ -185,23 +181,27 @@ def measure(args):
     return {"ran": ran.flatten(1).float().mean(1).tolist(), "steps": steps, "runs": runs}
 
 
+def rows_of_steps(record):
+    heads = {"error": "error of the noise, relative", "guidance": "guidance direction, ratio"}
+    heads |= {"noise": "predicted noise, ratio", "image": "std of the predicted image, ratio"}
+    return [
+        {"timestep": step["timestep"]} | {head: f"{step[name]:.3f}" for name, head in heads.items()}
+        for step in record["steps"]
+    ]
+
+
+def rows_of_runs(record):
+    rows = []
+    for name, run in record["runs"].items():
+        metrics = {label: f"{run['metrics'][label.lower().replace(' ', '_')]:.3f}" for label in COLUMNS}
+        pixels = {"std of pixels": f"{run['pixels'][1]:.1f}", "variance of latents": f"{run['variance']:.3f}"}
+        rows.append({"run": name} | metrics | {"class accuracy": f"{run['class_accuracy']:.1%}"} | pixels)
+    return rows
+
+
 def tables(records):
-    texts = []
-    for record in records:
-        heads = {"error": "error of the noise, relative", "guidance": "guidance direction, ratio"}
-        heads |= {"noise": "predicted noise, ratio", "image": "std of the predicted image, ratio"}
-        rows = [
-            {"timestep": step["timestep"]} | {head: f"{step[name]:.3f}" for name, head in heads.items()}
-            for step in record["steps"]
-        ]
-        texts.append(common.markdown(rows))
-        rows = []
-        for name, run in record["runs"].items():
-            metrics = {label: f"{run['metrics'][label.lower().replace(' ', '_')]:.3f}" for label in COLUMNS}
-            pixels = {"std of pixels": f"{run['pixels'][1]:.1f}", "variance of latents": f"{run['variance']:.3f}"}
-            rows.append({"run": name} | metrics | {"class accuracy": f"{run['class_accuracy']:.1%}"} | pixels)
-        texts.append(common.markdown(rows))
-    return "\n\n".join(texts)
+    """Two Markdown tables of each record."""
+    return "\n\n".join(common.markdown(rows(r)) for r in records for rows in (rows_of_steps, rows_of_runs))
 
 
 def main(args):

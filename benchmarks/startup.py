@@ -37,15 +37,15 @@ def seconds_of(clone):
 
 
 def measure(args):
-    commits = {"before": args.before, "now": "HEAD"}
+    commits, commands = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        clones = {}
-        for name, commit in commits.items():
+        for name, commit in {"before": args.before, "now": "HEAD"}.items():
             commits[name] = common.run_command("git", "rev-parse", "--short", commit).strip()
-            clones[name] = Path(folder) / name
-            common.run_command("git", "clone", "--quiet", common.ROOT, clones[name])
-            common.run_command("git", "checkout", "--quiet", commits[name], cwd=clones[name])
-        measured = common.in_turn({n: partial(seconds_of, clone) for n, clone in clones.items()}, args.repeats + 1)
+            clone = Path(folder) / name
+            common.run_command("git", "clone", "--quiet", common.ROOT, clone)
+            common.run_command("git", "checkout", "--quiet", commits[name], cwd=clone)
+            commands[name] = partial(seconds_of, clone)
+        measured = common.in_turn(commands, args.repeats + 1)
     return {"commits": commits, "seconds": {name: some[1:] for name, some in measured.items()}}
 
 
@@ -54,9 +54,9 @@ def table(records):
     for record in records:
         for name, commit in record["commits"].items():
             whole, loops = zip(*record["seconds"][name])
-            rest = statistics.median(a - b for a, b in zip(whole, loops))
-            cells = {"commit": commit, "whole command": statistics.median(whole), "loops": statistics.median(loops)}
-            rows.append({n: c if n == "commit" else f"{c:.1f} s" for n, c in (cells | {"the rest": rest}).items()})
+            columns = {"whole command": whole, "loops": loops, "the rest": [a - b for a, b in zip(whole, loops)]}
+            medians = {head: f"{statistics.median(seconds):.1f} s" for head, seconds in columns.items()}
+            rows.append({"commit": commit} | medians)
     return common.markdown(rows)
 
 

@@ -164,7 +164,7 @@ def load_vae(spec: ModelSpec, device: torch.device | str) -> Any:
     vae.load_state_dict(_float_tensors(weights, state), assign=True)
     vae = vae.requires_grad_(False).eval().to(device)
     cell_pixels = 2 ** (len(vae.config.block_out_channels) - 1)
-    channels, size = spec.config.get("in_channels", 4), spec.config.get("input_size", 32)
+    channels, size, _ = spec.latent_shape
     if (vae.config.latent_channels, spec.image_size) != (channels, size * cell_pixels):
         raise UserError(
             f"the VAE in {folder} has {vae.config.latent_channels} channels and {cell_pixels} pixels to a cell, model "

@@ -60,6 +60,12 @@ class ModelSpec:
         return self.config.get("depth", default)
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent; the defaults are those of `DiT`."""
+        size = self.config.get("input_size", 32)
+        return self.config.get("in_channels", 4), size, size
+
+    @property
     def registered(self) -> bool:
         """Whether the model has a name with a size; it needs more flags, a model folder needs none."""
         return self.size in DiT_models
@@ -88,7 +94,7 @@ class ModelSpec:
         are variances. Raises UserError if the model does not have as many as requested.
         """
         scale = next(scale for scale in (requested, self.cfg_scale, published) if scale is not None)
-        most = self.config.get("in_channels", 4)  # that of `DiT`
+        most = self.latent_shape[0]
         channels = int(most if channels == "all" else channels or min(self.cfg_channels, most))
         if channels > most:
             raise UserError(

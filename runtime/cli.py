@@ -259,9 +259,8 @@ def check_speed_arguments(parser, args):
 
 def check_guidance_arguments(parser, args):
     """Refuse an interval that is empty, and settings of guidance that is none."""
-    for flag in ("cfg_channels", "cfg_interval"):
-        if args.cfg_scale == 1 and getattr(args, flag):
-            flag = "--" + flag.replace("_", "-")
+    for flag, given in ("--cfg-channels", args.cfg_channels), ("--cfg-interval", args.cfg_interval):
+        if args.cfg_scale == 1 and given:
             parser.error(f"{flag} is about guidance, and --cfg-scale 1 is none: leave one of them out")
     if args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
         low, high = args.cfg_interval

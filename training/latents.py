@@ -158,8 +158,8 @@ class LatentSource:
                 "extract them for this one"
             )
         self.labels = labels
-        size = spec.config.get("input_size", 32)  # these defaults are those of `DiT`
-        self.shape = (2 * spec.config.get("in_channels", 4), size, size)
+        channels, *size = spec.latent_shape
+        self.shape = (2 * channels, *size)
 
     def __len__(self):
         return len(self.labels)
